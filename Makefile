@@ -1,0 +1,39 @@
+# Every target makes its own virtual environment in .venv; nothing has to be installed before.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: train test test-slow check format clean
+
+train: $(VENV)/.train  ## a small model learns to rank on the built-in task
+	$(BIN)/fastrank train --output_dir runs/built-in
+
+test: $(VENV)/.dev check  ## formatting, types, and every test that is neither slow nor for a GPU
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/.dev  ## the tests that take minutes
+	$(BIN)/pytest -m "slow and not gpu"
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: $(BIN)/pip pyproject.toml constraints.txt
+	$(PIP) -e ".[train]"
+	touch $@
+
+$(VENV)/.dev: $(BIN)/pip pyproject.toml constraints.txt
+	$(PIP) -e ".[dev]"
+	touch $@

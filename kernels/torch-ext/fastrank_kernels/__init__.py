@@ -1,0 +1,1 @@
+"""Ranking losses over shared prompts: tensors in, tensors out."""
