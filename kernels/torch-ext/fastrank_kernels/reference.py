@@ -1,0 +1,358 @@
+"""The operators in plain torch: the specification, and the CPU implementation.
+
+A Triton kernel is held against these functions, in float64 where it matters. They are written to be
+read next to the formulas and are still fast enough to serve a CPU: row blocks that stay in
+cache while they are upcast, groups padded to a common width and handled together.
+
+Shapes: T response tokens, C candidates, G groups, V vocabulary entries. Offsets are int32
+``[C + 1]`` and ``[G + 1]`` and start at 0, like flash-attn's ``cu_seqlens``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .spec import RankSpec
+
+# float32 elements of one row block: 1 MiB, which the second-level cache of one core holds.
+_BLOCK_ELEMENTS = 1 << 18
+# Elements of one [groups, n, n] temporary; more groups are handled in slices.
+_PAIR_ELEMENTS = 1 << 22
+
+
+class RankResult(NamedTuple):
+    """What the rank operator makes of the token log-probabilities of whole groups."""
+
+    rank_loss: Tensor
+    """[G] ranking term of each group, unscaled."""
+    sft_loss: Tensor
+    """[G] supervised term of each group, weight included, unscaled."""
+    scores: Tensor
+    """[C] length-normalised log-probabilities."""
+    coefficients: Tensor
+    """[T] derivative of ``scale * (rank_loss + sft_loss).sum()`` by each log-probability."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: what sums and exponentials are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_stats(
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and label log-probability of each row of a logits chunk.
+
+    ``logits`` [rows, V] is the bare product of hidden rows and head; with
+    ``z = cap(logit_scale * (logits + bias))`` the results are ``lse = logsumexp(z)`` and
+    ``logp = z[label] - lse``, both [rows] in float32 (float64 for float64 logits).
+    A label outside the vocabulary gives NaN in ``logp``.
+    """
+    rows, vocab = logits.shape
+    dtype = accumulation_dtype(logits.dtype)
+    lse = torch.empty(rows, dtype=dtype, device=logits.device)
+    logp = torch.empty_like(lse)
+    valid = (labels >= 0) & (labels < vocab)
+    safe_labels = labels.clamp(0, max(vocab - 1, 0))
+    for start, stop in _row_blocks(rows, vocab):
+        z = _final_logits(logits[start:stop], bias, logit_scale, softcap, dtype)
+        block_lse = torch.logsumexp(z, dim=-1)
+        target = z.gather(1, safe_labels[start:stop, None]).squeeze(1)
+        lse[start:stop] = block_lse
+        # Rounding can lift the label's logit above the log-sum-exp; a log-probability is never > 0.
+        logp[start:stop] = (target - block_lse).clamp_(max=0.0)
+    return lse, logp.masked_fill_(~valid, float("nan"))
+
+
+def dlogits(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    logp: Tensor,
+    coefficients: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    *,
+    out: Tensor,
+    live: Tensor | None = None,
+) -> Tensor:
+    """Gradient of ``sum_t coefficients_t * logp_t`` by the bare logits, written into ``out``.
+
+    ``out`` [rows, V] may be ``logits`` itself, or a narrower type laid over its memory row by row.
+    With ``live`` (int64, rising), only those rows are written, one after the other from the top,
+    and ``out[: len(live)]`` is returned. In place this is safe: a row only ever moves up, and the
+    blocks go upwards.
+
+    ``onehot - p`` is formed in float32, as ``-expm1(logp)`` at the label, before the coefficient
+    and before any cast: subtracting rounded probabilities would lose confident tokens.
+    """
+    rows, vocab = logits.shape
+    dtype = accumulation_dtype(logits.dtype)
+    count = rows if live is None else live.numel()
+    for start, stop in _row_blocks(count, vocab):
+        take = slice(start, stop) if live is None else live[start:stop]
+        z = _final_logits(logits[take], bias, logit_scale, softcap, dtype)
+        c = coefficients[take].to(dtype)
+        label = labels[take].clamp(0, max(vocab - 1, 0))[:, None]
+        slope = None
+        if softcap is not None:
+            slope = 1.0 - (z / softcap).square_()
+        # z may be a view of `logits` (nothing was applied); it must survive until out is written.
+        grad = torch.exp(z - lse[take, None])
+        grad *= -c[:, None]
+        grad.scatter_(1, label, (-torch.expm1(logp[take]) * c)[:, None])
+        if slope is not None:
+            grad *= slope
+        if logit_scale != 1.0:
+            grad *= logit_scale
+        out[start:stop] = grad
+    return out[:count]
+
+
+def live_rows(coefficients: Tensor) -> Tensor:
+    """Indices (int64, rising) of the rows whose coefficient is not exactly zero; NaN is live."""
+    return torch.nonzero(coefficients != 0).squeeze(1)
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of each segment ``values[offsets[i]:offsets[i + 1]]`` as [segments], in values' dtype
+    (float32 at least), accumulated in float64."""
+    index = segment_index(offsets, values.shape[0]).to(values.device)
+    sums = torch.zeros(offsets.numel() - 1, dtype=torch.float64, device=values.device)
+    sums.index_add_(0, index, values.to(torch.float64))
+    return sums.to(accumulation_dtype(values.dtype))
+
+
+def segment_index(offsets: Tensor, total: int) -> Tensor:
+    """int64 [total]: which segment each element belongs to."""
+    lengths = (offsets[1:] - offsets[:-1]).long()
+    segments = torch.arange(lengths.numel(), device=offsets.device)
+    return torch.repeat_interleave(segments, lengths, output_size=total)
+
+
+def rank_tokens(
+    token_logprobs: Tensor,
+    rewards: Tensor,
+    cu_responses: Tensor,
+    cu_groups: Tensor,
+    reference_scores: Tensor | None,
+    spec: RankSpec,
+    scale: float,
+) -> RankResult:
+    """From token log-probabilities of whole groups to the loss and its derivative by each of them.
+
+    The three steps that a GPU kernel does in one launch: segmented sums to scores, the loss and
+    its score gradients (`rank_scores`), and the coefficients
+    ``c_t = scale * (g_i / |y_i| - [i best] * weight * (1 or 1 / |y_i|))`` (``|y_i|`` only where a
+    mean is taken).
+    """
+    dtype = accumulation_dtype(token_logprobs.dtype)
+    device = token_logprobs.device
+    responses = segment_index(cu_responses, token_logprobs.shape[0]).to(device)
+    lengths = (cu_responses[1:] - cu_responses[:-1]).to(device=device, dtype=dtype)
+    sums = segment_sum(token_logprobs, cu_responses).to(dtype)
+    means = sums / lengths
+    scores = means if spec.normalize == "mean" else sums
+    ranked = scores if reference_scores is None else scores - reference_scores.to(dtype)
+    rank_loss, score_grads = rank_scores(ranked, rewards, cu_groups, None, spec)
+    per_candidate = score_grads / lengths if spec.normalize == "mean" else score_grads
+
+    weight = _sft_weights(rewards.to(device), cu_groups.to(device), spec, dtype)
+    best_term = means if spec.sft_reduction == "mean" else sums
+    # where, not a product: a candidate that is not the best may have a score of -inf.
+    zero = torch.zeros((), dtype=dtype, device=device)
+    sft_loss = segment_sum(torch.where(weight != 0, -weight * best_term, zero), cu_groups).to(dtype)
+    sft_grad = weight / lengths if spec.sft_reduction == "mean" else weight
+    coefficients = ((per_candidate - sft_grad) * scale)[responses]
+    return RankResult(rank_loss, sft_loss, scores, coefficients)
+
+
+def rank_scores(
+    scores: Tensor,
+    rewards: Tensor,
+    cu_groups: Tensor,
+    valid: Tensor | None,
+    spec: RankSpec,
+) -> tuple[Tensor, Tensor]:
+    """Ranking term [G] of each group and its gradient by the scores [C]; float32 at least.
+
+    ``valid`` (bool [C]) leaves candidates out: they get gradient 0 whatever their score is.
+    """
+    dtype = accumulation_dtype(scores.dtype)
+    device = scores.device
+    cu_groups = cu_groups.to(device)
+    num_groups = cu_groups.numel() - 1
+    loss = torch.zeros(num_groups, dtype=dtype, device=device)
+    grads = torch.zeros(scores.shape[0], dtype=dtype, device=device)
+    width = int((cu_groups[1:] - cu_groups[:-1]).max()) if num_groups else 0
+    if width < 2:
+        return loss, grads
+    step = max(1, _PAIR_ELEMENTS // (width * width))
+    for first in range(0, num_groups, step):
+        offsets = cu_groups[first : first + step + 1].long()
+        index = offsets[:-1, None] + torch.arange(width, device=device)
+        present = index < offsets[1:, None]
+        index = index.clamp_(max=scores.shape[0] - 1)
+        if valid is not None:
+            present = present & valid.to(device)[index]
+        u = torch.where(present, scores[index].to(dtype) * spec.score_scale, 0.0)
+        r = torch.where(present, rewards.to(device)[index].to(dtype), 0.0)
+        group_loss, group_grads = _FORMS[spec.form](u, r, present, spec)
+        ranked = _has_strict_pair(r, present)
+        loss[first : first + step] = torch.where(ranked, group_loss, 0.0)
+        group_grads = torch.where(ranked[:, None], group_grads * spec.score_scale, 0.0)
+        grads[index[present]] = group_grads[present]
+    return loss, grads
+
+
+def positions(rewards: Tensor, present: Tensor) -> Tensor:
+    """Place of each candidate by falling reward, ties by index, as int64 [G, n]: 0 is the best.
+    What is not present gets a place behind all others."""
+    return _places(rewards, present)
+
+
+def _places(values: Tensor, present: Tensor) -> Tensor:
+    """position_i = Σ_j [v_j > v_i] + [v_j = v_i and j < i], which needs no sort."""
+    earlier = torch.ones(
+        values.shape[1], values.shape[1], dtype=torch.bool, device=values.device
+    ).tril(-1)
+    left, right = values[:, :, None], values[:, None, :]
+    before = ((right > left) | ((right == left) & earlier)) & present[:, None, :]
+    return torch.where(present, before.sum(-1), values.shape[1])
+
+
+def _has_strict_pair(rewards: Tensor, present: Tensor) -> Tensor:
+    high = torch.where(present, rewards, float("-inf")).amax(-1)
+    low = torch.where(present, rewards, float("inf")).amin(-1)
+    return high > low
+
+
+def _pairwise(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Tensor, Tensor]:
+    """Form A: Σ_{r_i > r_j} w_ij φ(u_i − u_j − m); g_i = Σ_j w_ij φ' − Σ_j w_ji φ'."""
+    pair = (r[:, :, None] > r[:, None, :]) & present[:, :, None] & present[:, None, :]
+    if spec.pairs == "best_worst":
+        place = _places(r, present)
+        last = present.sum(-1)[:, None] - 1
+        pair = pair & (place == 0)[:, :, None] & (place == last)[:, None, :]
+    z = u[:, :, None] - u[:, None, :] - spec.margin
+    if spec.phi == "hinge":
+        value, slope = torch.relu(-z), -(z < 0).to(z.dtype)
+        # NaN is neither below nor above zero: without this a NaN score would get a gradient of 0.
+        slope = torch.where(torch.isnan(z), z, slope)
+    elif spec.phi == "logistic":
+        value, slope = torch.nn.functional.softplus(-z, threshold=1e9), -torch.sigmoid(-z)
+    else:
+        value, slope = z * z, 2.0 * z
+    if spec.pair_weight == "lambda":
+        weight = _lambda_weights(u, r, present)
+        value, slope = value * weight, slope * weight
+    value, slope = torch.where(pair, value, 0.0), torch.where(pair, slope, 0.0)
+    return value.sum((1, 2)), slope.sum(2) - slope.sum(1)
+
+
+def _lambda_weights(u: Tensor, r: Tensor, present: Tensor) -> Tensor:
+    """LiPO-λ (arXiv:2402.01878): |G_i − G_j| · |1/D(τ_i) − 1/D(τ_j)| with gain 2^ψ − 1, ψ the
+    reward scaled to [0, 1] in its group, discount log(1 + τ), τ the rank by the current scores."""
+    high = torch.where(present, r, float("-inf")).amax(-1, keepdim=True)
+    low = torch.where(present, r, float("inf")).amin(-1, keepdim=True)
+    spread = torch.where(high > low, high - low, 1.0)
+    gain = torch.exp2((r - low) / spread) - 1.0
+    rank = 1.0 + _places(u, present).to(u.dtype)
+    discount = 1.0 / torch.log1p(rank)
+    return (gain[:, :, None] - gain[:, None, :]).abs() * (
+        discount[:, :, None] - discount[:, None, :]
+    ).abs()
+
+
+def _staged(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Tensor, Tensor]:
+    """Form B: Σ_k [logsumexp_{i ≥ k}(a_ki u_i) − a_kk u_k] in order of falling reward;
+    g_i = Σ_k a_ki (p_ki − [i = k])."""
+    width = u.shape[1]
+    place = _places(r, present)
+    order = torch.argsort(place, dim=1, stable=True)
+    u, r, here = u.gather(1, order), r.gather(1, order), present.gather(1, order)
+    count = here.sum(-1)[:, None]
+    stage = torch.arange(width, device=u.device)
+    active = stage < count - 1
+    if spec.top_k:
+        active = active & (stage < spec.top_k)
+    if spec.stage_scale == "reward_gap":
+        lowest = torch.where(here, r, float("inf")).amin(-1, keepdim=True)
+        a = r[:, :, None] - r[:, None, :]
+        a_own = r - lowest
+        # A stage without a strictly worse candidate is a constant: it has nothing to teach.
+        active = active & (a_own > 0)
+        a = torch.where(torch.eye(width, dtype=torch.bool, device=u.device), a_own[:, :, None], a)
+    else:
+        a_own = torch.ones_like(u)
+        a = a_own[:, :, None].expand(-1, -1, width)
+    member = (stage[None, :] >= stage[:, None]) & here[:, None, :] & active[:, :, None]
+    logits = torch.where(member, a * u[:, None, :], float("-inf"))
+    top = logits.amax(-1, keepdim=True)
+    top = torch.where(top == float("-inf"), 0.0, top)
+    weights = torch.exp(logits - top)
+    total = weights.sum(-1, keepdim=True)
+    total = torch.where(total == 0, 1.0, total)
+    lse = (top + torch.log(total)).squeeze(-1)
+    loss = torch.where(active, lse - a_own * u, 0.0).sum(-1)
+    slope = torch.where(member, a * (weights / total), 0.0).sum(1)
+    slope = slope - torch.where(active, a_own, 0.0)
+    return loss, torch.zeros_like(u).scatter_(1, order, slope)
+
+
+def _softmax(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Tensor, Tensor]:
+    """Form C: −Σ q_i log softmax(u)_i with q = softmax(r / temperature); g = softmax(u) − q."""
+    logp = torch.log_softmax(u.masked_fill(~present, float("-inf")), dim=-1)
+    q = torch.softmax((r / spec.temperature).masked_fill(~present, float("-inf")), dim=-1)
+    logp, q = torch.where(present, logp, 0.0), torch.where(present, q, 0.0)
+    return -(q * logp).sum(-1), torch.where(present, torch.exp(logp), 0.0) - q
+
+
+_FORMS = {"pairwise": _pairwise, "staged": _staged, "softmax": _softmax}
+
+
+def _sft_weights(rewards: Tensor, cu_groups: Tensor, spec: RankSpec, dtype: torch.dtype) -> Tensor:
+    """[C] weight of the supervised term: λ at the best candidate of each group, 0 elsewhere."""
+    weights = torch.zeros(rewards.shape[0], dtype=dtype, device=rewards.device)
+    counts = (cu_groups[1:] - cu_groups[:-1]).long()
+    if spec.sft_weight == 0 or not weights.numel():
+        return weights
+    groups = segment_index(cu_groups, rewards.shape[0])
+    highest = torch.full(
+        (counts.numel(),), float("-inf"), dtype=rewards.dtype, device=rewards.device
+    )
+    highest.scatter_reduce_(0, groups, rewards, "amax")
+    candidate = torch.arange(rewards.shape[0], device=rewards.device)
+    tied = torch.where(rewards == highest[groups], candidate, rewards.shape[0])
+    best = torch.full_like(counts, rewards.shape[0]).scatter_reduce_(0, groups, tied, "amin")
+    best, counts = best[counts > 0], counts[counts > 0]
+    growth = (counts - 1).to(dtype).square() if spec.sft_growth == "square" else 1.0
+    weights[best] = spec.sft_weight * torch.as_tensor(growth, dtype=dtype, device=rewards.device)
+    return weights
+
+
+def _final_logits(
+    logits: Tensor, bias: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype
+) -> Tensor:
+    """z = κ tanh(σ(u + b) / κ), or σ(u + b), of a block of rows, in the accumulation dtype."""
+    z = logits.to(dtype)
+    if bias is not None:
+        z = z + bias.to(dtype)
+    if scale != 1.0:
+        z = z * scale
+    if softcap is not None:
+        z = torch.tanh(z / softcap) * softcap
+    return z
+
+
+def _row_blocks(rows: int, vocab: int) -> list[tuple[int, int]]:
+    step = max(1, _BLOCK_ELEMENTS // max(vocab, 1))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]

@@ -1,0 +1,61 @@
+"""What the operators need to know of a ranking loss: a few numbers and names, nothing else.
+
+Every loss of the family reaches the tokens only through the candidates' scores, and its score part
+is one of three forms. A loss is therefore data (`RankSpec`) and not code: one reference and one
+kernel serve the whole family, and the fields travel through ``torch.library`` operators as plain
+arguments.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+FORMS = ("pairwise", "staged", "softmax")
+
+
+class RankSpec(NamedTuple):
+    """One ranking loss, as the operators see it.
+
+    With ``u_i = score_scale * (s_i - reference_i)`` and ``order`` the candidates by falling reward
+    (ties by index), the ranking term of a group is
+
+    - ``pairwise``: ``sum over r_i > r_j of w_ij * phi(u_i - u_j - margin)``;
+    - ``staged``: ``sum over stages k of logsumexp_{i >= k}(a_ki * u_i) - a_kk * u_k`` in ``order``;
+    - ``softmax``: ``-sum_i q_i * log softmax(u)_i`` with ``q = softmax(r / temperature)``;
+
+    and 0 for a group without a strict pair. The supervised term of a group is
+    ``-sft_weight * f(n) * sum_t logp_t`` over the best candidate (its mean for ``"mean"``).
+    """
+
+    form: str
+    """``"pairwise"``, ``"staged"`` or ``"softmax"``."""
+    phi: str = "hinge"
+    """Pairwise: ``"hinge"`` relu(-z), ``"logistic"`` softplus(-z), ``"square"`` z²."""
+    pairs: str = "all"
+    """Pairwise: ``"all"``, or ``"best_worst"`` for the first and the last in order alone."""
+    pair_weight: str = "one"
+    """Pairwise: ``"one"``, or ``"lambda"`` for LambdaRank's change of DCG (detached)."""
+    stage_scale: str = "one"
+    """Staged: ``"one"`` (a = 1), or ``"reward_gap"`` (PRO: a_ki = r_k - r_i, a_kk the largest)."""
+    top_k: int = 0
+    """Staged: number of stages at most; 0 for all of them (n - 1)."""
+    margin: float = 0.0
+    """Pairwise: subtracted from every difference."""
+    score_scale: float = 1.0
+    """Multiplies the scores (less the reference's) before the loss."""
+    temperature: float = 1.0
+    """Softmax: of the target distribution over the rewards."""
+    sft_weight: float = 0.0
+    """Weight of the supervised term on the best candidate; 0 leaves it out."""
+    sft_growth: str = "one"
+    """``"one"``, or ``"square"``: the weight is multiplied by (n - 1)² (PRO)."""
+    sft_reduction: str = "mean"
+    """The supervised term's ``"mean"`` or ``"sum"`` over the best candidate's tokens."""
+    normalize: str = "mean"
+    """A score is the ``"mean"`` or the ``"sum"`` of its tokens' log-probabilities."""
+
+    @property
+    def leaves_rows_dead(self) -> bool:
+        """Whether whole candidates can have a gradient of exactly zero, so that dropping their
+        rows before the backward products can pay."""
+        return self.form == "pairwise" and (self.phi == "hinge" or self.pairs == "best_worst")
