@@ -1,0 +1,46 @@
+"""Checks of values that shapes cannot show: offsets and labels.
+
+They run inside the operators, on the host, so that they also hold in a compiled step. A message says
+the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def check_offsets(name: str, offsets: Tensor, total: int, what: str, *, allow_empty: bool) -> None:
+    """``offsets`` must rise from 0 to ``total``, strictly unless ``allow_empty``.
+
+    Raises:
+        ValueError: they do not. A CUDA tensor is copied to the host first (one synchronisation).
+    """
+    values = offsets.tolist()
+    if not values:
+        raise ValueError(f"{name} must hold at least the offset 0, got an empty tensor")
+    if values[0] != 0:
+        raise ValueError(f"{name} must begin at 0, got {values[0]}")
+    if values[-1] != total:
+        raise ValueError(f"{name} must end at {total} (number of {what}), got {values[-1]}")
+    for i in range(1, len(values)):
+        if values[i] < values[i - 1] or (values[i] == values[i - 1] and not allow_empty):
+            kind = "not fall" if allow_empty else "rise"
+            raise ValueError(
+                f"{name} must {kind}, got {values[i - 1]} then {values[i]} at position {i}"
+            )
+
+
+def check_range(name: str, values: Tensor, stop: int, what: str) -> None:
+    """Every one of ``values`` must lie in ``[0, stop)``.
+
+    Raises:
+        ValueError: one does not; its position is named.
+    """
+    if not values.numel():
+        return
+    low, high = values.aminmax()
+    if int(low) >= 0 and int(high) < stop:
+        return
+    wrong = ((values < 0) | (values >= stop)).nonzero()[0]
+    at = int(wrong[0])
+    raise ValueError(f"{name} must lie in [0, {stop}) ({what}), got {int(values[at])} at index {at}")
