@@ -1,0 +1,108 @@
+"""One prompt and its tokenised candidates: the unit that is packed and ranked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One prompt and its tokenised candidates, in the given order.
+
+    Attributes:
+        prompt_ids: int64 [P], P >= 1; any sequence of integers is accepted.
+        response_ids: n >= 1 sequences of integers, kept as int64 [R_i], R_i >= 1.
+        rewards: float32 [n] (float64 is kept), finite, higher is better.
+        reference_scores: float32 [n], the reference model's scores, for losses that use them.
+        name: where the group comes from, for messages, e.g. ``"data.jsonl:17"``.
+
+    Raises:
+        ValueError: an empty prompt (no row would predict the first response token) or response, a
+            negative token, a reward that is not finite, lengths that disagree.
+        TypeError: token ids that are no integers.
+    """
+
+    prompt_ids: Tensor
+    response_ids: tuple[Tensor, ...]
+    rewards: Tensor
+    reference_scores: Tensor | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        where = self.name or "group"
+        set_field = object.__setattr__  # the fields are frozen for everyone else
+        set_field(self, "prompt_ids", _token_ids(self.prompt_ids, f"{where}: prompt_ids"))
+        responses = tuple(
+            _token_ids(ids, f"{where}: response_ids[{i}]")
+            for i, ids in enumerate(self.response_ids)
+        )
+        if not responses:
+            raise ValueError(f"{where}: response_ids must hold at least one response, got none")
+        set_field(self, "response_ids", responses)
+        set_field(self, "rewards", _per_response(self.rewards, len(responses), f"{where}: rewards"))
+        if self.reference_scores is not None:
+            scores = _per_response(
+                self.reference_scores, len(responses), f"{where}: reference_scores"
+            )
+            set_field(self, "reference_scores", scores)
+
+    @property
+    def num_candidates(self) -> int:
+        return len(self.response_ids)
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(len(ids) for ids in self.response_ids)
+
+    @property
+    def num_tokens_shared(self) -> int:
+        """Tokens with the prompt once: P + sum of R_i."""
+        return len(self.prompt_ids) + self.num_response_tokens
+
+    @property
+    def num_tokens_separate(self) -> int:
+        """Tokens with the prompt before every response: sum of P + R_i."""
+        return self.num_candidates * len(self.prompt_ids) + self.num_response_tokens
+
+    @property
+    def longest_path(self) -> int:
+        """Tokens of the longest [prompt; response]."""
+        return len(self.prompt_ids) + max(len(ids) for ids in self.response_ids)
+
+
+def _token_ids(ids: Any, what: str) -> Tensor:
+    tensor = ids if isinstance(ids, Tensor) else torch.from_numpy(np.array(ids))
+    if tensor.ndim != 1 or not len(tensor):
+        raise ValueError(
+            f"{what} must be a sequence of at least one token, got shape {tuple(tensor.shape)}"
+        )
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{what} must be integers, got {tensor.dtype}")
+    tensor = tensor.to(device="cpu", dtype=torch.int64)
+    if int(tensor.min()) < 0:
+        raise ValueError(f"{what} must not be negative, got {int(tensor.min())}")
+    return tensor
+
+
+def _per_response(values: Any, num_candidates: int, what: str) -> Tensor:
+    if not isinstance(values, Tensor):
+        # Plain Python floats become float32, as torch makes them; an array keeps float64.
+        values = (
+            torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values)
+        )
+    if values.dtype != torch.float64:
+        values = values.to(torch.float32)
+    values = values.detach().cpu()
+    if values.shape != (num_candidates,):
+        raise ValueError(
+            f"{what} must have one value for each of {num_candidates} responses, "
+            f"got shape {tuple(values.shape)}"
+        )
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{what} must be finite, got {values.tolist()}")
+    return values
