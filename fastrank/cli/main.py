@@ -1,0 +1,112 @@
+"""``fastrank <command>``: the table of commands and what an error looks like.
+
+A command's module is imported when it is run, so that ``fastrank --help`` needs none of them.
+Whatever the user got wrong ends as one line on stderr and exit code 2; any other exception is a
+defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from fastrank.errors import InputError
+
+#: name: (module with ``run(argv) -> int``, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": (
+        "fastrank.cli.train",
+        "train a model on ranked responses (nothing given: a built-in task)",
+    ),
+    "inspect": ("fastrank.cli.inspect", "what is in a record file, what is dropped and why"),
+    "score": ("fastrank.cli.score", "score a record file's responses with a model"),
+    "doctor": ("fastrank.cli.doctor", "versions, devices, and what would be chosen here and why"),
+}
+
+#: Packages that come with an extra, for the line that says how to get them.
+_EXTRAS = {
+    "accelerate": "train",
+    "datasets": "train",
+    "matplotlib": "train",
+    "peft": "train",
+    "pyarrow": "train",
+}
+
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; ``argv`` defaults to the process's arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    prog = "fastrank"
+    try:
+        if arguments and arguments[0] in ("-h", "--help", "help"):
+            print(_help())
+            return 0
+        if arguments and arguments[0] in ("--version", "-V"):
+            print(f"fastrank {version()}")
+            return 0
+        name = _command(arguments)
+        prog = f"fastrank {name}"
+        module = importlib.import_module(COMMANDS[name][0])
+        return int(module.run(arguments[1:]))
+    except InputError as error:
+        return _fail(prog, str(error))
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        return _fail(prog, f"needs {error.name}: pip install 'fastrank[{extra}]'")
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone; leave Python nothing to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except SystemExit as stop:  # argparse after --help
+        return stop.code if isinstance(stop.code, int) else 0
+
+
+def version() -> str:
+    """The installed distribution's version."""
+    from importlib.metadata import version as installed
+
+    return installed("fastrank")
+
+
+def _fail(prog: str, message: str) -> int:
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _command(arguments: Sequence[str]) -> str:
+    if not arguments:
+        raise InputError(f"expected a command: {', '.join(COMMANDS)} (or --help)")
+    name = arguments[0]
+    if name in COMMANDS:
+        return name
+    kind = "option" if name.startswith("-") else "command"
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f", did you mean {near[0]}?" if near else f"; commands: {', '.join(COMMANDS)}"
+    raise InputError(f"unknown {kind} {name[:60]}{hint}")
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = ["usage: fastrank <command> [options]", "", "commands:"]
+    lines += [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    lines += [
+        "",
+        "options:",
+        "  --help     this text; fastrank <command> --help lists a command's options",
+        "  --version  the installed version",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

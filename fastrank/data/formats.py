@@ -1,0 +1,241 @@
+"""The record formats: how a row of each is recognised and read.
+
+A format is recognised by the fields of the file's first row and then holds for the whole file: a
+later row that lacks them is an error with its line rather than a second guess. One small function a
+format; all of them give `Candidates`, in the order of the file, with None for what is null.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fastrank.data import fields
+from fastrank.data.fields import Prompt, field_of, listed, number, numbers, response
+from fastrank.data.files import Place, Row, one_line
+from fastrank.errors import InputError
+
+
+class Candidates(NamedTuple):
+    """One row: a prompt and its responses with their scores (higher is better)."""
+
+    prompt: Prompt | None
+    responses: list[str | None]
+    scores: list[float | None]
+    id: str | None = None
+
+
+Reader = Callable[[Row, Place, str | None], Candidates]
+
+#: Fields that may hold the score of a flat row, in the order tried; the last is HelpSteer's.
+FLAT_SCORES = ("score", "reward", "rating", "overall_score", "helpfulness")
+
+
+def from_ranks(ranks: Sequence[float | None]) -> list[float | None]:
+    """Ranks (lower is better) as scores: the largest rank of the group minus the rank."""
+    largest = max((rank for rank in ranks if rank is not None), default=0.0)
+    return [None if rank is None else largest - rank for rank in ranks]
+
+
+def _identity(row: Row) -> str | None:
+    value = row.get("id")
+    return None if value is None else one_line(value)
+
+
+def _responses(row: Row, key: str, place: Place) -> list[str | None]:
+    items = listed(field_of(row, key, place), place, key)
+    return [response(item, place, f"{key}[{i}]") for i, item in enumerate(items)]
+
+
+def _canonical(row: Row, place: Place, score_key: str | None) -> Candidates:
+    responses = _responses(row, "responses", place)
+    key = score_key or ("ranks" if row.get("scores") is None and "ranks" in row else "scores")
+    scores = numbers(row.get(key), len(responses), place, key, "responses")
+    if key == "ranks":
+        scores = from_ranks(scores)
+    asked = fields.prompt(field_of(row, "prompt", place), place, "prompt")
+    return Candidates(asked, responses, scores, _identity(row))
+
+
+def _rrhf(row: Row, place: Place, score_key: str | None) -> Candidates:
+    responses = _responses(row, "responses", place)
+    key = score_key or "scores"
+    scores = numbers(row.get(key), len(responses), place, key, "responses")
+    asked = fields.prompt(field_of(row, "query", place), place, "query")
+    return Candidates(asked, responses, scores, _identity(row))
+
+
+def _pro(row: Row, place: Place, score_key: str | None) -> Candidates:
+    responses = _responses(row, "suffix", place)
+    key = score_key or "reward"
+    scores = numbers(row.get(key), len(responses), place, key, "suffix")
+    asked = _pro_prompt(field_of(row, "prefix", place), len(responses), place)
+    return Candidates(asked, responses, scores, _identity(row))
+
+
+_PRO_ROLES = (("<|prompter|>", "user"), ("<|assistant|>", "assistant"))
+
+
+def _pro_prompt(value: Any, num_responses: int, place: Place) -> Prompt | None:
+    """PRO repeats the prompt beside every candidate, as text or as a list of marked turns."""
+    if isinstance(value, str) or value is None:
+        return fields.prompt(value, place, "prefix")
+    items = listed(value, place, "prefix")
+    if items and all(isinstance(item, str) for item in items) and _is_turns(items):
+        return _pro_turns(items, place)
+    if len(items) != num_responses:
+        raise InputError(f"{place}: prefix has {len(items)} entries, suffix has {num_responses}")
+    if any(item != items[0] for item in items):
+        raise InputError(f"{place}: prefix has different prompts, expected one for all candidates")
+    if not items:
+        return None
+    return (
+        _pro_turns(items[0], place)
+        if isinstance(items[0], list)
+        else _pro_prompt_text(items[0], place)
+    )
+
+
+def _pro_prompt_text(value: Any, place: Place) -> Prompt:
+    return fields.text(value, place, "prefix[0]")
+
+
+def _is_turns(items: Sequence[str]) -> bool:
+    return all(item.startswith(tuple(marker for marker, _ in _PRO_ROLES)) for item in items)
+
+
+def _pro_turns(items: Sequence[Any], place: Place) -> Prompt:
+    turns = [fields.text(item, place, f"prefix[0][{i}]") for i, item in enumerate(items)]
+    if not turns or not _is_turns(turns):
+        return "".join(turns)
+    out = []
+    for i, turn in enumerate(turns):
+        marker, role = next(pair for pair in _PRO_ROLES if turn.startswith(pair[0]))
+        said = turn.removeprefix(marker).strip()
+        if said or i < len(turns) - 1:  # the last marker alone only opens the response
+            out.append({"role": role, "content": said})
+    return out
+
+
+def _ultrafeedback(row: Row, place: Place, score_key: str | None) -> Candidates:
+    return _nested(row, place, "instruction", "completions", "response", score_key, "overall_score")
+
+
+def _nectar(row: Row, place: Place, score_key: str | None) -> Candidates:
+    found = _nested(row, place, "prompt", "answers", "answer", score_key, "rank")
+    return found if score_key else found._replace(scores=from_ranks(found.scores))
+
+
+def _nested(
+    row: Row, place: Place, asked: str, outer: str, inner: str, score_key: str | None, default: str
+) -> Candidates:
+    responses, scores = [], []
+    key = score_key or default
+    for i, item in enumerate(listed(field_of(row, outer, place), place, outer)):
+        if not isinstance(item, dict):
+            got = fields.shown(item)
+            raise InputError(f"{place}: {outer}[{i}] is {got}, expected an object")
+        responses.append(response(item.get(inner), place, f"{outer}[{i}].{inner}"))
+        scores.append(number(item.get(key), place, f"{outer}[{i}].{key}"))
+    prompt = fields.prompt(field_of(row, asked, place), place, asked)
+    return Candidates(prompt, responses, scores, _identity(row))
+
+
+def _all_rm_scores(row: Row, place: Place, score_key: str | None) -> Candidates:
+    responses = _responses(row, "all_generated_responses", place)
+    key = score_key or "all_rm_scores"
+    scores = numbers(row.get(key), len(responses), place, key, "all_generated_responses")
+    asked = fields.prompt(field_of(row, "prompt", place), place, "prompt")
+    return Candidates(asked, responses, scores, _identity(row))
+
+
+def _best_first(row: Row, place: Place, score_key: str | None) -> Candidates:
+    responses = _responses(row, "responses", place)
+    scores: list[float | None] = [float(len(responses) - 1 - i) for i in range(len(responses))]
+    asked = fields.prompt(field_of(row, "prompt", place), place, "prompt")
+    return Candidates(asked, responses, scores, _identity(row))
+
+
+def _unscored(row: Row, place: Place, score_key: str | None) -> Candidates:
+    found = _best_first(row, place, None)
+    return found._replace(scores=[0.0] * len(found.responses))
+
+
+def _preference(row: Row, place: Place, score_key: str | None) -> Candidates:
+    from fastrank.data.preference import split_pair
+
+    asked = fields.prompt(row.get("prompt"), place, "prompt")
+    chosen, rejected = field_of(row, "chosen", place), field_of(row, "rejected", place)
+    prompt, responses = split_pair(asked, chosen, rejected, place)
+    return Candidates(prompt, responses, [1.0, 0.0], _identity(row))
+
+
+def _flat(row: Row, place: Place, score_key: str | None) -> Candidates:
+    key = score_key or next((k for k in FLAT_SCORES if k in row), None)
+    if key is None:
+        expected = ", ".join(FLAT_SCORES)
+        raise InputError(f"{place}: no score field; expected one of {expected}, or score_key")
+    asked = fields.prompt(field_of(row, "prompt", place), place, "prompt")
+    said = response(field_of(row, "response", place), place, "response")
+    return Candidates(asked, [said], [number(row.get(key), place, key)], _identity(row))
+
+
+class Format(NamedTuple):
+    """A record format: the fields that give it away, how its rows are read."""
+
+    fields: tuple[str, ...]
+    read: Reader
+    has_scores: bool = True
+
+
+#: In the order in which they are tried on the first row.
+FORMATS: dict[str, Format] = {
+    "all_rm_scores": Format(("prompt", "all_generated_responses"), _all_rm_scores),
+    "ultrafeedback": Format(("instruction", "completions"), _ultrafeedback),
+    "nectar": Format(("prompt", "answers"), _nectar),
+    "pro": Format(("prefix", "suffix"), _pro),
+    "rrhf": Format(("query", "responses"), _rrhf),
+    "canonical": Format(("prompt", "responses"), _canonical),
+    "best_first": Format(("prompt", "responses"), _best_first, has_scores=False),
+    "unscored": Format(("prompt", "responses"), _unscored, has_scores=False),
+    "preference": Format(("chosen", "rejected"), _preference, has_scores=False),
+    "flat": Format(("prompt", "response"), _flat),
+}
+
+
+def detect(row: Row, place: Place, score_key: str | None = None) -> str:
+    """The format of a file by its first row.
+
+    ``prompt`` and ``responses`` alone mean best-first; with ``scores``, ``ranks`` or ``score_key``
+    they are canonical. ``unscored`` is never detected: it has to be asked for.
+    """
+    for name, known in FORMATS.items():
+        if all(key in row for key in known.fields):
+            if name != "canonical" or _scored(row) or score_key is not None:
+                return name
+    have = one_line(", ".join(map(str, row)) or "none", 80)
+    raise InputError(f"{place}: fields of no known format ({have}); known: {', '.join(FORMATS)}")
+
+
+def _scored(row: Row) -> bool:
+    return "scores" in row or "ranks" in row
+
+
+def reader(name: str, score_key: str | None = None) -> Reader:
+    """The function that reads rows of a format asked for by name."""
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, 1)
+        hint = f", did you mean '{near[0]}'?" if near else f"; known: {', '.join(FORMATS)}"
+        raise InputError(f"unknown format '{one_line(name, 40)}'{hint}")
+    if score_key is not None and not FORMATS[name].has_scores:
+        raise InputError(f"format '{name}' has no scores, so score_key does not apply to it")
+    return FORMATS[name].read
+
+
+def check_still(name: str, row: Row, place: Place) -> None:
+    """Refuse a row with scores in a file whose first row, without, made it best-first."""
+    if name == "best_first" and _scored(row):
+        raise InputError(
+            f"{place}: has scores or ranks, but the first record had none; give the format by name"
+        )

@@ -1,0 +1,257 @@
+"""A record as token ids: where the prompt ends, how a response ends, what is cut.
+
+Prompt and responses are tokenised as one text, as the model will meet them, and the prompt is the
+common beginning of its own tokens and of all the joint ones: a token that spans the boundary
+belongs to the response. The alternative, tokenising the two apart, is simpler but scores token
+sequences that the tokenizer never produces; it remains only where the rule leaves no prompt at all.
+
+Chat messages go through the tokenizer's chat template, whose own end of turn then ends the
+response. A tokenizer without a template gets the plain rendering of `render_plain`. Every text
+response ends with the tokenizer's EOS. Special tokens are placed here and not by the tokenizer's
+post-processor, so that a template's BOS is never doubled.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastrank.data.fields import Message
+from fastrank.data.records import Record
+from fastrank.data.report import Report
+from fastrank.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fastrank.data.packing import Group
+
+EMPTY_PROMPT = "prompt without a token"
+TEMPLATE_REFUSED = "refused by the chat template"
+
+#: Token ids that each tokenizer puts before a text by itself (BOS, for most that put any).
+_prefixes: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """Limits in tokens; None is no limit.
+
+    Attributes:
+        max_prompt_length: longer prompts lose tokens on the left (a leading BOS stays).
+        max_response_length: longer responses lose tokens on the right, their end of turn included.
+        max_length: limit of a prompt with any one response, normally the model's context. The
+            prompt gives way first, down to half of it, then the responses.
+        as_chat: treat a text prompt as a single user message.
+    """
+
+    max_prompt_length: int | None = None
+    max_response_length: int | None = None
+    max_length: int | None = None
+    as_chat: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_prompt_length", 1),
+            ("max_response_length", 1),
+            ("max_length", 2),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} must be at least {least}, got {value}")
+
+
+def tokenize_record(
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokenizeOptions,
+    report: Report,
+) -> Group | None:
+    """The record as a `Group`, or None if it has to be left out (counted in ``report``).
+
+    Left out are records whose prompt has no token (an empty text with a tokenizer that has no BOS)
+    and conversations that the chat template refuses. The group is named ``file:line``.
+
+    Raises:
+        InputError: the tokenizer has no EOS token to end a response with.
+    """
+    import torch
+
+    from fastrank.data.packing import Group
+
+    ids = record_ids(record, tokenizer, options, report)
+    if ids is None:
+        return None
+    prompt, responses = ids
+    return Group(
+        torch.tensor(prompt),
+        tuple(torch.tensor(response) for response in responses),
+        torch.tensor(record.scores, dtype=torch.float32),
+        name=f"{report.name}:{record.line}",
+    )
+
+
+def record_ids(
+    record: Record,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokenizeOptions,
+    report: Report,
+) -> tuple[list[int], list[list[int]]] | None:
+    """The token ids of `tokenize_record`: (prompt, one list a response), truncated."""
+    prompt: str | list[Message] = record.prompt
+    if options.as_chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list) and tokenizer.chat_template is not None:
+        try:
+            own, joint, ended = _render_template(prompt, record.responses, tokenizer)
+        except Exception as error:  # templates are programs of others; jinja wraps what they raise
+            if not _is_template_error(error):
+                raise
+            report.drop_kept(TEMPLATE_REFUSED, record.line, record.scores)
+            return None
+        prefix: list[int] = []  # a template writes its own BOS
+    else:
+        own, joint, ended = _join(prompt, record.responses)
+        prefix = _prefix(tokenizer)
+    split = _split(own, joint, ended, prefix, tokenizer, report, record.line)
+    if split is None:
+        report.drop_kept(EMPTY_PROMPT, record.line, record.scores)
+        return None
+    if not all(split[1]):
+        report.drop_kept(TEMPLATE_REFUSED, record.line, record.scores)
+        return None
+    return _truncate(*split, tokenizer, options, report, record.line)
+
+
+def render_plain(messages: Sequence[Message]) -> str:
+    """Chat messages as plain text, for tokenizers without a chat template.
+
+    Each message is its capitalised role, a colon and its content; messages are separated by an
+    empty line, and the text ends with ``Assistant:``, which a response follows after one space.
+
+    >>> render_plain([{"role": "user", "content": "Hi"}])
+    'User: Hi\\n\\nAssistant:'
+    """
+    turns = [f"{m['role'].capitalize()}: {m['content'].strip()}" for m in messages]
+    return "\n\n".join([*turns, "Assistant:"])
+
+
+def _join(prompt: str | list[Message], responses: Sequence[str]) -> tuple[str, list[str], bool]:
+    if isinstance(prompt, str):
+        return prompt, [prompt + response for response in responses], False
+    own = render_plain(prompt)
+    return own, [f"{own} {response.strip()}" for response in responses], False
+
+
+def _render_template(
+    prompt: list[Message], responses: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[str], bool]:
+    """(prompt text, joint texts, whether the template ends a turn by itself)."""
+
+    def render(messages: list[Message], generate: bool) -> str:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generate
+        )
+        return str(text)
+
+    own = render(prompt, True)
+    joint, ended = [], True
+    for response in responses:
+        text = render([*prompt, {"role": "assistant", "content": response}], False)
+        body = text.rstrip()
+        if body.endswith(response.rstrip()):
+            ended = False
+        else:  # white space after the end of turn is never generated
+            text = body
+        joint.append(text)
+    return own, joint, ended
+
+
+def _is_template_error(error: Exception) -> bool:
+    import jinja2
+
+    return isinstance(error, (jinja2.TemplateError, ValueError, TypeError, KeyError))
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text, told from one short text."""
+    if tokenizer not in _prefixes:
+        plain = _encode(tokenizer, ["a"])[0]
+        full = list(tokenizer(["a"], verbose=False)["input_ids"][0])
+        at = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
+        _prefixes[tokenizer] = full[:at]
+    return _prefixes[tokenizer]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [list(item) for item in ids]
+
+
+def _split(
+    own: str,
+    joint: list[str],
+    ended: bool,
+    prefix: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    report: Report,
+    line: int,
+) -> tuple[list[int], list[list[int]]] | None:
+    prompt, *whole = _encode(tokenizer, [own, *joint])
+    if prefix and prompt[: len(prefix)] == prefix:
+        prefix = []  # the text begins with its own BOS
+    if not ended:
+        eos = tokenizer.eos_token_id
+        if eos is None:
+            raise InputError("the tokenizer has no EOS token, so the end of a response is unknown")
+        whole = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in whole]
+    shared = len(os.path.commonprefix([prompt, *whole]))  # works on any sequences
+    # A response keeps at least one token, also when it adds nothing to the prompt's.
+    shared = max(0, min(shared, *(len(ids) - 1 for ids in whole)))
+    if prefix or shared:
+        return [*prefix, *prompt[:shared]], [ids[shared:] for ids in whole]
+    if not prompt:
+        start = tokenizer.bos_token_id
+        return None if start is None else ([start], whole)
+    # The first token spans the boundary in some response: tokenise the two apart.
+    report.forced_boundaries.append(line)
+    apart = _encode(tokenizer, [text.removeprefix(own) for text in joint])
+    tail = [] if ended else [tokenizer.eos_token_id]
+    return prompt, [ids if ids[-1:] == tail else ids + tail for ids in apart]
+
+
+def _truncate(
+    prompt: list[int],
+    responses: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokenizeOptions,
+    report: Report,
+    line: int,
+) -> tuple[list[int], list[list[int]]]:
+    prompt_limit = _smaller(len(prompt), options.max_prompt_length)
+    longest = _smaller(max(map(len, responses)), options.max_response_length)
+    response_limit = longest
+    if options.max_length is not None and prompt_limit + longest > options.max_length:
+        half = options.max_length // 2
+        prompt_limit = min(prompt_limit, max(half, options.max_length - longest))
+        response_limit = options.max_length - prompt_limit
+    if len(prompt) > prompt_limit:
+        report.truncate("prompt", line)
+        bos = tokenizer.bos_token_id
+        if bos is not None and prompt[0] == bos and prompt_limit > 1:
+            prompt = [bos, *prompt[len(prompt) - prompt_limit + 1 :]]
+        else:
+            prompt = prompt[len(prompt) - prompt_limit :]
+    cut = []
+    for ids in responses:
+        if len(ids) > response_limit:
+            report.truncate("response", line)
+        cut.append(ids[:response_limit])
+    return prompt, cut
+
+
+def _smaller(length: int, limit: int | None) -> int:
+    return length if limit is None else min(length, limit)

@@ -1,0 +1,115 @@
+"""Models and tokenizers from a folder or a Hub name, with one clear line when there is none.
+
+Weights are read from safetensors only (no pickle), code from a model's repository runs only where
+it was asked for, and a name that can only be meant as a path is never asked of the Hub. A model
+whose weights are incomplete is refused: transformers would fill the gap with random numbers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastrank.data.files import looks_like_path, one_line
+from fastrank.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def check_model_path(path: str | Path, needed: str = "config.json") -> str:
+    """The path as text, if it is a folder with a ``needed`` file or can be a Hub name.
+
+    Raises:
+        InputError: it is a file, a folder without that file, or a path that is not there.
+    """
+    name = str(path)
+    local = Path(name).expanduser()
+    if not name:
+        raise InputError("the model path is empty")
+    try:
+        if local.is_dir():
+            if not (local / needed).is_file():
+                raise InputError(f"{name}: not a model folder, it has no {needed}")
+            return str(local)
+        if local.exists():
+            raise InputError(f"{name}: expected a model folder, got a file")
+    except OSError as error:
+        raise InputError(f"{one_line(name)}: {error.strerror}") from error
+    if looks_like_path(name) or any(c.isspace() or c in ":\0" for c in name):
+        raise InputError(f"{one_line(name)}: no such model folder")
+    return name
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or Hub name.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    name = check_model_path(path, needed="tokenizer_config.json")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # corrupt folders and the network raise unrelated types here
+        raise _unreadable(path, "tokenizer", error) from error
+    return tokenizer
+
+
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype | str = "auto",
+    *,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """The causal language model of a folder or Hub name, on the CPU, in evaluation mode.
+
+    Args:
+        path: a folder with ``config.json`` and safetensors, or a Hub name.
+        dtype: a torch dtype, its name, or "auto" (as stored).
+        trust_remote_code: run the model code that comes with the weights.
+        options: further keyword arguments of ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        InputError: there is none, it cannot be read, is no causal language model, or lacks weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    name = check_model_path(path)
+    try:
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # corrupt folders and the network raise unrelated types here
+        raise _unreadable(path, "causal language model", error) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} weights are missing, the first is {missing[0]}; "
+            "expected a complete causal language model"
+        )
+    return model
+
+
+def context_length(config: Any) -> int | None:
+    """The most positions a model takes, from its configuration; None if that does not say."""
+    getter = getattr(config, "get_text_config", None)
+    text = getter() if getter is not None else config
+    value = getattr(text, "max_position_embeddings", None)
+    return int(value) if isinstance(value, int) and value > 0 else None
+
+
+def _unreadable(path: str | Path, what: str, error: Exception) -> InputError:
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    return InputError(f"{path}: cannot be loaded as a {what}: {reason}")
