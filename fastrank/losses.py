@@ -1,9 +1,9 @@
 """The ranking losses: what each one is, and nothing of how it is computed.
 
-Write s_i for a candidate's score (its length-normalised log-probability under the model), r_i for its
-reward. The losses differ only in the ranking term ℓ(s, r) of a prompt's group and in the weight λ of
-the supervised term on the group's best candidate. Every loss is a frozen dataclass of its
-hyper-parameters, so it can be a key, be compared and be printed; `Loss.spec` hands the
+Write s_i for a candidate's score (its length-normalised log-probability under the model), r_i for
+its reward. The losses differ only in the ranking term ℓ(s, r) of a prompt's group and in the
+weight λ of the supervised term on the group's best candidate. Every loss is a frozen dataclass of
+its hyper-parameters, so it can be a key, be compared and be printed; `Loss.spec` hands the
 operators the few numbers they need. One definition of each loss's score gradient serves every path.
 
 >>> import torch, fastrank
@@ -246,7 +246,8 @@ def loss_from_name(name: str, **options: Any) -> Loss:
     """The loss called ``name`` (any case) with ``options`` as its hyper-parameters.
 
     Raises:
-        ValueError: no such loss, no such option, or a value out of range; the text names the nearest.
+        ValueError: no such loss, no such option, or a value out of range; the text names the
+            nearest.
 
     >>> loss_from_name("rrhf", margin=0.1)
     RRHF(sft_weight=1.0, sft_reduction='mean', normalize='mean', pairs='all', margin=0.1)
@@ -272,9 +273,10 @@ def _check(owner: str, name: str, value: Any) -> None:
         return
     if name == "top_k" and value is None:
         return
-    kind: tuple[type, ...] = (int,) if name == "top_k" else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
-        noun = "an integer" if name == "top_k" else "a finite number"
+    whole = name == "top_k"
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not (number and math.isfinite(value)):
+        noun = "an integer" if whole else "a finite number"
         raise ValueError(f"{owner}: {name} must be {noun}, got {value!r}")
     if name in _POSITIVE and value <= 0:
         raise ValueError(f"{owner}: {name} must be positive, got {value!r}")

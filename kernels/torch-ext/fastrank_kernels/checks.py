@@ -1,7 +1,7 @@
 """Checks of values that shapes cannot show: offsets and labels.
 
-They run inside the operators, on the host, so that they also hold in a compiled step. A message says
-the argument, what was expected and what came.
+They run inside the operators, on the host, so that they also hold in a compiled step. A message
+says the argument, what was expected and what came.
 """
 
 from __future__ import annotations
@@ -43,4 +43,6 @@ def check_range(name: str, values: Tensor, stop: int, what: str) -> None:
         return
     wrong = ((values < 0) | (values >= stop)).nonzero()[0]
     at = int(wrong[0])
-    raise ValueError(f"{name} must lie in [0, {stop}) ({what}), got {int(values[at])} at index {at}")
+    raise ValueError(
+        f"{name} must lie in [0, {stop}) ({what}), got {int(values[at])} at index {at}"
+    )

@@ -8,12 +8,13 @@ reason the default budget is a share of the device's *total* memory, not of what
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
-# On a CPU a chunk of this many rows keeps the matrix products at full speed; more only costs memory.
+# On a CPU a chunk of this many rows keeps the matrix products at full speed; more only costs
+# memory.
 CPU_CHUNK_ROWS = 512
 _TOTAL_MEMORY_SHARE = 16
 
@@ -33,7 +34,7 @@ class Plan(NamedTuple):
     """Why, in one line."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def default_logits_memory(device_type: str, index: int | None) -> int:
     """Bytes of logits that may exist at once on a device, when the caller names no budget:
     a sixteenth of its total memory."""
@@ -91,16 +92,20 @@ def plan_logprobs(
     if not (hidden_grad or head_grad):
         return Plan("forward", chunk, 1, "nothing needs a gradient")
     if not head_grad:
-        return Plan("unit", chunk, 2, "the head is frozen: each row's gradient is known but for a factor")
+        return Plan(
+            "unit", chunk, 2, "the head is frozen: each row's gradient is known but for a factor"
+        )
     backward = int(hidden_grad) + 1
     if rows <= limit:
         return Plan("keep", chunk, 1 + backward, f"all {rows} rows of logits fit the budget")
-    return Plan("recompute", chunk, 2 + backward, f"{limit} of {rows} rows of logits fit the budget")
+    return Plan(
+        "recompute", chunk, 2 + backward, f"{limit} of {rows} rows of logits fit the budget"
+    )
 
 
 def group_chunks(token_offsets: list[int], chunk_rows: int) -> list[tuple[int, int]]:
-    """Cut groups into runs ``(first, last + 1)`` of at most ``chunk_rows`` rows; a larger group is a
-    run of its own. ``token_offsets`` [G + 1] are the groups' first tokens.
+    """Cut groups into runs ``(first, last + 1)`` of at most ``chunk_rows`` rows; a larger group is
+    a run of its own. ``token_offsets`` [G + 1] are the groups' first tokens.
 
     >>> group_chunks([0, 4, 8, 20, 21], 8)
     [(0, 2), (2, 3), (3, 4)]

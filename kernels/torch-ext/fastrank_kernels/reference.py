@@ -165,7 +165,7 @@ def rank_tokens(
     rank_loss, score_grads = rank_scores(ranked, rewards, cu_groups, None, spec)
     per_candidate = score_grads / lengths if spec.normalize == "mean" else score_grads
 
-    weight = _sft_weights(rewards.to(device), cu_groups.to(device), spec, dtype)
+    weight = sft_weights(rewards.to(device), cu_groups, spec, dtype)
     best_term = means if spec.sft_reduction == "mean" else sums
     # where, not a product: a candidate that is not the best may have a score of -inf.
     zero = torch.zeros((), dtype=dtype, device=device)
@@ -319,8 +319,10 @@ def _softmax(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Ten
 _FORMS = {"pairwise": _pairwise, "staged": _staged, "softmax": _softmax}
 
 
-def _sft_weights(rewards: Tensor, cu_groups: Tensor, spec: RankSpec, dtype: torch.dtype) -> Tensor:
-    """[C] weight of the supervised term: λ at the best candidate of each group, 0 elsewhere."""
+def sft_weights(rewards: Tensor, cu_groups: Tensor, spec: RankSpec, dtype: torch.dtype) -> Tensor:
+    """[C] weight of the supervised term: λ at the best candidate of each group (the first of the
+    highest), 0 elsewhere."""
+    cu_groups = cu_groups.to(rewards.device)
     weights = torch.zeros(rewards.shape[0], dtype=dtype, device=rewards.device)
     counts = (cu_groups[1:] - cu_groups[:-1]).long()
     if spec.sft_weight == 0 or not weights.numel():

@@ -1,0 +1,55 @@
+"""Checks of tensor arguments that several public functions share: dtype, shape and device.
+
+Values (offsets, labels) are checked inside the operators, where a compiled step reaches them too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    shape: tuple[int | str, ...],
+    *,
+    kind: str = "floating",
+    device: torch.device | None = None,
+) -> Tensor:
+    """``value`` must be a tensor of ``shape`` (a string stands for any size), of a ``kind`` of
+    dtype (``floating``, ``int64``, ``offsets``, ``bool``) and, if given, on ``device``.
+
+    Raises:
+        TypeError: it is no tensor or has another dtype.
+        ValueError: it has another shape or lives elsewhere.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    good = {
+        "floating": value.is_floating_point(),
+        "int64": value.dtype == torch.int64,
+        "offsets": value.dtype in _INDEX_DTYPES,
+        "bool": value.dtype == torch.bool,
+    }[kind]
+    if not good:
+        expected = "int32 (or int64)" if kind == "offsets" else kind
+        raise TypeError(f"{name} must be {expected}, got {value.dtype}")
+    fits = value.dim() == len(shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        expected = "[" + ", ".join(str(size) for size in shape) + "]"
+        raise ValueError(f"{name} must have shape {expected}, got {list(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {value.device}")
+    return value
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """``value`` must be one of ``choices``, else ValueError."""
+    if value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {expected}, got {value!r}")

@@ -1,0 +1,147 @@
+"""The fused ranking loss: hidden rows, head and rewards in; loss and exact gradients out.
+
+A ranking loss couples tokens only inside one prompt's group. So while a group's logits are there,
+its loss and its logits' gradient can be made, and the logits be forgotten: 3 matrix products
+instead of the 4 of a generic chunked cross-entropy, and memory for the logits of a few groups. The
+price is
+that only one scalar can scale gradients made in the forward: ``reduction="none"`` therefore
+goes through `fastrank.token_logprobs`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import fastrank_kernels
+
+from .arguments import check_choice, check_tensor
+from .logprobs import check_head, compute_dtype, sequence_scores, token_logprobs
+from .losses import Loss
+from .outputs import RankingOutput
+from .ranking import check_loss
+
+
+def linear_ranking_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    *,
+    cu_responses: Tensor,
+    cu_groups: Tensor,
+    loss: Loss,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reference_scores: Tensor | None = None,
+    reduction: str = "mean",
+    logits_memory: int | None = None,
+    validate: bool = False,
+    backend: str | None = None,
+) -> RankingOutput:
+    """Ranking term plus supervised term of G groups of C candidates with T response tokens in all.
+
+    Args:
+        hidden: [T, D], the row *before* each response token; or [N, D] with ``rows``.
+        weight: [V, D], the head. For dtypes see `fastrank.token_logprobs`.
+        labels: int64 [T], the response tokens, candidate after candidate.
+        rewards: [C], higher is better.
+        cu_responses: int32 [C + 1], candidate i's tokens are ``cu_responses[i]`` to
+            ``cu_responses[i + 1]``; none may be empty. On the host, best; a CUDA tensor costs one
+            synchronisation and is checked only with ``validate``.
+        cu_groups: int32 [G + 1], group g's candidates, likewise.
+        loss: e.g. ``fastrank.RRHF()``.
+        rows: int64 [T], the hidden row that predicts each label; a prompt's last row serves every
+            one of its responses.
+        bias: [V]. softcap: κ > 0. logit_scale: σ, in ``z = κ tanh(σ (W h + b) / κ)``.
+        reference_scores: [C], the reference model's scores, normalised as the loss says; for the
+            losses that use them (DPO, IPO), which are reference-free without.
+        reduction: ``"mean"`` over groups, ``"sum"`` (to normalise by a global count), or ``"none"``
+            for a loss of each group.
+        logits_memory: bytes of logits that may exist at once; None for the device's default. A
+            group that does not fit costs one more matrix product.
+        validate: also check values that live on a GPU, which waits for it.
+        backend: ``"torch"``, ``"triton"``, or None for the device's own.
+
+    Returns:
+        `RankingOutput`; only ``loss`` carries gradients. The mean over no group at all is 0.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or value.
+    """
+    check_loss(loss)
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_head(hidden, weight, labels, rows, bias, softcap, logits_memory, backend)
+    check_tensor("cu_responses", cu_responses, ("C + 1",), kind="offsets")
+    check_tensor("cu_groups", cu_groups, ("G + 1",), kind="offsets")
+    candidates = cu_responses.shape[0] - 1
+    check_tensor("rewards", rewards, (candidates,), device=hidden.device)
+    if reference_scores is not None:
+        if not loss.uses_reference:
+            raise ValueError(f"reference_scores goes with DPO or IPO, got {type(loss).__name__}")
+        check_tensor("reference_scores", reference_scores, (candidates,), device=hidden.device)
+    if reduction == "none":
+        logprobs = token_logprobs(
+            hidden,
+            weight,
+            labels,
+            rows=rows,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            logits_memory=logits_memory,
+            validate=validate,
+            backend=backend,
+        )
+        return _per_group(logprobs, rewards, cu_responses, cu_groups, loss, reference_scores)
+    groups = cu_groups.shape[0] - 1
+    scale = 1.0 / max(1, groups) if reduction == "mean" else 1.0
+    total, rank_loss, sft_loss, scores, logprobs = fastrank_kernels.linear_ranking(
+        hidden,
+        weight,
+        labels,
+        rewards,
+        cu_responses,
+        cu_groups,
+        loss.spec(),
+        rows=rows,
+        bias=bias,
+        reference_scores=reference_scores,
+        logit_scale=float(logit_scale),
+        softcap=None if softcap is None else float(softcap),
+        compute_dtype=compute_dtype(hidden, weight),
+        scale=scale,
+        logits_memory=logits_memory or 0,
+        validate=validate,
+        backend=backend or "",
+    )
+    return RankingOutput(total, rank_loss.sum() * scale, sft_loss.sum() * scale, scores, logprobs)
+
+
+def _per_group(
+    logprobs: Tensor,
+    rewards: Tensor,
+    cu_responses: Tensor,
+    cu_groups: Tensor,
+    loss: Loss,
+    reference_scores: Tensor | None,
+) -> RankingOutput:
+    """The same loss unfused, one value a group, from differentiable token log-probabilities."""
+    spec = loss.spec()
+    scores = sequence_scores(logprobs, cu_responses, normalize=spec.normalize)
+    ranked = scores if reference_scores is None else scores - reference_scores
+    rank_loss = fastrank_kernels.rank_scores(ranked, rewards, cu_groups, None, spec)
+    best_term = sequence_scores(logprobs, cu_responses, normalize=spec.sft_reduction)
+    weights = fastrank_kernels.sft_weights(rewards, cu_groups, spec, scores.dtype)
+    # where, not a product: a candidate that is not the best may have a score of -inf.
+    penalty = torch.where(weights != 0, -weights * best_term, torch.zeros_like(best_term))
+    sft_loss = fastrank_kernels.segment_sum(penalty, cu_groups, "")
+    return RankingOutput(
+        rank_loss + sft_loss,
+        rank_loss.detach(),
+        sft_loss.detach(),
+        scores.detach(),
+        logprobs.detach(),
+    )
