@@ -22,8 +22,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "train a model on ranked responses (nothing given: a built-in task)",
     ),
     "inspect": ("fastrank.cli.inspect", "what is in a record file, what is dropped and why"),
-    "score": ("fastrank.cli.score", "score a record file's responses with a model"),
-    "doctor": ("fastrank.cli.doctor", "versions, devices, and what would be chosen here and why"),
 }
 
 #: Packages that come with an extra, for the line that says how to get them.

@@ -111,6 +111,7 @@ class _Parser(HfArgumentParser):
             option
             for action in self._actions
             if action.nargs == "?" and action.const is True
+            if str not in _members(self._hints[action.dest])
             for option in action.option_strings
         }
         out: list[str] = []
@@ -166,6 +167,8 @@ class _Parser(HfArgumentParser):
         try:
             return kind(**own)
         except InputError:
+            raise
+        except ModuleNotFoundError:  # an extra that is not installed: main names its install line
             raise
         except (ValueError, TypeError, ImportError, OSError) as error:  # a dataclass's own checks
             raise InputError(" ".join(str(error).split())) from error

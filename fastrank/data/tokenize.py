@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     from fastrank.data.packing import Group
 
+#: Prompt ids, and one list of ids a response.
+Encoded = tuple[list[int], list[list[int]]]
+
 EMPTY_PROMPT = "prompt without a token"
 TEMPLATE_REFUSED = "refused by the chat template"
 
@@ -82,10 +85,10 @@ def tokenize_record(
 
     from fastrank.data.packing import Group
 
-    ids = record_ids(record, tokenizer, options, report)
-    if ids is None:
+    encoded = encode_record(record, tokenizer, report, as_chat=options.as_chat)
+    if encoded is None:
         return None
-    prompt, responses = ids
+    prompt, responses = truncate(encoded, tokenizer, options, report, record.line)
     return Group(
         torch.tensor(prompt),
         tuple(torch.tensor(response) for response in responses),
@@ -94,15 +97,17 @@ def tokenize_record(
     )
 
 
-def record_ids(
+def encode_record(
     record: Record,
     tokenizer: PreTrainedTokenizerBase,
-    options: TokenizeOptions,
     report: Report,
-) -> tuple[list[int], list[list[int]]] | None:
-    """The token ids of `tokenize_record`: (prompt, one list a response), truncated."""
+    *,
+    as_chat: bool = False,
+) -> Encoded | None:
+    """A record's token ids, (prompt, one list a response), at full length; see
+    `tokenize_record` for when there are none."""
     prompt: str | list[Message] = record.prompt
-    if options.as_chat and isinstance(prompt, str):
+    if as_chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list) and tokenizer.chat_template is not None:
         try:
@@ -119,11 +124,10 @@ def record_ids(
     split = _split(own, joint, ended, prefix, tokenizer, report, record.line)
     if split is None:
         report.drop_kept(EMPTY_PROMPT, record.line, record.scores)
-        return None
-    if not all(split[1]):
+    elif not all(split[1]):
         report.drop_kept(TEMPLATE_REFUSED, record.line, record.scores)
         return None
-    return _truncate(*split, tokenizer, options, report, record.line)
+    return split
 
 
 def render_plain(messages: Sequence[Message]) -> str:
@@ -199,7 +203,7 @@ def _split(
     tokenizer: PreTrainedTokenizerBase,
     report: Report,
     line: int,
-) -> tuple[list[int], list[list[int]]] | None:
+) -> Encoded | None:
     prompt, *whole = _encode(tokenizer, [own, *joint])
     if prefix and prompt[: len(prefix)] == prefix:
         prefix = []  # the text begins with its own BOS
@@ -223,14 +227,15 @@ def _split(
     return prompt, [ids if ids[-1:] == tail else ids + tail for ids in apart]
 
 
-def _truncate(
-    prompt: list[int],
-    responses: list[list[int]],
+def truncate(
+    encoded: Encoded,
     tokenizer: PreTrainedTokenizerBase,
     options: TokenizeOptions,
     report: Report,
     line: int,
-) -> tuple[list[int], list[list[int]]]:
+) -> Encoded:
+    """Token ids cut to the limits of ``options``, every cut counted."""
+    prompt, responses = encoded
     prompt_limit = _smaller(len(prompt), options.max_prompt_length)
     longest = _smaller(max(map(len, responses)), options.max_response_length)
     response_limit = longest

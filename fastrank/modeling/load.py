@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+#: Tokenizers that know no limit state 1e30; no context comes near this.
+_NO_LIMIT = 10**9
+
+
 def check_model_path(path: str | Path, needed: str = "config.json") -> str:
     """The path as text, if it is a folder with a ``needed`` file or can be a Hub name.
 
@@ -108,6 +112,20 @@ def context_length(config: Any) -> int | None:
     text = getter() if getter is not None else config
     value = getattr(text, "max_position_embeddings", None)
     return int(value) if isinstance(value, int) and value > 0 else None
+
+
+def tokenizer_context(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The context for a tokenizer alone: of the model beside it, or what the tokenizer states."""
+    from transformers import AutoConfig
+
+    name = str(Path(path).expanduser())
+    if not Path(name).is_dir() or (Path(name) / "config.json").is_file():
+        try:
+            return context_length(AutoConfig.from_pretrained(name))
+        except (OSError, ValueError, KeyError):  # a tokenizer without a model, or an unknown one
+            pass
+    stated = tokenizer.model_max_length
+    return int(stated) if 0 < stated < _NO_LIMIT else None
 
 
 def _unreadable(path: str | Path, what: str, error: Exception) -> InputError:
