@@ -20,6 +20,8 @@ Row = dict[str, Any]
 
 _HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+){0,2}$")
 _FILE_SUFFIXES = {".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt", ".gz", ".zip", ".arrow"}
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
 #: A JSON document may keep its rows under one of these names.
 _CONTAINERS = ("data", "rows", "records", "train", "examples")
 
@@ -95,7 +97,7 @@ def _file_rows(path: Path, name: str) -> Iterator[tuple[Place, Row]]:
         raise InputError(f"{name}: cannot be read: {error.strerror}") from error
     if head.startswith(b"PAR1") or path.suffix.lower() == ".parquet":
         return _parquet_rows(path, name)
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    start = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if not start and len(head) < 4096:
         raise InputError(f"{name}: the file is empty")
     if start.startswith(b"[") or (path.suffix.lower() == ".json" and not _is_json_lines(path)):
@@ -133,6 +135,8 @@ def _parse(text: bytes, place: str) -> Any:
 def _jsonl_rows(path: Path, name: str) -> Iterator[tuple[Place, Row]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(_BYTE_ORDER_MARK)
             if not line.strip():
                 continue
             place = Place(name, number)
