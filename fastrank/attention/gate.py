@@ -1,0 +1,112 @@
+"""Which models may share prompts.
+
+A shared-prompt pack is exact only where every mixing of tokens goes through an attention function
+that the adapter replaces, on positions that the model takes from ``position_ids``. What fails that
+is refused here by name and not left to be silently wrong: recurrent and hybrid models (their state
+would run from one response into the next), convolutions over time, biases by packed index (ALiBi),
+encoders, attention dropout. All of them work with ``shared_prompts=False``, one row a response.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fastrank.attention.adapter import attention_modules
+from fastrank.errors import InputError
+
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+
+_RECURRENT = ("mamba", "ssm", "recurrent", "rwkv", "deltanet", "deltarule", "linearattention")
+
+
+def check_shareable(causal_lm: PreTrainedModel) -> None:
+    """Raise InputError if shared prompts would not be exact on this model; the text says why."""
+    reason = refusal(causal_lm)
+    if reason:
+        raise InputError(
+            f"{type(causal_lm).__name__} cannot share prompts: {reason}; use shared_prompts=False "
+            "(one padded row a response)"
+        )
+
+
+def refusal(causal_lm: PreTrainedModel) -> str | None:
+    """Why shared prompts would not be exact on this model; None if nothing speaks against them."""
+    config = causal_lm.config.get_text_config()
+    return (
+        _refused_by_config(config)
+        or _refused_by_layer_types(config)
+        or _refused_by_modules(causal_lm)
+        or _refused_by_interface(causal_lm)
+        or _attention_dropout(causal_lm)
+    )
+
+
+def _refused_by_config(config: PretrainedConfig) -> str | None:
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder model"
+    if not getattr(config, "is_causal", True):
+        return "its attention is not causal (config.is_causal is False)"
+    position_type = getattr(config, "position_embedding_type", None)
+    if getattr(config, "alibi", False) or position_type == "alibi":
+        return "its ALiBi biases count packed indices, not positions"
+    return None
+
+
+def _refused_by_layer_types(config: PretrainedConfig) -> str | None:
+    for attribute in ("layer_types", "layers_block_type"):
+        layer_types = getattr(config, attribute, None)
+        if layer_types is None:
+            continue
+        others = sorted({str(t) for t in layer_types} - {*LAYER_TYPES, "attention"})
+        if others:
+            return f"it is recurrent or hybrid (layers of type {', '.join(others)})"
+    return None
+
+
+def _refused_by_modules(causal_lm: PreTrainedModel) -> str | None:
+    for module in causal_lm.modules():
+        name = type(module).__name__
+        if any(word in name.lower() for word in _RECURRENT):
+            return f"it is recurrent or hybrid (it contains {name})"
+        if isinstance(module, nn.Conv1d):
+            return "it contains a convolution over time (Conv1d)"
+        if isinstance(module, nn.RNNBase):
+            return f"it is recurrent (it contains {name})"
+    return None
+
+
+def _refused_by_interface(causal_lm: PreTrainedModel) -> str | None:
+    trunk = causal_lm.base_model
+    if not causal_lm._can_set_attn_implementation() or not attention_modules(causal_lm):
+        return "its attention does not go through transformers' attention interface"
+    parameters = inspect.signature(trunk.forward).parameters
+    if "position_ids" not in parameters:
+        return "it takes no position_ids"
+    num_layers = getattr(causal_lm.config.get_text_config(), "num_hidden_layers", None)
+    if num_layers is not None and len(attention_modules(causal_lm)) < num_layers:
+        return "it has layers without attention"
+    return None
+
+
+def _attention_dropout(causal_lm: PreTrainedModel) -> str | None:
+    for name, rate in attention_dropouts(causal_lm):
+        if rate > 0:
+            return (
+                f"attention dropout must be 0, got {name} = {rate} (disable_dropout(model) sets it)"
+            )
+    return None
+
+
+def attention_dropouts(model: nn.Module) -> Iterator[tuple[str, float]]:
+    """Every attention dropout rate of the model, by the name of its place."""
+    for module in attention_modules(model):
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                yield f"{type(module).__name__}.{name}", value
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout) and "resid" not in name:
+                yield f"{type(module).__name__}.{name}", child.p

@@ -1,0 +1,78 @@
+"""Looking before leaping: a few tokens through the model when it is prepared.
+
+Two silent errors are caught here that no configuration reveals: a head whose logits are not what
+the fused loss would make of its hidden rows, and an architecture on which a response in a shared
+pack is not what it is in a row of its own. The cost is a handful of passes over a few tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastrank.data.packing import Group, pack
+from fastrank.errors import InputError
+from fastrank.modeling.heads import Head, measure_head
+from fastrank.modeling.unwrap import vocab_size
+
+_PROMPT_LENGTH, _RESPONSE_LENGTHS = 3, (3, 3)
+
+
+def probe_group(model: PreTrainedModel) -> Group:
+    """A group of random tokens, the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        torch.randint(0, vocab_size(model), (length,), generator=generator)
+        for length in (_PROMPT_LENGTH, *_RESPONSE_LENGTHS)
+    ]
+    return Group(draws[0], tuple(draws[1:]), torch.arange(2.0), name="start-up check")
+
+
+def check_head(
+    model: PreTrainedModel, forward: Callable[..., Any], hidden_states: Callable[..., Tensor]
+) -> Head:
+    """Measure the head on one short row; ``forward`` is the model's own."""
+    group = probe_group(model)
+    row = torch.cat((group.prompt_ids, group.response_ids[0]))[None].to(model.device)
+    hidden = hidden_states(input_ids=row)
+    logits = forward(input_ids=row).logits
+    return measure_head(model, hidden[0], logits[0])
+
+
+def check_sharing(
+    model: PreTrainedModel,
+    pack_hidden: Callable[..., Tensor],
+    hidden_states: Callable[..., Tensor],
+) -> None:
+    """Compare a shared pack with rows of their own; raise InputError where they differ.
+
+    In float32 every token is compared; in lower precisions the median, because single tokens may
+    flip an expert of a mixture.
+    """
+    group = probe_group(model)
+    shared = pack(
+        [group, Group(group.response_ids[1], group.response_ids, group.rewards)], max_tokens=64
+    )[0].to(model.device)
+    packed = pack_hidden(shared)[0].double()
+    assert shared.segments is not None
+    errors = []
+    for span in shared.segments.groups:
+        prompt = shared.input_ids[0, span.prompt.start : span.prompt.stop]
+        for response in span.responses:
+            own = shared.input_ids[0, response.start : response.stop]
+            alone = hidden_states(input_ids=torch.cat((prompt, own))[None])[0, len(prompt) :]
+            difference = packed[response.start : response.stop] - alone.double()
+            errors.append(difference.norm(dim=-1) / alone.double().norm(dim=-1))
+    error = torch.cat(errors)
+    wide = packed.new_empty((), dtype=next(model.parameters()).dtype).element_size() >= 4
+    found = float(error.max() if wide else error.median())
+    if not found < (3e-3 if wide else 0.1):
+        raise InputError(
+            f"{type(model).__name__} cannot share prompts: a response's hidden states in a pack "
+            f"differ from those in a row of its own (relative error {found:.1e}); use "
+            "shared_prompts=False"
+        )

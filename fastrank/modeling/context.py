@@ -1,0 +1,59 @@
+"""Checks of a pack against what a model can place: context length and position-dependent RoPE.
+
+Both are about single paths, [prompt; response], and not about the pack, whose row may be much
+longer than the model's context.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from fastrank.data.packing import Pack
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Positions that the model was made for; None if its configuration does not say."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def rope_boundary(config: PretrainedConfig) -> int | None:
+    """The length at which longrope switches its frequencies, for every position of the row."""
+    for parameters in _rope_parameters(config):
+        if parameters.get("rope_type") == "longrope":
+            boundary = parameters.get("original_max_position_embeddings")
+            return int(boundary) if boundary else context_length(config)
+    return None
+
+
+def check_paths(pack: Pack, config: PretrainedConfig) -> None:
+    """Raise ValueError if a path of the pack is too long, or if paths cannot share frequencies."""
+    limit = context_length(config)
+    longest, shortest = max(pack.path_lengths), min(pack.path_lengths)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"{_name(pack, longest)}: prompt and response must fit into the model's context of "
+            f"{limit} tokens, got {longest}"
+        )
+    boundary = rope_boundary(config)
+    if boundary is not None and shortest <= boundary < longest:
+        raise ValueError(
+            f"longrope turns paths of up to {boundary} tokens differently from longer ones, and "
+            f"this pack has both: {_name(pack, shortest)} with {shortest} and "
+            f"{_name(pack, longest)} with {longest}; pack them apart"
+        )
+
+
+def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """RoPE parameters of the model, or of each of its layer types."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _name(pack: Pack, path_length: int) -> str:
+    candidate = pack.path_lengths.index(path_length)
+    group = sum(int(offset) <= candidate for offset in pack.cu_groups[1:])
+    return pack.names[group] or f"group {pack.group_index[group]}"

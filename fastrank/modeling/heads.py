@@ -1,0 +1,116 @@
+"""The output head: which weight, bias, scale and softcap turn hidden rows into logits.
+
+The fused loss multiplies the head itself, so it must know exactly what the model does after its
+last hidden state. Names in configurations do not tell: Granite divides by ``logits_scaling``,
+HyperCLOVAX multiplies by an attribute of the same name. So the head is *measured*: the model's own
+logits on a few rows are compared with what the head gives there, and a scale is accepted only if it
+reproduces them. Whatever cannot be reproduced (and a head that is no plain linear layer: with an
+adapter, quantised) takes the logits path, where the model makes its own logits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+class HeadWeights(NamedTuple):
+    """``z = softcap tanh(scale (W h + b) / softcap)``."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+
+@dataclass(frozen=True)
+class Head:
+    """How logits are made: ``fused`` by the loss from the head's weights, or by the model."""
+
+    fused: bool
+    reason: str
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def weights(self, model: PreTrainedModel) -> HeadWeights | None:
+        """The head's current tensors; None for the logits path."""
+        if not self.fused or not_plain(model) is not None:
+            return None
+        linear: Any = _linear(model)
+        return HeadWeights(linear.weight, linear.bias, self.softcap, self.logit_scale)
+
+
+def not_plain(model: PreTrainedModel) -> str | None:
+    """Why the head is not a plain matrix whose gradient is enough; None if it is."""
+    module = _linear(model)
+    if not isinstance(module, nn.Linear):
+        return f"the head is a {type(module).__name__}"
+    if type(module).forward is not nn.Linear.forward:
+        return f"the head is a {type(module).__name__}, with a forward of its own"
+    if isinstance(module.weight, DTensor):
+        return "the head is sharded by itself"
+    if not module.weight.is_floating_point():
+        return f"the head is quantised ({module.weight.dtype})"
+    return None
+
+
+def _linear(model: PreTrainedModel) -> nn.Module:
+    module: nn.Module = model.get_output_embeddings()
+    copies = getattr(module, "modules_to_save", None)  # PEFT's trained copy of a whole module
+    if copies is not None and not getattr(module, "disable_adapters", False):
+        return copies[module.active_adapter]
+    return module
+
+
+def measure_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> Head:
+    """Find scale and softcap such that the head on ``hidden`` gives ``logits``.
+
+    Args:
+        model: the causal language model.
+        hidden: [S, D], its last hidden states on some tokens.
+        logits: [S, V], its own logits there.
+    """
+    reason = not_plain(model)
+    if reason is not None:
+        return Head(False, reason)
+    module: Any = _linear(model)
+    if module.weight.shape[1] != hidden.shape[1]:
+        return Head(False, "the model transforms its last hidden state before the head")
+    plain = module(hidden.to(module.weight.dtype)).double()
+    logits = logits.double()
+    if plain.shape != logits.shape:
+        return Head(False, "the model's logits are not the size of its head")
+    config = model.config.get_text_config()
+    error = 1e-4 if module.weight.dtype in (torch.float32, torch.float64) else 3e-2
+    for softcap in _softcaps(config):
+        for scale in _scales(config):
+            made = scale * plain
+            if softcap is not None:
+                made = softcap * torch.tanh(made / softcap)
+            if (made - logits).norm() <= error * logits.norm():
+                return Head(True, "the head reproduces the model's logits", softcap, scale)
+    return Head(False, "the head alone does not reproduce the model's logits")
+
+
+def _softcaps(config: PretrainedConfig) -> list[float | None]:
+    cap = getattr(config, "final_logit_softcapping", None)
+    found: list[float | None] = [None]
+    if cap:
+        found.insert(0, float(cap))
+    return found
+
+
+def _scales(config: PretrainedConfig) -> list[float]:
+    """1, and every number that a configuration might mean as a factor or divisor of logits."""
+    scales = [1.0]
+    for name, value in config.to_dict().items():
+        if "logit" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if math.isfinite(value) and value not in (0, 1):
+                scales += [float(value), 1.0 / float(value)]
+    return scales

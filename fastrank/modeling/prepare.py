@@ -1,0 +1,259 @@
+"""`prepare_model`: a transformers model that takes packs.
+
+The model stays what it is: same class, same parameters, same ``save_pretrained``, same behaviour
+for every call without a pack. Only its ``forward`` is replaced on the instance, because that is
+where DDP, FSDP2 and accelerate hook in: the ranking loss must be computed *inside* the wrapped
+forward, or gradients are not synchronised. A wrapping ``nn.Module`` would have changed parameter
+names and checkpoints.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastrank.attention.adapter import attention_modules, hook_attention, shared_prompt_attention
+from fastrank.attention.backends import BACKENDS
+from fastrank.attention.gate import check_shareable
+from fastrank.data.packing import Pack
+from fastrank.errors import InputError
+from fastrank.linear_loss import linear_ranking_loss
+from fastrank.logprobs import sequence_scores, token_logprobs
+from fastrank.losses import Loss
+from fastrank.modeling.checks import check_head, check_sharing
+from fastrank.modeling.context import check_paths
+from fastrank.modeling.heads import Head
+from fastrank.modeling.logits import model_logprobs, ranking_from_logprobs
+from fastrank.modeling.outputs import ScoreOutput
+from fastrank.modeling.unwrap import causal_lm, evaluation_mode, is_materialized, model_configs
+from fastrank.outputs import RankingOutput
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_STATE = "_fastrank"
+
+
+@dataclass(eq=False)
+class Prepared:
+    """What `prepare_model` keeps on a model."""
+
+    shared_prompts: bool
+    attention: str
+    inner_forward: Callable[..., Any] | None  # an instance's own forward, if it had one
+    num_attention_modules: int
+    handles: list[Any]
+    head: Head | None = None
+
+
+def prepare_model(model: ModelT, *, attention: str = "auto", shared_prompts: bool = True) -> ModelT:
+    """Let a causal language model take packs; returns the same model.
+
+    Afterwards ``model(pack=pack, loss=fastrank.RRHF(), reduction="mean")`` gives a `RankingOutput`
+    and ``model(pack=pack)`` a `ScoreOutput` whose token log-probabilities carry gradients. A pack
+    is moved to the model's device if it is elsewhere. Every other call behaves as before.
+
+    The auxiliary load-balancing loss of mixtures of experts is not added to the ranking loss; with
+    shared prompts it would count a prompt's tokens once and not once a response.
+
+    Args:
+        model: a transformers causal language model, PEFT-wrapped or not. To be called before DDP,
+            FSDP2 or ``torch.compile`` wrap it.
+        attention: ``"auto"``, or the backend for shared prompts by name: ``"cpu"`` (parts of one
+            softmax merged), ``"varlen"``, ``"flex"``, ``"paths"`` (every path by itself).
+        shared_prompts: False for models that cannot share prompts (recurrent, hybrid, ALiBi); they
+            take packs made with ``shared_prompts=False``.
+
+    Raises:
+        TypeError: not a transformers model.
+        InputError: the model cannot share prompts, and why.
+        ValueError: an unknown backend.
+    """
+    if attention not in ("auto", *BACKENDS):
+        expected = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"attention must be one of {expected}, got {attention!r}")
+    lm = causal_lm(model)
+    if shared_prompts:
+        check_shareable(lm)
+    release_model(model)
+    modules = attention_modules(lm) if shared_prompts else []
+    state = Prepared(
+        shared_prompts=shared_prompts,
+        attention=attention,
+        inner_forward=model.__dict__.get("forward"),
+        num_attention_modules=len(modules),
+        handles=hook_attention(modules),
+    )
+    model.__dict__[_STATE] = state
+    model.forward = MethodType(_forward_of(type(model)), model)
+    try:
+        if is_materialized(lm):
+            _check(model, state)
+    except Exception:
+        release_model(model)
+        raise
+    return model
+
+
+def release_model(model: nn.Module) -> None:
+    """Undo `prepare_model`; nothing happens to a model that is not prepared."""
+    state = model.__dict__.pop(_STATE, None)
+    if state is None:
+        return
+    for handle in state.handles:
+        handle.remove()
+    del model.forward
+    if state.inner_forward is not None:
+        model.forward = state.inner_forward
+
+
+def prepared_state(model: nn.Module) -> Prepared | None:
+    """What `prepare_model` left on a model, also under a wrapper's ``module``; None without."""
+    return model.__dict__.get(_STATE) or getattr(model, "module", model).__dict__.get(_STATE)
+
+
+def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
+    """The prepared forward for models of a class.
+
+    Its signature is that of the class: transformers' Trainer reads from it which columns and
+    keyword arguments the model takes. ``__wrapped__`` must not be set, because accelerate follows
+    it down to the class's forward when it unwraps.
+    """
+
+    @functools.wraps(cls.forward)
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        pack: Pack | None = None,
+        loss: Loss | None = None,
+        reduction: str = "mean",
+        normalize: str = "mean",
+        logits_memory: int | None = None,
+        backend: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if pack is None:
+            if loss is not None:
+                raise TypeError("loss needs pack=, got no pack")
+            return _inner(self)(*args, **kwargs)
+        given = [name for name, value in kwargs.items() if value is not None]
+        if args or given:
+            raise TypeError(f"pack= takes no other model inputs, got {given or 'positional ones'}")
+        options = {"logits_memory": logits_memory, "backend": backend}
+        return _pack_forward(self, pack, loss, reduction, normalize, options)
+
+    del forward.__wrapped__
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+def _inner(model: nn.Module) -> Callable[..., Any]:
+    """The forward that the model had before."""
+    state: Prepared = model.__dict__[_STATE]
+    return state.inner_forward or MethodType(type(model).forward, model)
+
+
+def _pack_forward(
+    model: nn.Module,
+    pack: Pack,
+    loss: Loss | None,
+    reduction: str,
+    normalize: str,
+    options: dict[str, Any],
+) -> RankingOutput | ScoreOutput:
+    state: Prepared = model.__dict__[_STATE]
+    lm = causal_lm(model)
+    if pack.shared_prompts and not state.shared_prompts:
+        raise ValueError(
+            "pack has shared prompts, but the model was prepared with shared_prompts=False; "
+            "make it with pack(groups, ..., shared_prompts=False)"
+        )
+    check_paths(pack, lm.config)
+    if pack.device != lm.device:
+        pack = pack.to(lm.device, non_blocking=True)
+    if state.head is None:
+        _check(model, state)
+    assert state.head is not None
+    head = state.head.weights(lm)
+    if head is None:
+        logprobs = _model_logprobs(model, lm, state, pack)
+        if loss is not None:
+            return ranking_from_logprobs(logprobs, pack, loss, reduction)
+    else:
+        hidden = _pack_hidden(lm, state, pack)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        common = {**head._asdict(), "rows": pack.rows, **options}
+        weight = common.pop("weight")
+        if loss is not None:
+            return linear_ranking_loss(
+                hidden,
+                weight,
+                pack.labels,
+                pack.rewards.to(torch.promote_types(hidden.dtype, torch.float32)),
+                cu_responses=pack.cu_responses,
+                cu_groups=pack.cu_groups,
+                loss=loss,
+                reference_scores=pack.reference_scores if loss.uses_reference else None,
+                reduction=reduction,
+                **common,
+            )
+        logprobs = token_logprobs(hidden, weight, pack.labels, **common)
+    scores = sequence_scores(logprobs, pack.cu_responses, normalize=normalize)
+    return ScoreOutput(scores, logprobs)
+
+
+def _pack_hidden(lm: PreTrainedModel, state: Prepared, pack: Pack) -> Tensor:
+    """Last hidden states, [1, N, D] or [C, L, D]."""
+    return _run(lm, state, pack, functools.partial(_hidden_states, lm))
+
+
+def _model_logprobs(model: nn.Module, lm: PreTrainedModel, state: Prepared, pack: Pack) -> Tensor:
+    forward = _inner(model)
+    return _run(lm, state, pack, lambda **inputs: model_logprobs(lm, forward, inputs, pack))
+
+
+def _run(
+    lm: PreTrainedModel, state: Prepared, pack: Pack, function: Callable[..., Tensor]
+) -> Tensor:
+    """Call ``function`` with the pack's model inputs, under the attention that the pack needs."""
+    if pack.segments is None:
+        # Nothing attends to what stands on its right: padding needs no mask.
+        return function(input_ids=pack.input_ids)
+    with shared_prompt_attention(model_configs(lm), pack.segments, state.attention) as context:
+        # The mask of ones keeps transformers from looking for packed rows in the positions.
+        result = function(
+            input_ids=pack.input_ids,
+            position_ids=pack.position_ids,
+            attention_mask=torch.ones_like(pack.input_ids),
+        )
+    if context.calls < state.num_attention_modules:
+        raise InputError(
+            f"{type(lm).__name__} cannot share prompts: {context.calls} of "
+            f"{state.num_attention_modules} attention layers took the pack's layout; use "
+            "shared_prompts=False"
+        )
+    return result
+
+
+def _hidden_states(lm: PreTrainedModel, **inputs: Any) -> Tensor:
+    trunk = lm.base_model
+    output = trunk(**inputs, use_cache=False)
+    hidden = getattr(output, "last_hidden_state", None)
+    return output[0] if hidden is None else hidden
+
+
+def _check(model: nn.Module, state: Prepared) -> None:
+    """Run the start-up checks, which set the state's head."""
+    lm = causal_lm(model)
+    hidden_states = functools.partial(_hidden_states, lm)
+    with torch.no_grad(), evaluation_mode(model):
+        state.head = check_head(lm, _inner(model), hidden_states)
+        if state.shared_prompts:
+            check_sharing(lm, functools.partial(_pack_hidden, lm, state), hidden_states)

@@ -1,0 +1,57 @@
+"""Scores of candidates under a model: its own mean (or summed) log-probability of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastrank.attention.gate import refusal
+from fastrank.data.packing import Group, pack
+from fastrank.modeling.prepare import prepare_model, prepared_state, release_model
+from fastrank.modeling.unwrap import causal_lm, evaluation_mode, vocab_size
+
+
+def score(
+    model: nn.Module, groups: Sequence[Group], *, max_tokens: int = 16384, normalize: str = "mean"
+) -> list[Tensor]:
+    """Score every candidate of every group, without gradients and in evaluation mode.
+
+    A model that is not prepared is prepared for this call and released after it, with shared
+    prompts where it supports them.
+
+    Args:
+        model: a transformers causal language model; or a prepared one, wrapped or not.
+        groups: tokenised candidates.
+        max_tokens: tokens of a pack, see `fastrank.pack`.
+        normalize: ``"mean"`` or ``"sum"`` of a response's token log-probabilities.
+
+    Returns:
+        One float32 [n] on the host for each group, in the given order.
+
+    Raises:
+        ValueError: a group that does not fit into ``max_tokens`` or the model's context.
+    """
+    state = prepared_state(model)
+    if state is None:
+        with evaluation_mode(model):
+            prepare_model(model, shared_prompts=refusal(causal_lm(model)) is None)
+        try:
+            return score(model, groups, max_tokens=max_tokens, normalize=normalize)
+        finally:
+            release_model(model)
+    packs = pack(
+        groups,
+        max_tokens=max_tokens,
+        shared_prompts=state.shared_prompts,
+        vocab_size=vocab_size(causal_lm(getattr(model, "module", model))),
+    )
+    scores: list[Tensor] = [torch.empty(0)] * len(groups)
+    with torch.no_grad(), evaluation_mode(model):
+        for chosen in packs:
+            found = model(pack=chosen, normalize=normalize).scores.float().cpu()
+            sizes = (chosen.cu_groups[1:] - chosen.cu_groups[:-1]).tolist()
+            for index, values in zip(chosen.group_index, found.split(sizes), strict=True):
+                scores[index] = values
+    return scores

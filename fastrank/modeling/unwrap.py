@@ -1,0 +1,86 @@
+"""The causal language model inside what users hand over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fastrank.errors import InputError
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, or the one that PEFT wraps.
+
+    Raises:
+        TypeError: neither a transformers model nor one wrapped by PEFT.
+        InputError: a PEFT method that puts virtual tokens before the prompt, or no output head.
+    """
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):
+        _check_peft(inner)
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(
+            "model must be a transformers causal language model, PEFT-wrapped or not, got "
+            f"{type(inner).__name__}"
+        )
+    if inner.get_output_embeddings() is None or inner.base_model is inner:
+        raise InputError(
+            f"{type(inner).__name__} has no language-model head; expected a causal language model"
+        )
+    return inner
+
+
+def _check_peft(model: Any) -> None:
+    for peft_config in getattr(model, "peft_config", {}).values():
+        if getattr(peft_config, "is_prompt_learning", False):
+            raise InputError(
+                f"PEFT method {peft_config.peft_type} puts virtual tokens before the prompt, which "
+                "fastrank does not support; expected one that adapts weights, such as LoRA"
+            )
+        if getattr(peft_config, "alora_invocation_tokens", None):
+            raise InputError(
+                "activated LoRA (alora_invocation_tokens) adapts single positions of a row, which "
+                "fastrank does not support; expected LoRA on every position"
+            )
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    """Token ids that the model can embed."""
+    embedding: Any = model.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
+
+
+def model_configs(model: nn.Module) -> list[PretrainedConfig]:
+    """Every config object that a module of the model reads its attention implementation from."""
+    configs: dict[int, PretrainedConfig] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
+            configs[id(config)] = config
+    return list(configs.values())
+
+
+def is_materialized(model: nn.Module) -> bool:
+    """Whether every weight is whole and here: not on the meta device, sharded or emptied."""
+    return all(
+        parameter.numel() > 0 and not parameter.is_meta and not isinstance(parameter, DTensor)
+        for parameter in model.parameters()
+    )
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """``model.eval()`` for a while; afterwards every module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
