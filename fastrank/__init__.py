@@ -39,9 +39,12 @@ _HOMES = {
 }  # fmt: skip
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted([*_MODULES, "__version__", "metrics"])
+_SUBMODULES = ("losses", "metrics")
+
+__all__ = sorted([*_MODULES, *_SUBMODULES, "__version__"])
 
 if TYPE_CHECKING:
+    from . import losses as losses
     from . import metrics as metrics
     from .data.packing import Group as Group
     from .data.packing import Pack as Pack
@@ -72,8 +75,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "metrics":
-        return importlib.import_module(".metrics", __name__)
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name in _MODULES:
         value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
         globals()[name] = value

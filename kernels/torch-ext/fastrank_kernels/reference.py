@@ -248,7 +248,8 @@ def _pairwise(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Te
         # NaN is neither below nor above zero: without this a NaN score would get a gradient of 0.
         slope = torch.where(torch.isnan(z), z, slope)
     elif spec.phi == "logistic":
-        value, slope = torch.nn.functional.softplus(-z, threshold=1e9), -torch.sigmoid(-z)
+        # softplus(-z); torch's own softplus switches to the identity at a threshold.
+        value, slope = -torch.nn.functional.logsigmoid(z), -torch.sigmoid(-z)
     else:
         value, slope = z * z, 2.0 * z
     if spec.pair_weight == "lambda":

@@ -1,0 +1,54 @@
+"""The specifications of the losses: names, options, hashing, errors."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import fastrank
+from fastrank.losses import LOSSES
+
+
+def test_every_loss_of_the_contract_is_there_with_its_defaults() -> None:
+    assert sorted(LOSSES) == sorted(
+        "rrhf pro ranknet slic simpo ipo dpo lambdarank listmle listnet".split()
+    )
+    assert fastrank.RRHF() == fastrank.RRHF(margin=0.0, sft_weight=1.0, sft_reduction="mean")
+    assert fastrank.PRO() == fastrank.PRO(sft_weight=0.05, sft_reduction="sum")
+    assert fastrank.DPO().normalize == "sum" and fastrank.DPO().uses_reference
+    for name, cls in LOSSES.items():
+        loss = cls()
+        assert loss.normalize == ("sum" if name == "dpo" else "mean")
+        assert loss.sft_weight == {"rrhf": 1.0, "pro": 0.05}.get(name, 0.0)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_losses_are_frozen_hashable_and_found_by_name(name) -> None:
+    loss = fastrank.loss_from_name(name.upper(), sft_weight=0.25)
+    assert loss == fastrank.loss_from_name(name, sft_weight=0.25)
+    assert len({loss, fastrank.loss_from_name(name, sft_weight=0.25)}) == 1
+    assert loss.spec().sft_weight == 0.25
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        loss.sft_weight = 1.0
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: fastrank.loss_from_name("rhf"), "did you mean 'rrhf'"),
+        (lambda: fastrank.loss_from_name("rrhf", magin=1), "got 'magin'; did you mean 'margin'"),
+        (lambda: fastrank.RRHF(margin="x"), "RRHF: margin must be a finite number, got 'x'"),
+        (lambda: fastrank.RRHF(margin=float("nan")), "margin must be a finite number, got nan"),
+        (lambda: fastrank.RRHF(sft_weight=-1), "sft_weight must not be negative, got -1"),
+        (lambda: fastrank.RRHF(sft_reduction="avg"), "sft_reduction must be 'mean' or 'sum'"),
+        (lambda: fastrank.DPO(pairs="some"), "pairs must be 'all' or 'best_worst', got 'some'"),
+        (lambda: fastrank.IPO(beta=0), "IPO: beta must be positive, got 0"),
+        (lambda: fastrank.ListMLE(top_k=1.5), "top_k must be an integer, got 1.5"),
+        (lambda: fastrank.ListMLE(top_k=0), "top_k must be positive, got 0"),
+        (lambda: fastrank.ListNet(temperature=True), "temperature must be a finite number"),
+    ],
+)
+def test_bad_options_are_refused_by_name(call, text) -> None:
+    with pytest.raises(ValueError, match=text):
+        call()

@@ -1,0 +1,212 @@
+"""ranking_loss against the formulas written out in plain Python, and its gradients."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import plain_losses
+import pytest
+import torch
+
+import fastrank
+
+CASES = [
+    ("rrhf", {}),
+    ("rrhf", {"margin": 0.3}),
+    ("rrhf", {"pairs": "best_worst"}),
+    ("pro", {}),
+    ("ranknet", {}),
+    ("slic", {"margin": 0.7}),
+    ("simpo", {}),
+    ("simpo", {"pairs": "best_worst", "beta": 1.5, "gamma": 0.2}),
+    ("ipo", {"beta": 0.4}),
+    ("dpo", {"beta": 0.7}),
+    ("dpo", {"pairs": "best_worst"}),
+    ("lambdarank", {}),
+    ("listmle", {}),
+    ("listmle", {"top_k": 2}),
+    ("listnet", {"temperature": 0.6}),
+]
+IDS = [name + "".join(f"-{k}={v}" for k, v in options.items()) for name, options in CASES]
+
+
+def ragged(seed: int, sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores, rewards with many ties, and offsets of groups of the given sizes."""
+    generator = random.Random(seed)
+    total = sum(sizes)
+    scores = torch.tensor([generator.gauss(-1.5, 1.0) for _ in range(total)], dtype=torch.float64)
+    rewards = torch.tensor([generator.randrange(5) / 2 for _ in range(total)], dtype=torch.float64)
+    offsets = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+    return scores, rewards, offsets
+
+
+def expected(name: str, options: dict, scores, rewards, offsets) -> list[float]:
+    s, r, bounds = scores.tolist(), rewards.tolist(), offsets.tolist()
+    return [
+        plain_losses.rank_term(name, s[a:b], r[a:b], **options)
+        for a, b in itertools.pairwise(bounds)
+    ]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+def test_value_equals_the_formula_on_ragged_groups_with_ties(name, options) -> None:
+    loss = fastrank.loss_from_name(name, **options)
+    for seed in range(4):
+        sizes = [1, 0, 2, 3, 32, 1, 7, *random.Random(seed).choices(range(1, 33), k=6)]
+        scores, rewards, offsets = ragged(seed, sizes)
+        got = fastrank.ranking_loss(scores, rewards, loss=loss, cu_groups=offsets, reduction="none")
+        want = torch.tensor(expected(name, options, scores, rewards, offsets), dtype=torch.float64)
+        assert (got - want).abs().max() <= 1e-12 * max(1.0, want.abs().max().item())
+        for reduction, reduced in (("sum", want.sum()), ("mean", want.mean())):
+            value = fastrank.ranking_loss(
+                scores, rewards, loss=loss, cu_groups=offsets, reduction=reduction
+            )
+            torch.testing.assert_close(value, reduced, rtol=1e-12, atol=1e-12)
+
+
+DIFFERENTIABLE = [case for case in CASES if case[0] != "lambdarank"]  # its weights are detached
+
+
+@pytest.mark.parametrize(("name", "options"), DIFFERENTIABLE)
+def test_gradient_is_the_derivative_of_the_value(name, options) -> None:
+    loss = fastrank.loss_from_name(name, **options)
+    scores, rewards, offsets = ragged(3, [1, 5, 0, 2, 9])
+    upstream = torch.tensor([0.3, -1.7, 5.0, 0.9, 2.2], dtype=torch.float64)
+
+    def weighted(s: torch.Tensor) -> torch.Tensor:
+        per_group = fastrank.ranking_loss(
+            s, rewards, loss=loss, cu_groups=offsets, reduction="none"
+        )
+        return (per_group * upstream).sum()
+
+    assert torch.autograd.gradcheck(weighted, scores.requires_grad_())
+
+
+def test_lambdarank_gradient_holds_its_weights_fixed() -> None:
+    scores, rewards, offsets = ragged(5, [6, 1, 4])
+    scores.requires_grad_()
+    upstream = torch.tensor([1.3, 2.0, -0.4], dtype=torch.float64)
+    loss = fastrank.ranking_loss(
+        scores, rewards, loss=fastrank.LambdaRank(), cu_groups=offsets, reduction="none"
+    )
+    (got,) = torch.autograd.grad((loss * upstream).sum(), scores)
+    want = torch.zeros(())
+    for (a, b), factor in zip(itertools.pairwise(offsets.tolist()), upstream, strict=True):
+        s, r = scores[a:b], rewards[a:b]
+        if r.max() == r.min():
+            continue
+        weights = torch.tensor(
+            plain_losses.lambda_weights(s.tolist(), r.tolist()), dtype=torch.float64
+        )
+        d = s[:, None] - s[None, :]
+        pair = (r[:, None] > r[None, :]).double()
+        want = want + factor * (pair * weights * torch.nn.functional.softplus(-d)).sum()
+    (want_grad,) = torch.autograd.grad(want, scores)
+    torch.testing.assert_close(got, want_grad, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+def test_float32_is_close_and_stays_finite_at_extreme_scores(name, options) -> None:
+    loss = fastrank.loss_from_name(name, **options)
+    scores, rewards, offsets = ragged(7, [4, 8, 2])
+    wide = scores.clone().requires_grad_()
+    narrow = scores.float().requires_grad_()
+    kwargs = {"loss": loss, "cu_groups": offsets}
+    (want,) = torch.autograd.grad(fastrank.ranking_loss(wide, rewards, **kwargs), wide)
+    value = fastrank.ranking_loss(narrow, rewards.float(), **kwargs)
+    (got,) = torch.autograd.grad(value, narrow)
+    assert value.dtype == got.dtype == torch.float32
+    assert (got.double() - want).abs().max() < 1e-5 * max(1.0, want.abs().max().item())
+    extreme = torch.tensor([-9e3, 9e3, 0.0], requires_grad=True)
+    value = fastrank.ranking_loss(extreme, torch.tensor([2.0, 1.0, 0.0]), loss=loss)
+    value.backward()
+    assert torch.isfinite(value) and torch.isfinite(extreme.grad).all()
+
+
+@pytest.mark.parametrize("name", sorted(fastrank.losses.LOSSES))
+def test_a_group_without_a_strict_pair_is_zero_with_zero_gradient(name) -> None:
+    loss = fastrank.loss_from_name(name)
+    scores = torch.tensor([-1.0, 2.0, 0.5, 4.0], requires_grad=True)
+    offsets = torch.tensor([0, 1, 1, 4], dtype=torch.int32)
+    value = fastrank.ranking_loss(scores, torch.ones(4), loss=loss, cu_groups=offsets)
+    value.backward()
+    assert value.item() == 0.0
+    assert scores.grad.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("name", sorted(fastrank.losses.LOSSES))
+def test_dense_with_where_equals_ragged(name) -> None:
+    loss = fastrank.loss_from_name(name)
+    scores, rewards, offsets = ragged(11, [3, 5, 1, 4])
+    dense_s = torch.full((4, 6), float("nan"), dtype=torch.float64)
+    dense_r = torch.full((4, 6), 77.0, dtype=torch.float64)
+    where = torch.zeros(4, 6, dtype=torch.bool)
+    for g, (a, b) in enumerate(itertools.pairwise(offsets.tolist())):
+        places = torch.arange(b - a) + g % 2  # holes in front as well as behind
+        dense_s[g, places], dense_r[g, places] = scores[a:b], rewards[a:b]
+        where[g, places] = True
+    dense_s.requires_grad_()
+    scores.requires_grad_()
+    upstream = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
+    ragged_loss = fastrank.ranking_loss(
+        scores, rewards, loss=loss, cu_groups=offsets, reduction="none"
+    )
+    dense_loss = fastrank.ranking_loss(dense_s, dense_r, loss=loss, where=where, reduction="none")
+    torch.testing.assert_close(dense_loss, ragged_loss)
+    (want,) = torch.autograd.grad((ragged_loss * upstream).sum(), scores)
+    (got,) = torch.autograd.grad((dense_loss * upstream).sum(), dense_s)
+    torch.testing.assert_close(got[where], want)
+    assert got[~where].abs().max() == 0
+
+
+def test_many_groups_are_handled_in_slices(monkeypatch) -> None:
+    from fastrank_kernels import reference
+
+    scores, rewards, offsets = ragged(13, [5, 3, 8, 1, 2, 8, 4])
+    kwargs = {"loss": fastrank.PRO(), "cu_groups": offsets, "reduction": "none"}
+    want = fastrank.ranking_loss(scores, rewards, **kwargs)
+    monkeypatch.setattr(reference, "_PAIR_ELEMENTS", 2 * 8 * 8)
+    torch.testing.assert_close(fastrank.ranking_loss(scores, rewards, **kwargs), want)
+
+
+def test_nan_scores_are_not_hidden() -> None:
+    scores = torch.tensor([0.0, float("nan"), 1.0], requires_grad=True)
+    for name in fastrank.losses.LOSSES:
+        loss = fastrank.loss_from_name(name)
+        value = fastrank.ranking_loss(scores, torch.tensor([2.0, 1.0, 0.0]), loss=loss)
+        (grad,) = torch.autograd.grad(value, scores)
+        assert torch.isnan(grad).any(), name
+
+
+def test_no_group_at_all_is_zero() -> None:
+    scores = torch.zeros(0, requires_grad=True)
+    offsets = torch.zeros(1, dtype=torch.int32)
+    value = fastrank.ranking_loss(scores, torch.zeros(0), loss=fastrank.RRHF(), cu_groups=offsets)
+    value.backward()
+    assert value.item() == 0.0 and scores.grad.shape == (0,)
+
+
+S3 = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "text"),
+    [
+        ({"rewards": torch.zeros(4)}, ValueError, r"rewards must have shape \[3\], got \[4\]"),
+        ({"scores": S3.long()}, TypeError, "scores must be floating, got torch.int64"),
+        ({"loss": "rrhf"}, TypeError, "loss must be a fastrank loss"),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got"),
+        ({"cu_groups": torch.tensor([0, 2])}, ValueError, r"end at 3 \(number of scores\), got 2"),
+        ({"cu_groups": torch.tensor([1, 3])}, ValueError, "cu_groups must begin at 0, got 1"),
+        ({"cu_groups": torch.tensor([0, 4, 3])}, ValueError, "must not fall, got 4 then 3"),
+        ({"cu_groups": torch.tensor([0.0, 3.0])}, TypeError, "cu_groups must be int32"),
+        ({"where": torch.ones(3, dtype=torch.bool)}, ValueError, "where goes with scores"),
+        ({"scores": torch.zeros(1, 1, 3)}, ValueError, r"\[C\] or \[G, n\], got \[1, 1, 3\]"),
+    ],
+)
+def test_wrong_arguments_say_argument_expected_got(kwargs, error, text) -> None:
+    arguments = {"scores": S3, "rewards": S3, "loss": fastrank.RRHF(), **kwargs}
+    scores, rewards = arguments.pop("scores"), arguments.pop("rewards")
+    with pytest.raises(error, match=text):
+        fastrank.ranking_loss(scores, rewards, **arguments)
