@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .reference import accumulation_dtype
 
-# Rows of the head whose narrow partial product is added to the float32 sum at a time (CPU).
+# Rows of the head whose partial product is added to a wider sum at a time (CPU).
 _HEAD_BLOCK = 4096
 
 
@@ -99,13 +99,16 @@ class HeadGrad:
             else:
                 torch.ops.aten.addmm.dtype_out(total, dlogits.t(), hidden, total.dtype, out=total)
             return
+        # A CPU rounds a narrow product's result to its own dtype, which several chunks would pay
+        # several times over: blocks of the head are multiplied in the sum's dtype instead.
+        hidden = hidden.to(total.dtype)
         for start in range(0, total.shape[0], _HEAD_BLOCK):
-            block = slice(start, start + _HEAD_BLOCK)
-            part = torch.mm(dlogits[:, block].t(), hidden)
+            part = total[start : start + _HEAD_BLOCK]
+            columns = dlogits[:, start : start + _HEAD_BLOCK].to(total.dtype)
             if first:
-                total[block] = part
+                torch.mm(columns.t(), hidden, out=part)
             else:
-                total[block] += part
+                part.addmm_(columns.t(), hidden)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
         """The two gradients, or None where none was asked for; float32 for a float16 head."""

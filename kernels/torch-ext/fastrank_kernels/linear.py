@@ -337,10 +337,10 @@ def _live_or_none(inputs: Inputs, ranking: Ranking, coefficients: Tensor) -> Ten
 def _concatenate(results: list[RankResult], inputs: Inputs) -> RankResult:
     if len(results) == 1:
         return results[0]
-    empty = torch.empty(
-        0, dtype=accumulation_dtype(inputs.hidden.dtype), device=inputs.hidden.device
-    )
-    return RankResult(*(torch.cat([r[i] for r in results]) if results else empty for i in range(4)))
+    # An operator's results may not share memory: without any chunk each needs its own empty tensor.
+    device, dtype = inputs.hidden.device, accumulation_dtype(inputs.hidden.dtype)
+    empty = [torch.empty(0, dtype=dtype, device=device)]
+    return RankResult(*(torch.cat([r[i] for r in results] or empty) for i in range(4)))
 
 
 def _stats(inputs: Inputs, logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:

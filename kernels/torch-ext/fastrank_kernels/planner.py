@@ -62,7 +62,7 @@ def plan_ranking(
     (``head_grad``: weight or bias).
     """
     limit = _rows_within(budget, vocab, logits_itemsize)
-    chunk = _chunk_rows(rows, limit, device_type)
+    chunk = _chunk_rows(rows, limit, device_type, logits_itemsize)
     if not (hidden_grad or head_grad):
         return Plan("forward", chunk, 1, "nothing needs a gradient")
     backward = int(hidden_grad) + int(head_grad)
@@ -88,7 +88,7 @@ def plan_logprobs(
 ) -> Plan:
     """Plan `linear_logprobs`, whose upstream gradients are only known in the backward."""
     limit = _rows_within(budget, vocab, logits_itemsize)
-    chunk = _chunk_rows(rows, limit, device_type)
+    chunk = _chunk_rows(rows, limit, device_type, logits_itemsize)
     if not (hidden_grad or head_grad):
         return Plan("forward", chunk, 1, "nothing needs a gradient")
     if not head_grad:
@@ -125,6 +125,6 @@ def _rows_within(budget: int, vocab: int, itemsize: int) -> int:
     return max(1, budget // max(1, vocab * itemsize))
 
 
-def _chunk_rows(rows: int, limit: int, device_type: str) -> int:
-    preferred = rows if device_type == "cuda" else CPU_CHUNK_ROWS
+def _chunk_rows(rows: int, limit: int, device_type: str, itemsize: int) -> int:
+    preferred = rows if device_type == "cuda" or itemsize < 4 else CPU_CHUNK_ROWS
     return max(1, min(rows, preferred, limit))

@@ -1,0 +1,150 @@
+"""A plain computation of the whole fused loss: full logits, log_softmax, Python loops over
+groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import fastrank
+from fastrank.losses import PRO, Loss
+
+
+@dataclass
+class Problem:
+    """Ragged groups over a small vocabulary, with rows that repeat, ties, and one-token
+    responses."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    rows: Tensor | None
+    rewards: Tensor
+    cu_responses: Tensor
+    cu_groups: Tensor
+    reference_scores: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same numbers in another dtype, as fresh leaves."""
+
+        def cast(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.detach().to(dtype).requires_grad_(x.requires_grad)
+
+        return replace(
+            self, hidden=cast(self.hidden), weight=cast(self.weight), bias=cast(self.bias)
+        )
+
+    def leaves(self) -> list[Tensor]:
+        return [
+            x for x in (self.hidden, self.weight, self.bias) if x is not None and x.requires_grad
+        ]
+
+    def head(self) -> dict:
+        return {
+            "rows": self.rows,
+            "bias": self.bias,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+        }
+
+    def fused(self, loss: Loss, **options) -> fastrank.RankingOutput:
+        reference = self.reference_scores if loss.uses_reference else None
+        return fastrank.linear_ranking_loss(
+            self.hidden,
+            self.weight,
+            self.labels,
+            self.rewards,
+            cu_responses=self.cu_responses,
+            cu_groups=self.cu_groups,
+            loss=loss,
+            reference_scores=reference,
+            **self.head(),
+            **options,
+        )
+
+    def logprobs(self) -> Tensor:
+        """Token log-probabilities by plain PyTorch in the tensors' own dtype, upcast before the
+        softmax as a careful user does."""
+        hidden = self.hidden if self.rows is None else self.hidden[self.rows]
+        z = hidden @ self.weight.t()
+        z = z if z.dtype == torch.float64 else z.float()
+        if self.bias is not None:
+            z = z + self.bias.to(z.dtype)
+        z = z * self.logit_scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return torch.log_softmax(z, -1).gather(1, self.labels[:, None]).squeeze(1)
+
+    def plain(self, loss: Loss) -> Tensor:
+        """[G] loss of each group, differentiable."""
+        logp = self.logprobs()
+        bounds, groups = self.cu_responses.tolist(), self.cu_groups.tolist()
+        per_group = []
+        for first, last in zip(groups, groups[1:], strict=False):
+            tokens = [logp[bounds[i] : bounds[i + 1]] for i in range(first, last)]
+            if not tokens:
+                per_group.append(logp.sum() * 0)
+                continue
+            pool = torch.mean if loss.normalize == "mean" else torch.sum
+            scores = torch.stack([pool(t) for t in tokens])
+            if loss.uses_reference and self.reference_scores is not None:
+                scores = scores - self.reference_scores[first:last]
+            rewards = self.rewards[first:last].to(scores.dtype)
+            term = fastrank.ranking_loss(scores, rewards, loss=loss)
+            best = tokens[max(range(len(tokens)), key=lambda i: (rewards[i].item(), -i))]
+            weight = loss.sft_weight * ((len(tokens) - 1) ** 2 if isinstance(loss, PRO) else 1)
+            sft = best.mean() if loss.sft_reduction == "mean" else best.sum()
+            per_group.append(term - weight * sft)
+        return torch.stack(per_group)
+
+
+def make_problem(
+    seed: int = 0,
+    *,
+    vocab: int = 97,
+    width: int = 24,
+    groups: tuple[int, ...] = (4, 1, 0, 3, 2),
+    longest: int = 7,
+    repeat_rows: bool = True,
+    bias: bool = True,
+    softcap: float | None = 5.0,
+    logit_scale: float = 0.7,
+    frozen_head: bool = False,
+) -> Problem:
+    """A float64 problem; cast it with `Problem.to`."""
+    g = torch.Generator().manual_seed(seed)
+    candidates = sum(groups)
+    lengths = torch.randint(1, longest + 1, (candidates,), generator=g)
+    tokens = int(lengths.sum())
+    zero = torch.zeros(1, dtype=torch.int32)
+    num_hidden = tokens // 2 + 3 if repeat_rows else tokens
+    return Problem(
+        hidden=torch.randn(num_hidden, width, dtype=torch.float64, generator=g).requires_grad_(),
+        weight=(torch.randn(vocab, width, dtype=torch.float64, generator=g) * 0.4).requires_grad_(
+            not frozen_head
+        ),
+        bias=torch.randn(vocab, dtype=torch.float64, generator=g).requires_grad_(not frozen_head)
+        if bias
+        else None,
+        labels=torch.randint(0, vocab, (tokens,), generator=g),
+        rows=torch.randint(0, num_hidden, (tokens,), generator=g) if repeat_rows else None,
+        rewards=torch.randint(0, 3, (candidates,), generator=g).double() / 2,
+        cu_responses=torch.cat([zero, lengths.cumsum(0).int()]),
+        cu_groups=torch.cat([zero, torch.tensor(groups).cumsum(0).int()]),
+        reference_scores=torch.randn(candidates, dtype=torch.float64, generator=g),
+        softcap=softcap,
+        logit_scale=logit_scale,
+    )
+
+
+def largest_error(got: list[Tensor], want: list[Tensor]) -> float:
+    """Largest absolute difference, in units of the largest entry of what is wanted (at least 1)."""
+    return max(
+        (a.double() - b.double()).abs().max().item() / max(1.0, b.abs().max().item())
+        for a, b in zip(got, want, strict=True)
+    )
