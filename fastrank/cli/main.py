@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from fastrank import __version__
 from fastrank.errors import InputError
 
 #: name: (module with ``run(argv) -> int``, one line of help)
@@ -21,7 +22,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "fastrank.cli.train",
         "train a model on ranked responses (nothing given: a built-in task)",
     ),
+    "score": ("fastrank.cli.score", "score a record file's responses with a model"),
     "inspect": ("fastrank.cli.inspect", "what is in a record file, what is dropped and why"),
+    "doctor": ("fastrank.cli.doctor", "versions, devices, and what would be chosen here and why"),
 }
 
 #: Packages that come with an extra, for the line that says how to get them.
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_help())
             return 0
         if arguments and arguments[0] in ("--version", "-V"):
-            print(f"fastrank {version()}")
+            print(f"fastrank {__version__}")
             return 0
         name = _command(arguments)
         prog = f"fastrank {name}"
@@ -67,13 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _BROKEN_PIPE
     except SystemExit as stop:  # argparse after --help
         return stop.code if isinstance(stop.code, int) else 0
-
-
-def version() -> str:
-    """The installed distribution's version."""
-    from importlib.metadata import version as installed
-
-    return installed("fastrank")
+    except OSError as error:  # a full disk, a folder that may not be read
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(prog, f"{where}{error.strerror or error}")
 
 
 def _fail(prog: str, message: str) -> int:

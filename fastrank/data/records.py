@@ -36,6 +36,7 @@ class Record:
         line: 1-based line of a JSONL file, record number of any other kind.
         id: the record's own name, if it has one.
         positions: which of the source's candidates were kept, as positions among them.
+        num_source: how many candidates the source has.
         source: the row as read, for writing results back; None for flat rows.
     """
 
@@ -45,6 +46,7 @@ class Record:
     line: int
     id: str | None = None
     positions: tuple[int, ...] = dataclasses.field(default=(), compare=False)
+    num_source: int = dataclasses.field(default=0, compare=False)
     source: Row | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
@@ -187,7 +189,16 @@ def _usable(
         positions = [positions[i] for i in kept]
         responses = [responses[i] for i in kept]
         scores = [scores[i] for i in kept]
-    return Record(found.prompt, responses, scores, place.line, found.id, tuple(positions), row)
+    return Record(
+        found.prompt,
+        responses,
+        scores,
+        place.line,
+        id=found.id,
+        positions=tuple(positions),
+        num_source=len(found.responses),
+        source=row,
+    )
 
 
 def spread(scores: Sequence[float], count: int) -> list[int]:

@@ -7,6 +7,9 @@ whose weights are incomplete is refused: transformers would fill the gap with ra
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,14 +89,15 @@ def load_model(
 
     name = check_model_path(path)
     try:
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-            name,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        with _bars_on_terminals_only():
+            loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:  # corrupt folders and the network raise unrelated types here
         raise _unreadable(path, "causal language model", error) from error
     model, info = loaded
@@ -106,17 +110,26 @@ def load_model(
     return model
 
 
-def context_length(config: Any) -> int | None:
-    """The most positions a model takes, from its configuration; None if that does not say."""
-    getter = getattr(config, "get_text_config", None)
-    text = getter() if getter is not None else config
-    value = getattr(text, "max_position_embeddings", None)
-    return int(value) if isinstance(value, int) and value > 0 else None
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep transformers' loading bar out of log files."""
+    from transformers.utils import logging
+
+    silence = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if silence:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silence:
+            logging.enable_progress_bar()
 
 
 def tokenizer_context(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The context for a tokenizer alone: of the model beside it, or what the tokenizer states."""
     from transformers import AutoConfig
+
+    from fastrank.modeling.context import context_length
 
     name = str(Path(path).expanduser())
     if not Path(name).is_dir() or (Path(name) / "config.json").is_file():

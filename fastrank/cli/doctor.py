@@ -1,0 +1,293 @@
+"""``fastrank doctor``: what is installed, what would be chosen on this machine, and why.
+
+Nothing is guessed here: backends and strategies come from the functions that choose them in a run,
+the required versions from the installed distribution's own metadata.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastrank.cli.options import print_json
+from fastrank.cli.parser import parse
+from fastrank.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+#: Extras whose packages are of use to users, with what they bring.
+_EXTRAS = {
+    "train": "fastrank train, data sets, LoRA, plots",
+    "flash-attn": "flash-attn's kernels for shared prompts",
+    "peers": "other libraries in fastrank bench",
+}
+
+
+@dataclass
+class DoctorOptions:
+    """A step to plan for; the defaults are 4 prompts with 4 responses of 128 tokens."""
+
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model folder or Hub name: whether it can share prompts, its vocabulary."
+        },
+    )
+    tokens: int = field(default=2048, metadata={"help": "Response tokens of a pack."})
+    group_tokens: int = field(
+        default=512, metadata={"help": "Response tokens of its largest group."}
+    )
+    vocab: int | None = field(
+        default=None, metadata={"help": "Vocabulary (default: the model's, else 32000)."}
+    )
+    logits_memory: int | None = field(
+        default=None, metadata={"help": "Bytes of logits at once (default: by device)."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the model."}
+    )
+    json: bool = field(default=False, metadata={"help": "Print one JSON object instead of text."})
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; raises `InputError` for anything the user got wrong."""
+    (options,) = parse(
+        (DoctorOptions,),
+        argv,
+        prog="fastrank doctor",
+        description="Versions, devices, and which backend and strategy would be chosen and why.",
+    )
+    for name in ("tokens", "group_tokens", "vocab", "logits_memory"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, got {value}")
+    result = examine(options)
+    if options.json:
+        print_json(result)
+    else:
+        print(_as_text(result))
+    return 0
+
+
+def examine(options: DoctorOptions) -> dict[str, Any]:
+    """Everything the command reports, as JSON types."""
+    import torch
+
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    model = None if options.model is None else _model(options)
+    vocab = options.vocab or (32000 if model is None else model["vocab"])
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages(),
+        "model": model,
+        "devices": [_device(device, options, vocab) for device in devices],
+    }
+
+
+def packages(name: str = "fastrank") -> list[dict[str, Any]]:
+    """Required and optional packages: what is installed, what is asked for, how to get it.
+
+    ``status`` is "ok", "missing" or "too old"; ``install`` is the line that mends it.
+    """
+    import fastrank
+
+    found = [_package(name, fastrank.__version__, "", None)]
+    try:
+        required = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:  # run from a source folder, not installed
+        return found
+    from packaging.requirements import Requirement
+
+    for requirement in map(Requirement, required):
+        for extra in ("", *_EXTRAS):
+            applies = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+            needed = requirement.marker is None or "extra" not in str(requirement.marker)
+            if applies and needed == (extra == ""):
+                version = _installed(requirement.name)
+                entry = _package(requirement.name, version, extra, requirement)
+                found.append(entry)
+    return found
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _package(name: str, version: str | None, extra: str, requirement: Any) -> dict[str, Any]:
+    specifier = "" if requirement is None else str(requirement.specifier)
+    status = "ok"
+    if version is None:
+        status = "missing"
+    elif requirement is not None and not requirement.specifier.contains(version, prereleases=True):
+        status = "too old"
+    target = f"fastrank[{extra}]" if extra else f"{name}{specifier}"
+    return {
+        "name": name,
+        "version": version,
+        "requires": specifier,
+        "extra": extra,
+        "status": status,
+        "install": None if status == "ok" else f"pip install '{target}'",
+    }
+
+
+def _model(options: DoctorOptions) -> dict[str, Any]:
+    """Whether the model can share prompts, from its configuration alone: no weights are read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from fastrank.attention.gate import refusal
+    from fastrank.data.files import one_line
+    from fastrank.modeling.context import context_length
+    from fastrank.modeling.load import check_model_path
+
+    name = check_model_path(str(options.model))
+    trust = options.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except Exception as error:  # corrupt folders and the network raise unrelated types here
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{name}: no causal language model: {reason}") from error
+    refused = refusal(model)
+    return {
+        "path": str(options.model),
+        "class": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "vocab": config.get_text_config().vocab_size,
+        "context": context_length(config),
+        "shared_prompts": refused is None,
+        "reason": refused or "every layer is attention that a pack can be laid out for",
+    }
+
+
+def _device(device: torch.device, options: DoctorOptions, vocab: int) -> dict[str, Any]:
+    import torch
+
+    from fastrank_kernels.ops import choose_backend
+    from fastrank_kernels.planner import default_logits_memory
+
+    dtype = torch.float32
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+        memory = properties.total_memory
+        with torch.cuda.device(device):
+            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    else:
+        threads = torch.get_num_threads()
+        described = f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads in use"
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    budget = options.logits_memory or default_logits_memory(device.type, device.index)
+    backend, why = choose_backend(None, device)
+    return {
+        "device": str(device),
+        "description": described,
+        "memory": memory,
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "loss_backend": {"name": backend, "reason": why},
+        "logits_memory": budget,
+        "strategies": _strategies(device, options, vocab, budget),
+        "attention": _attention(device, dtype),
+    }
+
+
+def _strategies(
+    device: torch.device, options: DoctorOptions, vocab: int, budget: int
+) -> list[dict[str, Any]]:
+    from fastrank_kernels.planner import plan_logprobs, plan_ranking
+
+    common: dict[str, Any] = {
+        "rows": options.tokens,
+        "vocab": vocab,
+        "logits_itemsize": 4,  # logits are float32 on a GPU, and on a CPU outside of autocast
+        "budget": budget,
+        "device_type": device.type,
+    }
+    groups = common | {"largest_group": min(options.group_tokens, options.tokens)}
+    train: dict[str, Any] = {"hidden_grad": True, "head_grad": True}
+    frozen: dict[str, Any] = {"hidden_grad": True, "head_grad": False}
+    score: dict[str, Any] = {"hidden_grad": False, "head_grad": False}
+    plans = {
+        "ranking loss": plan_ranking(**groups, **train),
+        "ranking loss, frozen head": plan_ranking(**groups, **frozen),
+        "token log-probs": plan_logprobs(**common, **train),
+        "token log-probs, frozen head": plan_logprobs(**common, **frozen),
+        "scoring": plan_logprobs(**common, **score),
+    }
+    return [{"call": call, "vocab": vocab, **plan._asdict()} for call, plan in plans.items()]
+
+
+def _attention(device: torch.device, dtype: torch.dtype) -> list[dict[str, str]]:
+    import torch
+
+    from fastrank.attention.backends import LayerProperties, choose_backend
+    from fastrank.attention.visibility import Visibility
+
+    window = Visibility("sliding", 4096)
+    chunk = Visibility("chunked", 8192)
+    layers = {
+        "full": (dtype, LayerProperties()),
+        "sliding, paths shorter than the window": (dtype, LayerProperties(visibility=window)),
+        "sliding": (dtype, LayerProperties(visibility=window, covered=False)),
+        "chunked": (dtype, LayerProperties(visibility=chunk, covered=False)),
+        "soft-capped": (dtype, LayerProperties(softcap=True)),
+        "with sinks": (dtype, LayerProperties(sinks=True)),
+        "full, float64": (torch.float64, LayerProperties()),
+    }
+    chosen = {name: choose_backend(device, kind, layer) for name, (kind, layer) in layers.items()}
+    return [{"layer": name, "backend": c.name, "reason": c.reason} for name, c in chosen.items()]
+
+
+def _as_text(result: dict[str, Any]) -> str:
+    lines = [f"Python {result['python']} on {result['platform']}", "", "Packages"]
+    for item in result["packages"]:
+        extra = f" [{item['extra']}]" if item["extra"] else ""
+        state = item["version"] or "not installed"
+        if item["status"] == "too old":
+            state += f" (expected {item['requires']})"
+        fix = f"    {item['install']}" if item["install"] else ""
+        lines.append(f"  {item['name'] + extra:<32} {state}{fix}")
+    if result["model"] is not None:
+        model = result["model"]
+        shares = "shares prompts" if model["shared_prompts"] else "cannot share prompts"
+        lines += [
+            "",
+            f"Model {model['path']}: {model['class']}, {model['parameters']:,} parameters, "
+            f"vocabulary {model['vocab']:,}, context {model['context']}",
+            f"  {shares}: {model['reason']}",
+        ]
+    for device in result["devices"]:
+        lines += ["", *_device_text(device)]
+    return "\n".join(lines)
+
+
+def _device_text(device: dict[str, Any]) -> list[str]:
+    gib = 2**30
+    backend = device["loss_backend"]
+    lines = [
+        f"Device {device['device']}: {device['description']}, {device['memory'] / gib:.1f} GiB, "
+        f"computes in {device['compute_dtype']}",
+        f"  loss backend  {backend['name']}: {backend['reason']}",
+        f"  logits        at most {device['logits_memory'] / gib:.2f} GiB at once (logits_memory)",
+    ]
+    for plan in device["strategies"]:
+        lines.append(
+            f"    {plan['call']:<30} {plan['strategy']:<10} {plan['products']} products: "
+            f"{plan['reason']}"
+        )
+    lines.append("  attention of shared-prompt packs")
+    for layer in device["attention"]:
+        lines.append(f"    {layer['layer']:<40} {layer['backend']:<7} {layer['reason']}")
+    return lines

@@ -1,0 +1,274 @@
+"""``fastrank score``: a causal language model as reranker or reward model over a record file.
+
+A response's score is the model's own log-probability of it, by default the mean over its tokens.
+The file is scored in portions, so that neither it nor the scores' records are ever held whole, and
+the output appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from fastrank.cli.options import LengthOptions, ReadOptions, print_json
+from fastrank.cli.parser import parse
+from fastrank.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from fastrank.data.packing import Group
+    from fastrank.data.records import Record
+
+#: Packs a portion has about; enough to fill them well, few enough to hold.
+_PACKS_A_PORTION = 16
+
+
+@dataclass
+class ScoreOptions:
+    """Options of ``fastrank score`` beyond how the file is read."""
+
+    model: str = field(metadata={"help": "Model folder or Hub name of a causal language model."})
+    data: str = field(metadata={"help": "JSONL, JSON or Parquet file, folder, or Hub data set."})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "JSONL file to write: every scored record with its model_scores."},
+    )
+    normalize: Literal["mean", "sum"] = field(
+        default="mean", metadata={"help": "Mean or sum of a response's token log-probabilities."}
+    )
+    max_tokens: int = field(default=16384, metadata={"help": "Most tokens of a pack."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto",
+        metadata={"help": "Type of the weights; auto: as stored on a GPU, float32 on a CPU."},
+    )
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, ..."})
+    attention: str = field(
+        default="auto", metadata={"help": "Attention backend of shared-prompt packs."}
+    )
+    shared_prompts: bool | None = field(
+        default=None,
+        metadata={"help": "Encode a prompt once for all of its responses (default: if possible)."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with the model."}
+    )
+    json: bool = field(default=False, metadata={"help": "Print one JSON object instead of text."})
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command; raises `InputError` for anything the user got wrong."""
+    options, reading, limits = parse(
+        (ScoreOptions, ReadOptions, LengthOptions),
+        argv,
+        prog="fastrank score",
+        description="Score every response of a record file with a causal language model, and "
+        "compare its order with that of the file's rewards.",
+    )
+    result = score_file(options, reading, limits)
+    if options.json:
+        print_json(result)
+    return 0
+
+
+def score_file(
+    options: ScoreOptions, reading: ReadOptions, limits: LengthOptions
+) -> dict[str, Any]:
+    """Score the file, write the output if asked to, and return the result as JSON types; prints it
+    as text unless ``options.json``."""
+    from tqdm import tqdm
+
+    from fastrank.data.load import fit_context
+    from fastrank.data.records import read_records, require_records
+    from fastrank.data.report import Report, strict_pairs
+    from fastrank.data.tokenize import TokenizeOptions
+    from fastrank.data.write import atomic_path, check_output
+    from fastrank.metrics import ranking_metrics
+    from fastrank.modeling.context import context_length
+    from fastrank.modeling.load import check_model_path, load_tokenizer
+
+    if options.max_tokens < 2:
+        raise InputError(f"--max_tokens must be at least 2, got {options.max_tokens}")
+    if options.output is not None:
+        check_output(options.output, "--output")
+    cut = TokenizeOptions(**limits.as_kwargs())
+    check_model_path(options.model)
+    report = Report(name=options.data)
+    records = read_records(options.data, min_candidates=1, report=report, **reading.as_kwargs())
+    first = next(records)  # a file of no use is found before a model is loaded
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    model, shared, chosen = _load(options)
+    cut = fit_context(cut, context_length(model.config))
+
+    scores: list[Tensor] = []
+    rewards: list[Sequence[float]] = []
+    tokens = num_scored = 0
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        file = None
+        if options.output is not None:
+            path = stack.enter_context(atomic_path(options.output))
+            file = stack.enter_context(path.open("w", encoding="utf-8"))
+        bar = stack.enter_context(tqdm(desc="scoring", unit=" records", disable=None))
+        groups = _groups(first, records, tokenizer, cut, report)
+        for portion in _portions(groups, options.max_tokens, shared):
+            found = _score(model, [group for _, group in portion], options)
+            for (record, group), values in zip(portion, found, strict=True):
+                tokens += _size(group, shared)
+                num_scored += len(values)
+                if not bool(values.isfinite().all()):
+                    raise InputError(f"{group.name}: the model's scores are not finite")
+                if strict_pairs(record.scores)[0]:
+                    scores.append(values)
+                    rewards.append(record.scores)
+                if file is not None:
+                    _write(file, record, values)
+            bar.update(len(portion))
+        require_records(report)
+    seconds = time.perf_counter() - began
+
+    result: dict[str, Any] = {
+        "model": options.model,
+        "normalize": options.normalize,
+        "metrics": ranking_metrics(scores, rewards) if scores else None,
+        "records_with_an_order": len(scores),
+        "responses_scored": num_scored,
+        "tokens": tokens,
+        "seconds": seconds,
+        "output": options.output,
+        "chosen": chosen,
+        "report": report.as_dict(),
+    }
+    if not options.json:
+        print(report.as_text())
+        print(_as_text(result))
+    return result
+
+
+def _load(options: ScoreOptions) -> tuple[PreTrainedModel, bool, str]:
+    """The prepared model, whether it shares prompts, and in words what was chosen and why."""
+    import torch
+
+    from fastrank.attention.gate import refusal
+    from fastrank.modeling.load import load_model
+    from fastrank.modeling.prepare import prepare_model
+
+    device = _device(options.device)
+    dtype, why = options.dtype, "asked for"
+    if dtype == "auto" and device.type == "cpu":
+        dtype, why = "float32", "on a CPU"
+    elif dtype == "auto":
+        why = "as stored"
+    model = load_model(options.model, dtype, trust_remote_code=options.trust_remote_code)
+    reason = refusal(model)
+    shared = reason is None if options.shared_prompts is None else options.shared_prompts
+    try:
+        torch.nn.Module.to(model, device)
+        prepare_model(model, attention=options.attention, shared_prompts=shared)
+    except InputError:
+        raise
+    except (ValueError, torch.cuda.OutOfMemoryError) as error:
+        raise InputError(f"{options.model}: {error}") from error
+    prompts = "shared" if shared else f"once a response ({reason or 'asked for'})"
+    return model, shared, f"{device}, {str(model.dtype)[6:]} ({why}), prompts {prompts}"
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(
+            f"--device must be auto, cpu or cuda[:index], got '{name[:40]}'"
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise InputError(f"--device {name}: {found} CUDA devices are here")
+    return device
+
+
+def _groups(
+    first: Record, rest: Iterator[Record], tokenizer: Any, cut: Any, report: Any
+) -> Iterator[tuple[Record, Group]]:
+    from itertools import chain
+
+    from fastrank.data.tokenize import tokenize_record
+
+    for record in chain([first], rest):
+        group = tokenize_record(record, tokenizer, cut, report)
+        if group is not None:
+            yield record, group
+
+
+def _size(group: Group, shared: bool) -> int:
+    """Tokens that the model computes for a group."""
+    return group.num_tokens_shared if shared else group.num_candidates * group.longest_path
+
+
+def _portions(
+    groups: Iterator[tuple[Record, Group]], max_tokens: int, shared: bool
+) -> Iterator[list[tuple[Record, Group]]]:
+    portion, size = [], 0
+    for record, group in groups:
+        tokens = _size(group, shared)
+        if tokens > max_tokens:
+            raise InputError(
+                f"{group.name}: its {group.num_candidates} responses need {tokens} tokens in one "
+                f"pack, --max_tokens is {max_tokens}"
+            )
+        portion.append((record, group))
+        size += tokens
+        if size >= _PACKS_A_PORTION * max_tokens:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
+
+
+def _score(model: PreTrainedModel, groups: list[Group], options: ScoreOptions) -> list[Tensor]:
+    from fastrank.modeling.score import score
+
+    try:
+        return score(model, groups, max_tokens=options.max_tokens, normalize=options.normalize)
+    except ValueError as error:  # a tokenizer that does not go with the model, longrope, ...
+        raise InputError(str(error)) from error
+
+
+def _write(file: TextIO, record: Record, values: Tensor) -> None:
+    """The record as it was read, with ``model_scores`` beside its candidates (null: dropped)."""
+    row = record.source
+    if row is None:
+        row = {"prompt": record.prompt, "responses": record.responses, "scores": record.scores}
+        aligned: list[float | None] = values.tolist()
+    else:
+        aligned = [None] * record.num_source
+        for position, value in zip(record.positions, values.tolist(), strict=True):
+            aligned[position] = value
+    line = json.dumps({**row, "model_scores": aligned}, ensure_ascii=False, default=str)
+    file.write(line + "\n")
+
+
+def _as_text(result: dict[str, Any]) -> str:
+    rate = result["tokens"] / max(result["seconds"], 1e-9)
+    lines = [
+        f"{result['model']}: {result['chosen']}",
+        f"  scored      {result['responses_scored']} responses, {result['tokens']:,} tokens in "
+        f"{result['seconds']:.1f} s ({rate:,.0f} a second)",
+    ]
+    if result["metrics"] is None:
+        lines.append("  metrics     none: the file's rewards order no pair")
+    else:
+        lines.append(f"  against the rewards of {result['records_with_an_order']} prompts")
+        lines += [f"    {name:<18} {value:.4f}" for name, value in result["metrics"].items()]
+    if result["output"] is not None:
+        lines.append(f"  output      {result['output']}")
+    return "\n".join(lines)
