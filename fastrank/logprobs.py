@@ -80,8 +80,9 @@ def sequence_scores(
     Returns:
         float32 [C] (float64 for float64), differentiable.
 
-    >>> sequence_scores(torch.tensor([-1.0, -3.0, -5.0]), torch.tensor([0, 2, 3],
-    dtype=torch.int32)) tensor([-2., -5.])
+    >>> offsets = torch.tensor([0, 2, 3], dtype=torch.int32)
+    >>> sequence_scores(torch.tensor([-1.0, -3.0, -5.0]), offsets)
+    tensor([-2., -5.])
     """
     check_tensor("token_logprobs", token_logprobs, ("T",))
     check_tensor("cu_responses", cu_responses, ("C + 1",), kind="offsets")
