@@ -81,7 +81,10 @@ class _Parser(HfArgumentParser):
             shown = positional.upper()
             self.add_argument(positional, nargs="?", metavar=shown, default=argparse.SUPPRESS)
         self.add_argument(
-            "--config", metavar="FILE", help="YAML file of options; the command line wins over it"
+            "--config",
+            metavar="FILE",
+            default=argparse.SUPPRESS,
+            help="YAML file of options; the command line wins over it",
         )
 
     def error(self, message: str) -> NoReturn:
@@ -119,7 +122,7 @@ class _Parser(HfArgumentParser):
             after_option = bool(out) and out[-1].startswith("--") and "=" not in out[-1]
             if _NEGATIVE.match(argument) and after_option:
                 out[-1] += f"={argument}"
-            elif argument in flags and not _is_bool(argv[i + 1 : i + 2]):
+            elif argument in flags and not set(map(str.lower, argv[i + 1 : i + 2])) & _BOOLEANS:
                 out.append(f"{argument}=true")
             else:
                 out.append(argument)
@@ -250,14 +253,7 @@ def _converter(member: Any) -> Callable[[str], Any]:
 
 
 def _bool(text: str) -> bool:
-    return bool(string_to_bool(text))
-
-
-def _is_bool(following: Sequence[str]) -> bool:
-    try:
-        return bool(following) and _bool(following[0]) in (True, False)
-    except argparse.ArgumentTypeError:
-        return False
+    return bool(string_to_bool({"on": "yes", "off": "no"}.get(text.lower(), text)))
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -301,6 +297,8 @@ class _ListOrText(_List):
         setattr(namespace, self.dest, together[0] if len(together) == 1 else together)
 
 
+#: What a flag takes for its value; single letters are rather taken for a file's name.
+_BOOLEANS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 _NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 
 
@@ -322,8 +320,14 @@ def _load_yaml(path: str) -> dict[Any, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Safe YAML in which 1e-3 is a number, as in YAML 1.2."""
+        """Safe YAML 1.2 scalars: 1e-3 is a number, and ``save_strategy: no`` is not false."""
 
+    boolean = "tag:yaml.org,2002:bool"
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != boolean]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(boolean, re.compile(r"^(true|false)$", re.I), list("tTfF"))
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float",
         re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
