@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import reference
 from .gradients import HeadGrad, HiddenGrad, scatter_rows
 from .planner import Plan, group_chunks
 from .reference import RankResult, accumulation_dtype
@@ -117,8 +118,9 @@ class Logits:
         inputs = self._inputs
         compute = inputs.hidden.dtype
         rows, vocab = logits.shape
-        # On a GPU the rows of a compaction move at the same time: they need a place of their own.
-        separate = live is not None and logits.device.type == "cuda"
+        # A kernel's programs move the rows of a compaction all at once: they need a place of
+        # their own. The reference moves them one block after the other.
+        separate = live is not None and inputs.backend is not reference
         if keep_logits:
             out = self._memory.view(compute)[:rows, :vocab]
         elif separate:
