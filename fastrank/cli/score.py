@@ -19,7 +19,6 @@ from fastrank.cli.parser import parse
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -156,15 +155,12 @@ def _load(options: ScoreOptions) -> tuple[PreTrainedModel, bool, str]:
     import torch
 
     from fastrank.attention.gate import refusal
+    from fastrank.modeling.device import choose_device, choose_dtype
     from fastrank.modeling.load import load_model
     from fastrank.modeling.prepare import prepare_model
 
-    device = _device(options.device)
-    dtype, why = options.dtype, "asked for"
-    if dtype == "auto" and device.type == "cpu":
-        dtype, why = "float32", "on a CPU"
-    elif dtype == "auto":
-        why = "as stored"
+    device = choose_device(options.device)
+    dtype, why = choose_dtype(options.dtype, device)
     model = load_model(options.model, dtype, trust_remote_code=options.trust_remote_code)
     reason = refusal(model)
     shared = reason is None if options.shared_prompts is None else options.shared_prompts
@@ -177,23 +173,6 @@ def _load(options: ScoreOptions) -> tuple[PreTrainedModel, bool, str]:
         raise InputError(f"{options.model}: {error}") from error
     prompts = "shared" if shared else f"once a response ({reason or 'asked for'})"
     return model, shared, f"{device}, {str(model.dtype)[6:]} ({why}), prompts {prompts}"
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(
-            f"--device must be auto, cpu or cuda[:index], got '{name[:40]}'"
-        ) from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise InputError(f"--device {name}: {found} CUDA devices are here")
-    return device
 
 
 def _groups(

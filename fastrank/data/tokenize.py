@@ -130,6 +130,35 @@ def encode_record(
     return split
 
 
+def encode_prompt(
+    prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, *, as_chat: bool = False
+) -> list[int]:
+    """Token ids of a prompt alone, as a model is given it to go on from; empty for no token.
+
+    Raises:
+        InputError: the chat template refuses the conversation.
+    """
+    if as_chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list) and tokenizer.chat_template is not None:
+        try:
+            own = _render_template(prompt, [], tokenizer)[0]
+        except Exception as error:  # templates are programs of others; jinja wraps what they raise
+            if not _is_template_error(error):
+                raise
+            raise InputError(f"{TEMPLATE_REFUSED}: {' '.join(str(error).split())}") from error
+        return _encode(tokenizer, [own])[0]
+    own = _join(prompt, [])[0]
+    prefix = _prefix(tokenizer)
+    ids = _encode(tokenizer, [own])[0] if own else []
+    if prefix and ids[: len(prefix)] == prefix:
+        prefix = []  # the text begins with its own BOS
+    ids = [*prefix, *ids]
+    if not ids and tokenizer.bos_token_id is not None:
+        return [tokenizer.bos_token_id]
+    return ids
+
+
 def render_plain(messages: Sequence[Message]) -> str:
     """Chat messages as plain text, for tokenizers without a chat template.
 
