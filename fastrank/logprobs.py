@@ -90,7 +90,8 @@ def sequence_scores(
     sums = fastrank_kernels.segment_sum(token_logprobs, cu_responses, "")
     if normalize == "sum":
         return sums
-    lengths = (cu_responses[1:] - cu_responses[:-1]).to(device=sums.device, dtype=sums.dtype)
+    lengths = cu_responses[1:] - cu_responses[:-1]
+    lengths = lengths.to(device=sums.device, dtype=sums.dtype, non_blocking=True)
     # An empty response has no mean: 0 / 0 says so.
     return sums / lengths
 

@@ -59,7 +59,8 @@ class _RankScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads, cu_groups = ctx.saved_tensors
-        upstream = grad[segment_index(cu_groups, grads.shape[0]).to(grad.device)]
+        offsets = cu_groups.to(grad.device, non_blocking=True)
+        upstream = grad[segment_index(offsets, grads.shape[0])]
         return (grads * upstream).to(ctx.dtype), None, None, None, None, None
 
 

@@ -132,7 +132,7 @@ def _segment_sum_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 def _segment_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (offsets,) = ctx.saved_tensors
-    index = segment_index(offsets, ctx.length).to(grad.device)
+    index = segment_index(offsets.to(grad.device, non_blocking=True), ctx.length)
     return grad[index].to(ctx.dtype), None, None
 
 
@@ -202,8 +202,8 @@ def linear_ranking(
     )
     ranking = Ranking(
         rewards=rewards,
-        cu_responses=cu_responses.to(hidden.device),
-        cu_groups=cu_groups.to(hidden.device),
+        cu_responses=cu_responses.to(hidden.device, non_blocking=True),
+        cu_groups=cu_groups.to(hidden.device, non_blocking=True),
         reference_scores=reference_scores,
         spec=spec,
         scale=scale,
