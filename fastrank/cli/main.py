@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "score": ("fastrank.cli.score", "score a record file's responses with a model"),
     "inspect": ("fastrank.cli.inspect", "what is in a record file, what is dropped and why"),
+    "bench": ("fastrank.cli.bench", "microbenchmarks beside every serious peer"),
     "doctor": ("fastrank.cli.doctor", "versions, devices, and what would be chosen here and why"),
 }
 
@@ -58,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(prog, str(error))
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        package = (error.name or "").split(".")[0]
+        extra = _EXTRAS.get(package)
         if extra is None:
             raise
-        return _fail(prog, f"needs {error.name}: pip install 'fastrank[{extra}]'")
+        return _fail(prog, f"needs {package}: pip install 'fastrank[{extra}]'")
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return _INTERRUPTED

@@ -1,0 +1,185 @@
+"""``fastrank score``: scores of a real model, written back to the records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrank import metrics
+from fastrank.cli import score as score_module
+from fastrank.cli.main import main
+from fastrank.data.packing import Group
+from fastrank.modeling.load import load_model, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def small(oasst_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten short lists, one of them with a reply that is dropped, one with a single reply."""
+    rows = [json.loads(line) for line in oasst_path.read_text().splitlines()]
+    rows.sort(key=lambda r: len(r["responses"]) * len(str(r["prompt"])) + len(str(r["responses"])))
+    rows = rows[:10]
+    rows[1]["responses"][0] = " "
+    rows[2]["responses"], rows[2]["ranks"] = rows[2]["responses"][:1], [0]
+    path = tmp_path_factory.mktemp("score") / "small.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _separate(model: torch.nn.Module, group: Group, normalize: str) -> list[float]:
+    """Every candidate by a forward pass of its own."""
+    scores = []
+    for response in group.response_ids:
+        ids = torch.cat([group.prompt_ids, response])[None]
+        with torch.no_grad():
+            logp = model(input_ids=ids).logits[0].log_softmax(-1)
+        start = len(group.prompt_ids)
+        picked = logp[start - 1 : -1].gather(1, response[:, None])[:, 0]
+        scores.append(float(picked.sum() if normalize == "sum" else picked.mean()))
+    return scores
+
+
+@pytest.mark.parametrize("normalize", ["mean", "sum"])
+@pytest.mark.parametrize("options", [[], ["--no_shared_prompts"]])
+def test_scores_equal_separate_passes_and_are_written_back(
+    options: list[str],
+    normalize: str,
+    small: Path,
+    story_model_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fastrank.data.load import load_groups
+
+    monkeypatch.setattr(score_module, "_PACKS_A_PORTION", 1)
+    if options:  # score's option is a yes/no/auto one
+        options = ["--shared_prompts", "false"]
+    output = tmp_path / "scored.jsonl"
+    argv = ["score", "--model", str(story_model_path), "--data", str(small)]
+    argv += ["--normalize", normalize, "--output", str(output), "--max_tokens", "2000", "--json"]
+    assert main([*argv, *options]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    groups, _ = load_groups(
+        small, load_tokenizer(story_model_path), context_length=512, min_candidates=1
+    )
+    model = load_model(story_model_path, "float32")
+    expected = [_separate(model, group, normalize) for group in groups]
+    rows = [json.loads(line) for line in small.read_text().splitlines()]
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(written) == 10
+    for row, line, want in zip(rows, written, expected, strict=True):
+        scores = line.pop("model_scores")
+        assert line == row
+        if row is rows[1]:
+            assert scores.pop(0) is None
+        assert scores == pytest.approx(want, rel=1e-5, abs=1e-5)
+
+    ordered = [(e, g.rewards) for e, g in zip(expected, groups, strict=True) if len(e) > 1]
+    assert result["records_with_an_order"] == len(ordered) < 10
+    assert result["metrics"] == pytest.approx(
+        metrics.ranking_metrics([s for s, _ in ordered], [r.tolist() for _, r in ordered])
+    )
+    assert result["responses_scored"] == sum(map(len, expected))
+    assert result["output"] == str(output)
+
+
+def test_scores_of_other_formats(
+    story_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = tmp_path / "flat.jsonl"
+    rows = [{"prompt": "Once", "response": r, "score": s} for r, s in ((" upon", 1), (" a", 0))]
+    flat.write_text("\n".join(map(json.dumps, rows)))
+    pairs = tmp_path / "pairs.jsonl"
+    pair = {"prompt": "Once", "chosen": " upon", "rejected": " a", "kept": {"as": "it is"}}
+    pairs.write_text(json.dumps(pair))
+    found = []
+    for path in (flat, pairs):
+        output = tmp_path / "out.jsonl"
+        argv = ["score", "--model", str(story_model_path), "--data", str(path)]
+        assert main([*argv, "--output", str(output)]) == 0
+        found.append(json.loads(output.read_text()))
+    assert found[0]["responses"] == [" upon", " a"] and found[0]["scores"] == [1.0, 0.0]
+    assert found[0]["model_scores"] == found[1]["model_scores"]
+    assert found[1]["kept"] == {"as": "it is"}
+    assert "pairwise_accuracy" in capsys.readouterr().out
+
+
+def test_output_can_be_read_again(
+    small: Path, story_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model agrees with itself: its scores as rewards are ordered perfectly."""
+    output = tmp_path / "scored.jsonl"
+    argv = ["score", "--model", str(story_model_path)]
+    assert main([*argv, "--data", str(small), "--output", str(output)]) == 0
+    capsys.readouterr()
+    again = [*argv, "--data", str(output), "--score_key", "model_scores", "--json"]
+    assert main(again) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["metrics"]["pairwise_accuracy"] == 1.0
+    assert result["metrics"]["top1_accuracy"] == 1.0
+
+
+def test_rewards_without_an_order_give_no_metrics(
+    story_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sampled.jsonl"
+    path.write_text(json.dumps({"prompt": "Once", "responses": [" upon", " a"]}))
+    argv = ["score", "--model", str(story_model_path), "--data", str(path)]
+    assert main([*argv, "--format", "unscored"]) == 0
+    assert "metrics     none: the file's rewards order no pair" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--max_tokens", "40"], "tokens in one pack, --max_tokens is 40"),
+        (["--max_length", "513"], "must fit the model's context of 512 tokens, got 513"),
+        (["--device", "abacus"], "--device must be auto, cpu or cuda[:index], got 'abacus'"),
+        (["--device", "cuda:99"], "CUDA devices are here"),
+        (["--attention", "magic"], "attention must be one of"),
+    ],
+)
+def test_refusals_leave_an_older_output_alone(
+    options: list[str],
+    expected: str,
+    small: Path,
+    story_model_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "scored.jsonl"
+    output.write_text("older")
+    argv = ["score", "--model", str(story_model_path), "--data", str(small)]
+    assert main([*argv, "--output", str(output), *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and expected in err and err.count("\n") == 1
+    assert output.read_text() == "older" and list(tmp_path.iterdir()) == [output]
+
+
+def test_a_fault_in_the_middle_of_the_file_writes_nothing(
+    small: Path, story_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(small.read_text() + "{")
+    output = tmp_path / "scored.jsonl"
+    argv = ["score", "--model", str(story_model_path), "--data", str(path)]
+    assert main([*argv, "--output", str(output)]) == 2
+    assert "line 11: malformed JSON" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_model_that_gives_no_numbers_is_refused(
+    small: Path, story_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_model(story_model_path, "float32")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "poisoned")
+    load_tokenizer(story_model_path).save_pretrained(tmp_path / "poisoned")
+    argv = ["score", "--model", str(tmp_path / "poisoned"), "--data", str(small)]
+    assert main(argv) == 2
+    assert capsys.readouterr().err.count("\n") == 1
