@@ -41,7 +41,16 @@ def split_pair(
         )
     first = None if chosen is None else fields.text(chosen, place, "chosen")
     second = None if rejected is None else fields.text(rejected, place, "rejected")
-    if prompt is not None or first is None or second is None:
+    if first is None or second is None:
+        return prompt, [first, second]
+    if (
+        isinstance(prompt, str)
+        and prompt
+        and first.startswith(prompt)
+        and second.startswith(prompt)
+    ):
+        return prompt, [first.removeprefix(prompt), second.removeprefix(prompt)]
+    if prompt is not None:
         return prompt, [first, second]
     start = _common_text(first, second)
     return first[:start] or None, [first[start:], second[start:]]

@@ -206,6 +206,14 @@ def test_implicit_prompts(tmp_path: Path) -> None:
     assert (record.prompt, record.responses) == ("I count ", ["two", "ten"])
 
 
+def test_a_prompt_repeated_in_both_texts_is_taken_off(tmp_path: Path) -> None:
+    row = {"prompt": "Say: ", "chosen": "Say: yes", "rejected": "Say: no"}
+    once = row | {"chosen": "yes"}
+    both, single = read_records(write(tmp_path / "p.jsonl", [row, once]))
+    assert (both.prompt, both.responses) == ("Say: ", ["yes", "no"])
+    assert (single.prompt, single.responses) == ("Say: ", ["yes", "Say: no"])
+
+
 def test_preference_messages(tmp_path: Path) -> None:
     path = write(tmp_path / "chat.jsonl", _rows(_messages, PAIRS))
     for record, (prompt, responses, _) in zip(read_records(path), PAIRS, strict=True):

@@ -1,0 +1,141 @@
+"""Models and tokenizers from folders; what is no model is one line and no network request."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel
+
+from fastrank.errors import InputError
+from fastrank.modeling.load import (
+    check_model_path,
+    load_model,
+    load_tokenizer,
+    tokenizer_context,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", forbidden)
+    monkeypatch.setattr(socket, "getaddrinfo", forbidden)
+
+
+@pytest.fixture
+def copy(story_model_path: Path, tmp_path: Path) -> Path:
+    """A writable copy of the story model."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in story_model_path.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def _refused(function: Callable[[str], object], path: object) -> str:
+    with pytest.raises(InputError) as caught:
+        function(str(path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    return str(caught.value)
+
+
+def test_a_real_model(story_model_path: Path) -> None:
+    model = load_model(story_model_path, torch.float32)
+    assert model.dtype == torch.float32 and not model.training
+    assert load_model(story_model_path, "bfloat16").dtype == torch.bfloat16
+    tokenizer = load_tokenizer(story_model_path)
+    assert tokenizer.eos_token_id == 1
+    assert tokenizer_context(story_model_path, tokenizer) == 512
+
+
+def test_context_without_a_model_is_the_tokenizer_s_own(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    tokenizer = load_tokenizer(copy)
+    assert tokenizer_context(copy, tokenizer) is None
+    tokenizer.model_max_length = 77
+    assert tokenizer_context(copy, tokenizer) == 77
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer, check_model_path])
+@pytest.mark.parametrize(
+    "name", ["./nope", "/no/such", "~/nope", "a/b/c", "x\\y", "here/nope", "no/", "model.gz", "a b"]
+)
+def test_missing_paths(
+    load: Callable, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert "no such model folder" in _refused(load, name)
+
+
+def test_other_things_than_model_folders(tmp_path: Path, copy: Path) -> None:
+    assert "the model path is empty" in _refused(load_model, "")
+    assert "it has no config.json" in _refused(load_model, tmp_path)
+    assert "it has no tokenizer_config.json" in _refused(load_tokenizer, tmp_path)
+    assert "expected a model folder, got a file" in _refused(load_model, copy / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("config.json", "{"),
+        ("config.json", '{"model_type": "unheard"}'),
+        ("model.safetensors", "garbage"),
+        ("model.safetensors", None),
+    ],
+)
+def test_corrupt_models(file: str, text: str | None, copy: Path) -> None:
+    (copy / file).unlink()
+    if text is not None:
+        (copy / file).write_text(text)
+    assert "cannot be loaded as a causal language model" in _refused(load_model, copy)
+
+
+def test_corrupt_tokenizer(copy: Path) -> None:
+    (copy / "tokenizer.json").write_text("{")
+    assert "cannot be loaded as a tokenizer" in _refused(load_tokenizer, copy)
+
+
+def test_pickled_weights_are_not_read(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    torch.save(weights, copy / "pytorch_model.bin")
+    assert "cannot be loaded as a causal language model" in _refused(load_model, copy)
+
+
+def test_incomplete_weights_are_refused(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.norm.weight"]
+    (copy / "model.safetensors").unlink()
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    message = _refused(load_model, copy)
+    assert "1 weights are missing, the first is model.norm.weight" in message
+
+
+def test_a_model_without_a_language_head(tmp_path: Path) -> None:
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        vocab_size=32, is_decoder=True,
+    )  # fmt: skip
+    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    assert "weights are missing" in _refused(load_model, tmp_path)
+
+
+def test_code_of_a_repository_does_not_run(copy: Path) -> None:
+    marker = copy / "ran"
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {
+        "AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}  # fmt: skip
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "code.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    assert "cannot be loaded as a causal language model" in _refused(load_model, copy)
+    assert not marker.exists()
