@@ -180,6 +180,10 @@ def test_a_model_that_gives_no_numbers_is_refused(
         model.model.norm.weight.fill_(float("nan"))
     model.save_pretrained(tmp_path / "poisoned")
     load_tokenizer(story_model_path).save_pretrained(tmp_path / "poisoned")
+    capsys.readouterr()
     argv = ["score", "--model", str(tmp_path / "poisoned"), "--data", str(small)]
-    assert main(argv) == 2
+    assert main(argv) == 2  # the start-up check of shared prompts sees it
     assert capsys.readouterr().err.count("\n") == 1
+    assert main([*argv, "--shared_prompts", "false"]) == 2
+    err = capsys.readouterr().err
+    assert f"{small}:1: the model's scores are not finite" in err and err.count("\n") == 1
