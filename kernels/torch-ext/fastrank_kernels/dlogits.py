@@ -1,0 +1,200 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Gradient of the weighted log-probabilities by the logits, over the logits if wanted.
+
+One program a row, blocks in rising order. Written over the logits it needs no second buffer, which
+for a float32 chunk is half of all memory that the loss takes. The narrower row lies in the front
+half of the wide one, so a block's store lands on logits that this program has read before, but
+perhaps not yet in all its warps: warps drift apart without limit. A barrier between load and store
+in *every* block is what makes it right; a separate ``out`` goes without.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device_math import final_logits, negative_expm1
+from .launch import (
+    FLOATS,
+    INTEGERS,
+    Launch,
+    require_device,
+    require_dtype,
+    require_rows,
+    require_shape,
+    run,
+)
+from .row_stats import block_of_row
+
+
+@triton.jit(do_not_specialize=["labels", "lse", "logp", "coefficients", "live"])
+def dlogits_kernel(
+    logits,
+    labels,
+    lse,
+    logp,
+    coefficients,
+    bias,
+    live,
+    out,
+    vocab,
+    stride,
+    out_stride,
+    logit_scale,
+    softcap,
+    IN_PLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    out_row = tl.program_id(0).to(tl.int64)
+    row = out_row
+    if live is not None:
+        row = tl.load(live + out_row).to(tl.int64)
+    logits += row * stride
+    out += out_row * out_stride
+    row_lse = tl.load(lse + row).to(tl.float32)
+    row_logp = tl.load(logp + row).to(tl.float32)
+    c = tl.load(coefficients + row).to(tl.float32)
+    # A label outside the vocabulary has NaN in logp; clamped, it puts that NaN into the row.
+    label = tl.minimum(tl.maximum(tl.load(labels + row), 0), vocab - 1).to(tl.int32)
+    at_label = negative_expm1(row_logp) * c
+    finite = (tl.abs(row_lse) < float("inf")) & (row_logp == row_logp)
+    if (c == 0.0) & finite:
+        # Zero whatever the logits are: a dead row is written without being read.
+        for start in range(0, vocab, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            zero = tl.zeros((BLOCK,), tl.float32).to(out.dtype.element_ty)
+            tl.store(out + columns, zero, mask=columns < vocab)
+    else:
+        for start in range(0, vocab, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < vocab
+            x = tl.load(logits + columns, mask=inside, other=0.0)
+            z = final_logits(x, bias, columns, inside, logit_scale, softcap)
+            # onehot - p in float32 before any cast: rounded probabilities lose confident tokens.
+            grad = tl.where(columns == label, at_label, tl.exp(z - row_lse) * -c)
+            if softcap is not None:
+                ratio = z * (1.0 / softcap)
+                grad *= 1.0 - ratio * ratio
+            if logit_scale is not None:
+                grad *= logit_scale
+            if IN_PLACE:
+                tl.debug_barrier()
+            tl.store(out + columns, grad.to(out.dtype.element_ty), mask=inside)
+
+
+def overlays(logits: Tensor, out: Tensor) -> bool:
+    """Whether ``out`` lies over ``logits`` row by row; ValueError if it overlaps in another way."""
+    rows, vocab = logits.shape
+    if rows == 0 or vocab == 0 or out.shape[0] == 0:
+        return False
+    pitch, out_pitch = (t.stride(0) * t.element_size() for t in (logits, out))
+    width, out_width = (vocab * t.element_size() for t in (logits, out))
+    begin, out_begin = logits.data_ptr(), out.data_ptr()
+    end = begin + (rows - 1) * pitch + width
+    out_end = out_begin + (out.shape[0] - 1) * out_pitch + out_width
+    if end <= out_begin or out_end <= begin:
+        return False
+    if pitch == out_pitch:
+        shift = (out_begin - begin) % pitch
+        if shift >= width and shift + out_width <= pitch:
+            return False
+    same_rows = begin == out_begin and (pitch == out_pitch or rows == 1)
+    if not same_rows or out_width > width:
+        raise ValueError(
+            "out must be separate from logits, or lie over it row by row from the same address in "
+            f"no wider type, got row pitches of {pitch} and {out_pitch} bytes at a distance of "
+            f"{out_begin - begin} bytes"
+        )
+    return True
+
+
+def plan_dlogits(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    logp: Tensor,
+    coefficients: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    out: Tensor,
+    live: Tensor | None,
+) -> Launch:
+    """The launch that `dlogits` does, for tensors on any device."""
+    rows, vocab = logits.shape
+    in_place = overlays(logits, out)
+    if in_place and live is not None:
+        raise ValueError(
+            "out must be separate from logits when live is given (its programs run in any order "
+            "and would overwrite rows not yet read), got out over logits"
+        )
+    block, num_warps = block_of_row(vocab, logits.dtype)
+    arguments = {
+        "logits": logits,
+        "labels": labels.contiguous(),
+        "lse": lse.contiguous(),
+        "logp": logp.contiguous(),
+        "coefficients": coefficients.contiguous(),
+        "bias": None if bias is None else bias.contiguous(),
+        "live": None if live is None else live.contiguous(),
+        "out": out,
+        "vocab": vocab,
+        "stride": logits.stride(0),
+        "out_stride": out.stride(0),
+        "logit_scale": None if logit_scale == 1.0 else float(logit_scale),
+        "softcap": None if softcap is None else float(softcap),
+        "IN_PLACE": in_place,
+        "BLOCK": block,
+    }
+    count = rows if live is None else live.numel()
+    return Launch(dlogits_kernel, (count,), arguments, num_warps, fp_fusion=True)
+
+
+def dlogits(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    logp: Tensor,
+    coefficients: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    *,
+    out: Tensor,
+    live: Tensor | None = None,
+) -> Tensor:
+    """`reference.dlogits` as one launch: d(Σ_t coefficients_t · logp_t) / d logits, in ``out``.
+
+    ``out`` [rows or more, V] is ``logits`` itself, a no wider type laid over its memory row by row,
+    or a buffer of its own. Unlike the reference, ``live`` needs a buffer of its own: rows are
+    written in no fixed order. ValueError for that, and for a wrong device, dtype, shape or stride.
+    """
+    require_device(
+        logits=logits,
+        labels=labels,
+        lse=lse,
+        logp=logp,
+        coefficients=coefficients,
+        bias=bias,
+        out=out,
+        live=live,
+    )
+    require_dtype(
+        FLOATS, logits=logits, lse=lse, logp=logp, coefficients=coefficients, bias=bias, out=out
+    )
+    require_dtype(INTEGERS, labels=labels, live=live)
+    require_rows(logits=logits, out=out)
+    rows, vocab = logits.shape
+    require_shape((rows,), labels=labels, lse=lse, logp=logp, coefficients=coefficients)
+    require_shape((vocab,), bias=bias)
+    count = rows if live is None else live.numel()
+    if out.shape[0] < count or out.shape[1] != vocab:
+        raise ValueError(f"out must have shape [{count} or more, {vocab}], got {tuple(out.shape)}")
+    if count > 1 and out.stride(0) < vocab:
+        raise ValueError(f"out must have rows that do not overlap, got strides {out.stride()}")
+    launch = plan_dlogits(
+        logits, labels, lse, logp, coefficients, bias, logit_scale, softcap, out, live
+    )
+    run(launch, logits.device)
+    return out[:count]

@@ -1,0 +1,211 @@
+"""From token log-probabilities, or from scores, to a ranking loss and its gradients, in one launch.
+
+One program takes one group, so nothing is exchanged between programs, nothing is atomic, and the
+same input gives the same bits. The loss is data (`RankSpec`): its form is compiled in, its numbers
+are arguments. A group that is larger than a block is walked in blocks by the same program; many
+programs a group would use more of the GPU where groups are few and huge, and would need a second
+launch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .launch import (
+    FLOATS,
+    INTEGERS,
+    Launch,
+    power_of_two,
+    require_device,
+    require_dtype,
+    require_shape,
+    run,
+)
+from .rank_kernel import rank_kernel
+from .reference import RankResult
+from .spec import RankSpec
+
+_LARGEST_TILE = 64
+_ALL_STAGES = 2**31 - 1
+
+
+def rank_tokens(
+    token_logprobs: Tensor,
+    rewards: Tensor,
+    cu_responses: Tensor,
+    cu_groups: Tensor,
+    reference_scores: Tensor | None,
+    spec: RankSpec,
+    scale: float,
+) -> RankResult:
+    """`reference.rank_tokens` as one launch; all results float32.
+
+    ``token_logprobs`` [T] and ``reference_scores`` [C] are on the GPU. ``rewards`` [C] and the
+    offsets int32 ``[C + 1]``, ``[G + 1]`` may be on the host: they are copied. Host offsets also
+    tell the size of the largest group; with device offsets the block is chosen by the mean size,
+    so that nothing waits for the device. ValueError for a wrong device, dtype or shape.
+    """
+    require_device(token_logprobs=token_logprobs, reference_scores=reference_scores)
+    require_dtype(FLOATS, token_logprobs=token_logprobs, reference_scores=reference_scores)
+    num_tokens, num_candidates = token_logprobs.numel(), rewards.numel()
+    num_groups = cu_groups.numel() - 1
+    require_shape((num_tokens,), token_logprobs=token_logprobs)
+    require_shape((num_candidates,), rewards=rewards, reference_scores=reference_scores)
+    require_shape((num_candidates + 1,), cu_responses=cu_responses)
+    _require_offsets(cu_groups, num_candidates)
+    require_dtype(INTEGERS, cu_responses=cu_responses)
+    device = token_logprobs.device
+    # Four allocations and not one: results of an operator must not share their memory.
+    sizes = (num_groups, num_groups, num_candidates, num_tokens)
+    result = RankResult(*(torch.empty(n, dtype=torch.float32, device=device) for n in sizes))
+    launch = plan_rank(
+        spec,
+        rewards=rewards,
+        cu_groups=cu_groups,
+        scores=result.scores,
+        rank_loss=result.rank_loss,
+        token_logprobs=token_logprobs,
+        cu_responses=cu_responses,
+        reference_scores=reference_scores,
+        sft_loss=result.sft_loss,
+        coefficients=result.coefficients,
+        scale=scale,
+    )
+    run(launch, device)
+    return result
+
+
+def rank_scores(
+    scores: Tensor,
+    rewards: Tensor,
+    cu_groups: Tensor,
+    valid: Tensor | None,
+    spec: RankSpec,
+) -> tuple[Tensor, Tensor]:
+    """`reference.rank_scores` as one launch: ranking term [G] and score gradients [C], float32.
+
+    ``scores`` [C] are on the GPU; ``rewards`` [C], ``cu_groups`` int32 [G + 1] and ``valid`` bool
+    [C] may be on the host: they are copied. ValueError for a wrong device, dtype or shape.
+    """
+    require_device(scores=scores)
+    require_dtype(FLOATS, scores=scores)
+    require_shape((scores.numel(),), scores=scores, rewards=rewards, valid=valid)
+    require_dtype((torch.bool,), valid=valid)
+    _require_offsets(cu_groups, scores.numel())
+    rank_loss = torch.empty(cu_groups.numel() - 1, dtype=torch.float32, device=scores.device)
+    score_grads = torch.empty(scores.numel(), dtype=torch.float32, device=scores.device)
+    launch = plan_rank(
+        spec,
+        rewards=rewards,
+        cu_groups=cu_groups,
+        scores=scores.contiguous(),
+        rank_loss=rank_loss,
+        valid=valid,
+        score_grads=score_grads,
+    )
+    run(launch, scores.device)
+    return rank_loss, score_grads
+
+
+def plan_rank(
+    spec: RankSpec,
+    *,
+    rewards: Tensor,
+    cu_groups: Tensor,
+    scores: Tensor,
+    rank_loss: Tensor,
+    token_logprobs: Tensor | None = None,
+    cu_responses: Tensor | None = None,
+    reference_scores: Tensor | None = None,
+    valid: Tensor | None = None,
+    sft_loss: Tensor | None = None,
+    score_grads: Tensor | None = None,
+    coefficients: Tensor | None = None,
+    scale: float = 1.0,
+) -> Launch:
+    """The launch that `rank_tokens` (with ``token_logprobs``) or `rank_scores` does."""
+    device = scores.device
+    tile = tile_of_groups(cu_groups, scores.numel())
+    needs_scratch = spec.form == "staged" or spec.pair_weight == "lambda"
+    scratch = None
+    if needs_scratch:
+        scratch = torch.empty(scores.numel(), dtype=torch.float32, device=device)
+    if not rewards.is_floating_point():
+        rewards = rewards.to(torch.float32)
+    arguments = {
+        "token_logprobs": _vector(token_logprobs, device),
+        "scores": scores,
+        "rewards": _vector(rewards, device),
+        "cu_responses": _vector(cu_responses, device),
+        "cu_groups": _vector(cu_groups, device),
+        "reference_scores": _vector(reference_scores, device),
+        "valid": _vector(valid, device),
+        "rank_loss": rank_loss,
+        "sft_loss": sft_loss,
+        "score_grads": score_grads,
+        "coefficients": coefficients,
+        "scratch": scratch,
+        "num_tokens": 0 if token_logprobs is None else token_logprobs.numel(),
+        "num_candidates": scores.numel(),
+        "scale": float(scale),
+        "score_scale": float(spec.score_scale),
+        "margin": float(spec.margin),
+        "temperature": float(spec.temperature),
+        "top_k": spec.top_k or _ALL_STAGES,
+        "sft_weight": float(spec.sft_weight),
+        "mean_scores": int(spec.normalize == "mean"),
+        "sft_mean": int(spec.sft_reduction == "mean"),
+        "sft_square": int(spec.sft_growth == "square"),
+        "FORM": spec.form,
+        "PHI": spec.phi if spec.form == "pairwise" else "none",
+        "BEST_WORST": spec.form == "pairwise" and spec.pairs == "best_worst",
+        "LAMBDA": spec.form == "pairwise" and spec.pair_weight == "lambda",
+        "REWARD_GAP": spec.form == "staged" and spec.stage_scale == "reward_gap",
+        "ROWS": tile,
+        "COLUMNS": min(tile, 32),
+        "BLOCK_T": 2048 // tile,
+    }
+    num_warps = 8 if tile == _LARGEST_TILE else 4
+    # Not fused: equal scores must have a difference of exactly 0, whatever they are scaled by.
+    return Launch(
+        rank_kernel,
+        (cu_groups.numel() - 1,),
+        arguments,
+        num_warps,
+        fp_fusion=False,
+        max_registers=128,
+    )
+
+
+def tile_of_groups(cu_groups: Tensor, num_candidates: int) -> int:
+    """Side of the block in which a group's n x n comparison is walked, 8 to 64.
+
+    It fits the largest group where the offsets are on the host, and the mean group where only the
+    device knows them: any tile serves any group, at another speed.
+    """
+    num_groups = cu_groups.numel() - 1
+    if num_groups < 1:
+        return 8
+    if cu_groups.device.type == "cpu":
+        widest = int((cu_groups[1:] - cu_groups[:-1]).max())
+    else:
+        widest = -(-num_candidates // num_groups)
+    return min(max(power_of_two(widest), 8), _LARGEST_TILE)
+
+
+def _vector(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    if tensor is None:
+        return None
+    return tensor.to(device, non_blocking=True).contiguous()
+
+
+def _require_offsets(cu_groups: Tensor, num_candidates: int) -> None:
+    require_dtype(INTEGERS, cu_groups=cu_groups)
+    if cu_groups.dim() != 1 or cu_groups.numel() < 1:
+        raise ValueError(f"cu_groups must have shape [G + 1], got {tuple(cu_groups.shape)}")
+    if cu_groups.device.type == "cpu" and int(cu_groups[-1]) != num_candidates:
+        raise ValueError(
+            f"cu_groups must end at {num_candidates} (number of candidates), "
+            f"got {int(cu_groups[-1])}"
+        )

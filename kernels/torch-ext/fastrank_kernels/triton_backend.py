@@ -1,0 +1,14 @@
+"""The Triton backend: the six functions of `reference` under the same names and signatures.
+
+Importing this module imports triton; importing the package does not. Whoever picks a backend
+imports this module when it is asked for, and says what is missing where triton is.
+"""
+
+from __future__ import annotations
+
+from .compact import live_rows, segment_sum
+from .dlogits import dlogits
+from .rank import rank_scores, rank_tokens
+from .row_stats import row_stats
+
+__all__ = ["dlogits", "live_rows", "rank_scores", "rank_tokens", "row_stats", "segment_sum"]
