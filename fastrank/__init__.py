@@ -35,6 +35,7 @@ _HOMES = {
     "modeling.score": ["score"],
     "training.config": ["RankConfig"],
     "training.trainer": ["RankTrainer"],
+    "training.two_phase": ["TwoPhaseOutput", "two_phase_backward"],
     "errors": ["InputError"],
 }  # fmt: skip
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
@@ -72,6 +73,8 @@ if TYPE_CHECKING:
     from .ranking import ranking_loss as ranking_loss
     from .training.config import RankConfig as RankConfig
     from .training.trainer import RankTrainer as RankTrainer
+    from .training.two_phase import TwoPhaseOutput as TwoPhaseOutput
+    from .training.two_phase import two_phase_backward as two_phase_backward
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Switching dropout off, which exact gradients of a ranking need.
+"""What is random in a model while it trains: dropout, and noise that some routers add.
 
 With dropout the same prompt would be encoded differently for each of its responses, and the second
 phase of two-phase training would differentiate another function than the first one scored.
@@ -6,9 +6,14 @@ phase of two-phase training would differentiate another function than the first 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+
+# Plain numbers beside dropout rates that make a forward pass random: noise on a router's inputs
+# (Mixtral, DBRX, PhiMoE), skipped layers (OPT, Bart), noise on embeddings (NEFTune).
+_NOISE = ("jitter", "layerdrop", "neftune_noise_alpha")
 
 
 def disable_dropout(model: nn.Module) -> list[str]:
@@ -18,17 +23,34 @@ def disable_dropout(model: nn.Module) -> list[str]:
     numbers. The configuration is left alone: it says what the model was made with.
     """
     changed: list[str] = []
+    for module, name, label, value in _dropouts(model):
+        changed.append(f"{label}: {value}")
+        setattr(module, name, 0.0)
+    return changed
+
+
+def random_rates(model: nn.Module) -> list[str]:
+    """Every dropout rate, and every rate of other noise, that is not 0, as ``"name: 0.1"``."""
+    dropouts = [f"{label}: {value}" for _, _, label, value in _dropouts(model)]
+    noise = [
+        f"{path}.{name}: {value}"
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if any(word in name for word in _NOISE) and isinstance(value, (int, float)) and value > 0
+    ]
+    return dropouts + noise
+
+
+def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, float]]:
+    """Module, attribute, full name and value of every dropout rate above 0."""
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             if module.p > 0:
-                changed.append(f"{path}: {module.p}")
-                module.p = 0.0
+                yield module, "p", path, module.p
             continue
         for name, value in list(vars(module).items()):
             if "dropout" in name and _is_rate(value):
-                changed.append(f"{path}.{name}: {value}")
-                setattr(module, name, 0.0)
-    return changed
+                yield module, name, f"{path}.{name}", value
 
 
 def _is_rate(value: Any) -> bool:

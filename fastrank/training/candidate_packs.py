@@ -1,0 +1,140 @@
+"""Packs of some of the candidates of some groups, and the way back to all of them.
+
+A ranking loss needs all candidates of a prompt *at once* only for its scores. When scores and
+gradients are made in separate passes, a pass may hold any candidates in any order: here a prompt
+whose candidates do not fit into one pack is encoded again in each of several, and candidates that
+are not wanted are left out. Candidates are numbered through all groups, in the given order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrank.data.bins import best_fit
+from fastrank.data.packing import Group, Pack, pack
+
+
+class CandidatePack(NamedTuple):
+    """A pack of chosen candidates."""
+
+    pack: Pack
+    tokens: Tensor
+    """int64 [T of the pack] on the host: the place of each of its labels among the response tokens
+    of all candidates of all groups."""
+
+
+class Candidates(NamedTuple):
+    """All candidates of some groups, one after the other: C candidates, T response tokens."""
+
+    rewards: Tensor
+    """float32 or float64 [C]."""
+    reference_scores: Tensor | None
+    """float32 [C]."""
+    cu_responses: Tensor
+    """int32 [C + 1] on the host."""
+    cu_groups: Tensor
+    """int32 [G + 1] on the host."""
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Candidates:
+        """Raises ValueError if some groups have reference scores and others have none."""
+        references = [g.reference_scores for g in groups if g.reference_scores is not None]
+        if len(references) not in (0, len(groups)):
+            raise ValueError(
+                f"reference_scores must be given for every group or for none, got "
+                f"{len(references)} of {len(groups)} groups"
+            )
+        lengths = [len(ids) for group in groups for ids in group.response_ids]
+        return cls(
+            rewards=torch.cat([g.rewards for g in groups]) if groups else torch.empty(0),
+            reference_scores=torch.cat(references) if references else None,
+            cu_responses=_offsets(lengths),
+            cu_groups=_offsets([group.num_candidates for group in groups]),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.cu_responses[-1])
+
+
+def candidate_packs(
+    groups: Sequence[Group],
+    *,
+    max_tokens: int,
+    shared_prompts: bool = True,
+    live: Sequence[bool] | None = None,
+    vocab_size: int | None = None,
+) -> list[CandidatePack]:
+    """Packs of at most ``max_tokens`` tokens that hold every live candidate once.
+
+    A group whose live candidates do not fit into one pack is cut into as few parts as best fit
+    finds, each with the prompt. Depends on the arguments alone.
+
+    Args:
+        groups: may be none, which gives no pack.
+        max_tokens: the budget of a pack, as for `fastrank.pack`.
+        shared_prompts: as for `fastrank.pack`.
+        live: which candidates to hold, one value a candidate through all groups; None for all.
+        vocab_size: if given, every token id must lie below it.
+
+    Raises:
+        ValueError: a candidate that does not fit into a pack together with its prompt.
+    """
+    parts: list[Group] = []
+    tokens: list[Tensor] = []
+    first = start = 0  # candidate and response token at which the group begins
+    for index, group in enumerate(groups):
+        lengths = [len(ids) for ids in group.response_ids]
+        begins = start + np.concatenate(([0], np.cumsum(lengths)))
+        wanted = [i for i in range(len(lengths)) if live is None or live[first + i]]
+        for members in _fit(group, wanted, max_tokens, shared_prompts, f"group {index}"):
+            parts.append(
+                Group(
+                    group.prompt_ids,
+                    tuple(group.response_ids[i] for i in members),
+                    group.rewards[members],
+                    name=group.name or f"group {index}",
+                )
+            )
+            tokens.append(
+                torch.cat([torch.arange(begins[i], begins[i] + lengths[i]) for i in members])
+            )
+        first, start = first + len(lengths), int(begins[-1])
+    packs = pack(parts, max_tokens=max_tokens, shared_prompts=shared_prompts, vocab_size=vocab_size)
+    return [CandidatePack(p, torch.cat([tokens[i] for i in p.group_index])) for p in packs]
+
+
+def filler_pack(shared_prompts: bool) -> CandidatePack:
+    """The smallest pack there is, of no candidate: for a process that has none left while others
+    do, since engines that communicate inside forward and backward wait for each other."""
+    group = Group([0], ([0],), [0.0], name="filler")  # type: ignore[arg-type]
+    (smallest,) = pack([group], max_tokens=2, shared_prompts=shared_prompts)
+    return CandidatePack(smallest, torch.empty(0, dtype=torch.int64))
+
+
+def _fit(
+    group: Group, members: list[int], max_tokens: int, shared_prompts: bool, fallback: str
+) -> list[list[int]]:
+    """The members, in parts that fit into a pack."""
+    room = max_tokens - len(group.prompt_ids)
+    lengths = [len(group.response_ids[i]) for i in members]
+    if lengths and max(lengths) > room:
+        too_long = members[lengths.index(max(lengths))]
+        raise ValueError(
+            f"{group.name or fallback}: prompt and response {too_long} must fit into max_tokens="
+            f"{max_tokens}, got {len(group.prompt_ids)} + {max(lengths)} tokens"
+        )
+    if not shared_prompts:
+        return [[i] for i in members]  # nothing is shared, so rows of like length go together
+    if sum(lengths) <= room:
+        return [members] if members else []
+    return [[members[i] for i in chosen] for chosen in best_fit(lengths, room)]
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))

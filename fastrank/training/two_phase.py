@@ -1,0 +1,288 @@
+"""Training in two phases: exact gradients in memory that does not grow with the candidates.
+
+A ranking loss couples all candidates of a prompt, so ordinary (joint) training holds the
+activations of all of them until the backward. But it couples them through one number a candidate,
+and the derivative of the loss by each token's log-probability is known as soon as the scores are:
+
+1. Every candidate is scored without a graph, in packs of any size.
+2. The loss gives the coefficients c_t = ∂L/∂logp_t of all response tokens. Only candidates
+   whose coefficient is not exactly zero are run again, with a graph, in packs of any size, and each
+   pack back-propagates Σ c_t logp_t: by the chain rule, its part of the exact gradient.
+
+With F for a forward pass over the tokens, joint training costs 3F, 4F with gradient checkpointing,
+and two phases (1 + 3a)F, a being the share of tokens that is run again. That is less than
+checkpointing wherever candidates drop out (RRHF: those already in their place), and never needs
+more memory than one pack. The price: a prompt whose candidates do not fit into one pack is encoded
+once for each, and both phases have to compute the same function, so nothing in the model may be
+random.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import fastrank_kernels
+from fastrank.data.packing import Group, Pack
+from fastrank.errors import InputError
+from fastrank.losses import Loss
+from fastrank.modeling.dropout import random_rates
+from fastrank.modeling.prepare import prepared_state
+from fastrank.modeling.unwrap import causal_lm, vocab_size
+from fastrank.ranking import check_loss
+from fastrank.training.candidate_packs import (
+    CandidatePack,
+    Candidates,
+    candidate_packs,
+    filler_pack,
+)
+from fastrank.training.engine import Engine, engine_of, unwrap
+
+
+class TwoPhaseOutput(NamedTuple):
+    """What `two_phase_backward` did on this process. Nothing in it carries gradients."""
+
+    loss: Tensor
+    """``rank_loss + sft_loss``: this process's groups, summed, over ``num_groups``."""
+    rank_loss: Tensor
+    """The ranking term, likewise."""
+    sft_loss: Tensor
+    """The supervised term with its weight, likewise."""
+    scores: Tensor
+    """[C] the model's own scores of all candidates, in the order of the groups."""
+    token_logprobs: Tensor
+    """[T] log-probability of each response token, as phase one saw it."""
+    live_fraction: float
+    """Share of the response tokens whose candidate has a gradient that is not exactly zero."""
+    tokens_joint: int
+    """Tokens that joint training would compute and back-propagate, each group in one pack."""
+    tokens_scored: int
+    """Tokens computed in phase one: the joint ones, and prompts encoded again."""
+    tokens_backpropagated: int
+    """Tokens computed and back-propagated in phase two."""
+    drift: Tensor
+    """Largest difference between the two phases' log-probabilities of a token: rounding alone."""
+
+    @property
+    def work_saved(self) -> float:
+        """Share of the work of joint training with gradient checkpointing, 4 forward passes' worth
+        a token, that was saved: 1 for a scored token and 3 for a back-propagated one came instead.
+        Negative where more work was done."""
+        if not self.tokens_joint:
+            return 0.0
+        return 1 - (self.tokens_scored + 3 * self.tokens_backpropagated) / (4 * self.tokens_joint)
+
+
+def two_phase_backward(
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    loss: Loss,
+    max_tokens: int,
+    score_tokens: int | None = None,
+    num_groups: int | None = None,
+    logits_memory: int | None = None,
+    backend: str | None = None,
+    engine: Engine | None = None,
+) -> TwoPhaseOutput:
+    """Add the exact gradients of a ranking loss to ``.grad``, a pack at a time.
+
+    Takes the place of ``model(pack=..., loss=...).loss.backward()`` over all packs of a step:
+
+        fastrank.prepare_model(model)
+        for groups in batches:
+            fastrank.two_phase_backward(model, groups, loss=fastrank.RRHF(), max_tokens=8192)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Under DDP or FSDP2 every process calls it with its own groups (possibly none), and all of them
+    run equally many packs.
+
+    Args:
+        model: a prepared model (`fastrank.prepare_model`), wrapped or not.
+        groups: this process's share of the step's groups. They may be larger than ``max_tokens``; a
+            prompt with one of its responses may not.
+        loss: e.g. ``fastrank.RRHF()``.
+        max_tokens: tokens of a pack that is back-propagated; memory follows from it.
+        score_tokens: tokens of a pack that is only scored, default ``max_tokens``. Without a graph
+            more fit, and fewer prompts are encoded twice.
+        num_groups: what the sum over groups is divided by; default: the groups of all processes.
+        logits_memory, backend: as for `fastrank.token_logprobs`.
+        engine: how the model is run; default: as PyTorch's DDP or FSDP2 wrapped it.
+
+    Raises:
+        InputError: the model has a dropout, router jitter or other randomness, by name.
+        ValueError: the model is not prepared, or a candidate does not fit into a pack.
+    """
+    check_loss(loss)
+    state = prepared_state(unwrap(model))
+    if state is None:
+        raise ValueError(
+            f"model must be prepared with fastrank.prepare_model, got {type(model).__name__}"
+        )
+    check_deterministic(model)
+    lm = causal_lm(unwrap(model))
+    engine = engine or engine_of(model)
+    phases = _Phases(
+        model=model,
+        engine=engine,
+        device=lm.device,
+        shared_prompts=state.shared_prompts,
+        options={"logits_memory": logits_memory, "backend": backend},
+    )
+    candidates = Candidates.of(groups)
+    scored = candidate_packs(
+        groups,
+        max_tokens=score_tokens or max_tokens,
+        shared_prompts=state.shared_prompts,
+        vocab_size=vocab_size(lm),
+    )
+    if num_groups is None:
+        num_groups = sum(engine.everyone(len(groups), lm.device))
+    logprobs = phases.score(scored, candidates.num_tokens)
+    ranked = fastrank_kernels.rank_tokens(
+        logprobs,
+        candidates.rewards.to(logprobs.dtype),
+        candidates.cu_responses,
+        candidates.cu_groups,
+        loss.spec(),
+        reference_scores=candidates.reference_scores if loss.uses_reference else None,
+        scale=1.0 / max(num_groups, 1),
+        backend=backend,
+    )
+    # One coefficient a candidate: its tokens all have the same. Reading it waits for the device.
+    first_tokens = candidates.cu_responses[:-1].long().to(lm.device)
+    live = (ranked.coefficients[first_tokens] != 0).cpu()
+    chosen = candidate_packs(
+        groups,
+        max_tokens=max_tokens,
+        shared_prompts=state.shared_prompts,
+        live=live.tolist(),
+    )
+    drift = phases.differentiate(chosen, logprobs, ranked.coefficients)
+    rank_loss, sft_loss = (x.sum() / max(num_groups, 1) for x in ranked[:2])
+    lengths = candidates.cu_responses.diff()
+    return TwoPhaseOutput(
+        loss=rank_loss + sft_loss,
+        rank_loss=rank_loss,
+        sft_loss=sft_loss,
+        scores=ranked.scores,
+        token_logprobs=logprobs,
+        live_fraction=int(lengths[live].sum()) / max(candidates.num_tokens, 1),
+        tokens_joint=sum(_joint_tokens(group, state.shared_prompts) for group in groups),
+        tokens_scored=sum(p.pack.num_tokens for p in scored),
+        tokens_backpropagated=sum(p.pack.num_tokens for p in chosen),
+        drift=drift,
+    )
+
+
+@dataclass(frozen=True)
+class _Phases:
+    """The two passes over packs, in step with the other processes."""
+
+    model: nn.Module
+    engine: Engine
+    device: torch.device
+    shared_prompts: bool
+    options: dict[str, Any]
+
+    def score(self, packs: list[CandidatePack], num_tokens: int) -> Tensor:
+        """Phase one: the log-probability of every response token, [T], without a graph."""
+        logprobs: Tensor | None = None
+        with torch.no_grad():
+            for number, chosen in enumerate(self._in_step(packs, at_least=1)):
+                guard = _no_random_numbers(self.model, self.device, watch=number == 0)
+                with guard:
+                    found = self._logprobs(chosen.pack)
+                if logprobs is None:
+                    logprobs = found.new_empty(num_tokens)
+                if len(chosen.tokens):
+                    logprobs[chosen.tokens.to(self.device)] = found
+        assert logprobs is not None
+        return logprobs
+
+    def differentiate(
+        self, packs: list[CandidatePack], logprobs: Tensor, coefficients: Tensor
+    ) -> Tensor:
+        """Phase two: back-propagate Σ c_t logp_t of the packs' tokens; returns the drift."""
+        drift = logprobs.new_zeros(())
+        # With nothing to learn a filler still runs: gradients of zero, as joint training has them,
+        # let an optimiser's momentum and decay go on.
+        passes = self._in_step(packs, at_least=1)
+        for number, chosen in enumerate(passes):
+            with self.engine.synchronising(number == len(passes) - 1):
+                found = self._logprobs(chosen.pack)
+                if len(chosen.tokens):
+                    at = chosen.tokens.to(self.device)
+                    total = (found * coefficients[at]).sum() * self.engine.world_size
+                    drift = torch.maximum(drift, (found.detach() - logprobs[at]).abs().max())
+                else:
+                    total = found.sum() * 0.0
+                with torch.autocast(self.device.type, enabled=False):
+                    self.engine.backward(total)
+        return drift
+
+    def _logprobs(self, pack: Pack) -> Tensor:
+        logprobs: Tensor = self.model(pack=pack.to(self.device), **self.options).token_logprobs
+        return logprobs
+
+    def _in_step(self, packs: list[CandidatePack], at_least: int) -> list[CandidatePack]:
+        """The packs, and fillers until every process has equally many."""
+        rounds = max(at_least, *self.engine.everyone(len(packs), self.device))
+        missing = rounds - len(packs)
+        return packs + ([filler_pack(self.shared_prompts)] * missing if missing else [])
+
+
+def _joint_tokens(group: Group, shared_prompts: bool) -> int:
+    return group.num_tokens_shared if shared_prompts else group.num_tokens_separate
+
+
+def check_deterministic(model: nn.Module) -> None:
+    """Refuse a model with a dropout or jitter: its two phases would compute different functions.
+
+    Raises:
+        InputError: naming the rates.
+    """
+    rates = random_rates(model)
+    if rates:
+        more = f" and {len(rates) - 3} more" if len(rates) > 3 else ""
+        raise InputError(
+            "two-phase training needs a model without randomness, expected rates of 0, got "
+            f"{', '.join(rates[:3])}{more}; fastrank.modeling.dropout.disable_dropout(model) sets "
+            "dropouts to 0, the model's configuration the others"
+        )
+
+
+@contextlib.contextmanager
+def _no_random_numbers(model: nn.Module, device: torch.device, *, watch: bool) -> Iterator[None]:
+    """Raise InputError if the model draws random numbers meanwhile, whatever it does with them:
+    some read a rate from their configuration, others sample their experts."""
+    if not watch:
+        yield
+        return
+    before = _random_states(device)
+    yield
+    if any(not torch.equal(a, b) for a, b in zip(before, _random_states(device), strict=True)):
+        config = causal_lm(unwrap(model)).config.get_text_config().to_dict()
+        named = [
+            f"{name}={value}"
+            for name, value in config.items()
+            if ("drop" in name or "jitter" in name) and isinstance(value, float) and value
+        ]
+        raise InputError(
+            "two-phase training needs a model without randomness, but "
+            f"{type(model).__name__} draws random numbers in training mode (its configuration has "
+            f"{', '.join(named) or 'no dropout or jitter'})"
+        )
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states

@@ -1,0 +1,380 @@
+"""Training in two phases gives the gradients of joint training, a pack at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PreTrainedModel,
+)
+
+import fastrank
+from fastrank import Group
+from fastrank.training.candidate_packs import Candidates, candidate_packs
+from fastrank.training.two_phase import two_phase_backward
+
+VOCAB = 61
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+}
+GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+# One-token prompts and responses, a single candidate, and groups larger than a pack of 24.
+SHAPES = [(7, [3, 1, 9]), (1, [4, 2]), (12, [5]), (4, [6, 6, 2, 11, 5, 5, 7]), (9, [15, 3, 8])]
+PACK = 24
+
+
+def random_groups(
+    shapes: Sequence[tuple[int, Sequence[int]]] = SHAPES,
+    *,
+    seed: int = 0,
+    references: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> list[Group]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length: int) -> Tensor:
+        return torch.randint(0, VOCAB, (length,), generator=generator)
+
+    return [
+        Group(
+            draw(prompt),
+            tuple(draw(length) for length in lengths),
+            torch.rand(len(lengths), generator=generator).to(dtype),
+            -20 * torch.rand(len(lengths), generator=generator) if references else None,
+            name=f"data:{number}",
+        )
+        for number, (prompt, lengths) in enumerate(shapes)
+    ]
+
+
+def llama(seed: int = 0, *, dtype: torch.dtype = torch.float32, **options) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{**SMALL, **options})
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+
+def joint_backward(model: nn.Module, groups: list[Group], loss, **options):
+    shared_prompts = options.pop("shared_prompts", True)
+    (whole,) = fastrank.pack(groups, max_tokens=4096, shared_prompts=shared_prompts)
+    output = model(pack=whole, loss=loss, **options)
+    output.loss.backward()
+    return output
+
+
+def take_gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_gradients(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == expected.keys()
+    for name, reference in expected.items():
+        scale = max(1.0, float(reference.abs().max()))
+        error = float((got[name] - reference).abs().max())
+        assert error <= tolerance * scale, f"{name}: {error:.1e} of {scale:.1e}"
+
+
+LOSSES = [
+    fastrank.RRHF(),
+    fastrank.RRHF(margin=0.3, sft_reduction="sum"),
+    fastrank.PRO(),
+    fastrank.ListMLE(),
+    fastrank.ListNet(),
+    fastrank.DPO(pairs="best_worst"),
+    fastrank.LambdaRank(sft_weight=0.5),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_gradients_equal_those_of_joint_training(loss):
+    model = fastrank.prepare_model(llama())
+    groups = random_groups(references=loss.uses_reference)
+    joint = joint_backward(model, groups, loss)
+    expected = take_gradients(model)
+    output = two_phase_backward(model, groups, loss=loss, max_tokens=PACK)
+    assert_gradients(take_gradients(model), expected, 1e-6)
+    for name in ("loss", "rank_loss", "sft_loss", "scores", "token_logprobs"):
+        torch.testing.assert_close(
+            getattr(output, name), getattr(joint, name).detach(), atol=2e-5, rtol=1e-5
+        )
+    assert output.drift < 1e-4
+
+
+@pytest.mark.parametrize("shared_prompts", [True, False])
+@pytest.mark.parametrize("loss", [fastrank.RRHF(), fastrank.PRO(), fastrank.ListMLE()], ids=repr)
+def test_gradients_are_exact_in_float64(loss, shared_prompts):
+    # Llama's norm computes in float32 whatever its input is; GPT-2 stays in float64.
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPT2Config(**GPT2, **NO_DROPOUT), dtype=torch.float64)
+    fastrank.prepare_model(model, shared_prompts=shared_prompts)
+    groups = random_groups(dtype=torch.float64)
+    joint_backward(model, groups, loss, shared_prompts=shared_prompts)
+    expected = take_gradients(model)
+    two_phase_backward(model, groups, loss=loss, max_tokens=PACK)
+    assert_gradients(take_gradients(model), expected, 1e-12)
+
+
+@pytest.mark.parametrize("loss", [fastrank.RRHF(), fastrank.PRO(), fastrank.ListMLE()], ids=repr)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_twenty_steps_give_the_same_parameters(loss, optimizer):
+    """SGD takes the gradients as they are; AdamW divides small ones by their own size, so that
+    it starts from the same rounding only with an epsilon that is not far below them."""
+    models = [fastrank.prepare_model(llama()) for _ in range(2)]
+    make = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+        "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, eps=1e-4),
+    }[optimizer]
+    optimizers = [make(model.parameters()) for model in models]
+    start = copy.deepcopy(models[0].state_dict())
+    for step in range(20):
+        groups = random_groups(seed=step % 3)
+        joint_backward(models[0], groups, loss)
+        two_phase_backward(models[1], groups, loss=loss, max_tokens=PACK)
+        for stepper in optimizers:
+            stepper.step()
+            stepper.zero_grad()
+    moved = 0.0
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        moved = max(moved, float((a - start[name]).detach().abs().max()))
+        assert float((a - b).detach().abs().max()) <= 1e-5, name
+    assert moved > 1e-2
+
+
+def test_gradients_add_up_over_calls():
+    model = fastrank.prepare_model(llama())
+    groups = random_groups()
+    loss = fastrank.RRHF()
+    two_phase_backward(model, groups, loss=loss, max_tokens=PACK)
+    expected = take_gradients(model)
+    parts = groups[:2], groups[2:]
+    outputs = [
+        two_phase_backward(model, part, loss=loss, max_tokens=PACK, num_groups=len(groups))
+        for part in parts
+    ]
+    assert_gradients(take_gradients(model), expected, 1e-6)
+    whole = two_phase_backward(model, groups, loss=loss, max_tokens=PACK)
+    torch.testing.assert_close(sum(o.loss for o in outputs), whole.loss)
+
+
+def test_the_size_of_packs_does_not_matter():
+    model = fastrank.prepare_model(llama())
+    groups = random_groups()
+    found = []
+    for sizes in ({"max_tokens": 4096}, {"max_tokens": 24}, {"max_tokens": 25, "score_tokens": 40}):
+        output = two_phase_backward(model, groups, loss=fastrank.PRO(), **sizes)
+        found.append((take_gradients(model), output))
+    for gradients, output in found[1:]:
+        assert_gradients(gradients, found[0][0], 1e-6)
+        torch.testing.assert_close(output.scores, found[0][1].scores, atol=1e-5, rtol=0)
+    one, small, mixed = (output for _, output in found)
+    assert one.tokens_scored == one.tokens_joint == sum(g.num_tokens_shared for g in groups)
+    assert small.tokens_scored > mixed.tokens_scored > one.tokens_scored
+
+
+def test_candidates_in_their_place_are_not_run_again():
+    """RRHF without its supervised term on groups that the model ranks rightly but for one pair."""
+    model = fastrank.prepare_model(llama())
+    shapes = [(5, [4, 3, 6, 2])] * 3
+    scores = fastrank.score(model, random_groups(shapes))
+    groups = []
+    for number, (group, found) in enumerate(zip(random_groups(shapes), scores, strict=True)):
+        rewards = found.clone()
+        if number == 1:
+            order = found.argsort()
+            rewards[order[0]], rewards[order[1]] = found[order[1]], found[order[0]]
+        groups.append(Group(group.prompt_ids, group.response_ids, rewards))
+    loss = fastrank.RRHF(sft_weight=0.0)
+    joint_backward(model, groups, loss)
+    expected = take_gradients(model)
+    output = two_phase_backward(model, groups, loss=loss, max_tokens=PACK)
+    assert_gradients(take_gradients(model), expected, 1e-6)
+    order = scores[1].argsort()[:2]
+    live = sum(len(groups[1].response_ids[i]) for i in order)
+    assert output.tokens_backpropagated == len(groups[1].prompt_ids) + live
+    assert output.live_fraction == live / 45
+    joint = sum(g.num_tokens_shared for g in groups)
+    assert output.work_saved == 1 - (joint + 3 * output.tokens_backpropagated) / (4 * joint)
+
+
+def test_nothing_to_learn_gives_gradients_of_zero():
+    """As in joint training: an optimiser's momentum must go on, which None would stop."""
+    model = fastrank.prepare_model(llama())
+    group = random_groups([(5, [4, 3])])[0]
+    tied = Group(group.prompt_ids, group.response_ids, [1.0, 1.0])
+    output = two_phase_backward(model, [tied], loss=fastrank.ListMLE(), max_tokens=PACK)
+    assert (output.loss, output.live_fraction, output.tokens_backpropagated) == (0, 0, 0)
+    gradients = take_gradients(model)
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    assert all(not gradient.any() for gradient in gradients.values())
+
+
+def test_no_group_at_all_is_a_step_of_zero():
+    model = fastrank.prepare_model(llama())
+    output = two_phase_backward(model, [], loss=fastrank.RRHF(), max_tokens=PACK)
+    assert output.loss == 0 and len(output.scores) == 0 and output.work_saved == 0
+    assert all(not gradient.any() for gradient in take_gradients(model).values())
+
+
+def test_a_score_that_is_nan_reaches_the_gradients():
+    model = fastrank.prepare_model(llama())
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    output = two_phase_backward(model, random_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
+    assert output.loss.isnan() and model.lm_head.weight.grad.isnan().any()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_with_gradient_checkpointing(use_reentrant):
+    model = fastrank.prepare_model(llama())
+    groups = random_groups()
+    two_phase_backward(model, groups, loss=fastrank.PRO(), max_tokens=PACK)
+    expected = take_gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        model.enable_input_require_grads()
+    two_phase_backward(model, groups, loss=fastrank.PRO(), max_tokens=PACK)
+    assert_gradients(take_gradients(model), expected, 1e-6)
+
+
+def test_under_autocast_both_phases_compute_in_bfloat16():
+    model = fastrank.prepare_model(llama())
+    groups = random_groups()
+    with torch.autocast("cpu", torch.bfloat16):
+        joint_backward(model, groups, fastrank.RRHF())
+        expected = take_gradients(model)
+        output = two_phase_backward(model, groups, loss=fastrank.RRHF(), max_tokens=PACK)
+    got = take_gradients(model)
+    assert all(gradient.dtype == torch.float32 for gradient in got.values())
+    exact = two_phase_backward(model, groups, loss=fastrank.RRHF(), max_tokens=PACK)
+    reference = take_gradients(model)
+    assert 1e-4 < float((output.scores - exact.scores).abs().max()) < 0.3
+    for name, gradient in reference.items():
+        rounding = float((expected[name] - gradient).norm())
+        assert float((got[name] - gradient).norm()) <= 2 * rounding + 1e-3, name
+
+
+def test_packs_hold_every_live_candidate_once_with_its_prompt():
+    groups = random_groups()
+    candidates = Candidates.of(groups)
+    live = [i % 3 != 1 for i in range(len(candidates.rewards))]
+    packs = candidate_packs(groups, max_tokens=PACK, live=live)
+    paths = []
+    for chosen in packs:
+        assert chosen.pack.num_tokens <= PACK
+        for span in chosen.pack.segments.groups:
+            row = chosen.pack.input_ids[0]
+            prompt = row[span.prompt.start : span.prompt.stop].tolist()
+            paths += [(prompt, row[r.start : r.stop].tolist()) for r in span.responses]
+        assert len(chosen.tokens) == len(chosen.pack.labels)
+    responses = [ids for group in groups for ids in group.response_ids]
+    prompts = [g.prompt_ids for g in groups for _ in g.response_ids]
+    everything = torch.cat(responses)
+    for chosen in packs:
+        assert torch.equal(everything[chosen.tokens], chosen.pack.labels)
+    expected = [
+        (prompt.tolist(), ids.tolist())
+        for prompt, ids, keep in zip(prompts, responses, live, strict=True)
+        if keep
+    ]
+    assert sorted(paths) == sorted(expected)
+    covered = torch.cat([chosen.tokens for chosen in packs])
+    assert len(covered.unique()) == len(covered)
+
+
+def test_a_candidate_larger_than_a_pack_is_named():
+    model = fastrank.prepare_model(llama())
+    with pytest.raises(
+        ValueError, match=r"data:4: prompt and response 0 .*max_tokens=20.* 9 \+ 15"
+    ):
+        two_phase_backward(model, random_groups(), loss=fastrank.RRHF(), max_tokens=20)
+
+
+def test_reference_scores_for_some_groups_only_are_refused():
+    model = fastrank.prepare_model(llama())
+    groups = random_groups(references=True)[:2] + random_groups()[2:]
+    with pytest.raises(ValueError, match="for every group or for none, got 2 of 5"):
+        two_phase_backward(model, groups, loss=fastrank.DPO(), max_tokens=PACK)
+
+
+def test_a_model_that_is_not_prepared_is_refused():
+    with pytest.raises(ValueError, match="prepare_model, got LlamaForCausalLM"):
+        two_phase_backward(llama(), random_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
+
+
+@pytest.mark.parametrize(
+    ("rate", "named"),
+    [
+        ("attn_pdrop", r"attn\.attn_dropout: 0.1"),
+        ("resid_pdrop", r"attn\.resid_dropout: 0.1"),
+        ("embd_pdrop", r"transformer\.drop: 0.1"),
+    ],
+)
+def test_every_kind_of_dropout_is_refused_by_name(rate, named):
+    model = AutoModelForCausalLM.from_config(GPT2Config(**GPT2, **{**NO_DROPOUT, rate: 0.1}))
+    fastrank.prepare_model(model, shared_prompts=False)
+    with pytest.raises(fastrank.InputError, match=named):
+        two_phase_backward(model, random_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
+
+
+def test_lora_dropout_is_refused_by_name():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_dropout=0.05, target_modules=["q_proj"])
+    model = fastrank.prepare_model(peft.get_peft_model(llama(), config))
+    with pytest.raises(fastrank.InputError, match=r"q_proj\.lora_dropout\.default: 0.05"):
+        two_phase_backward(model, random_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
+
+
+def test_router_jitter_is_refused_by_name():
+    config = MixtralConfig(
+        **SMALL, num_local_experts=2, num_experts_per_tok=1, router_jitter_noise=0.02
+    )
+    model = fastrank.prepare_model(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(fastrank.InputError, match=r"jitter_noise: 0.02"):
+        two_phase_backward(model, random_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
+
+
+def test_skipped_layers_are_refused_by_name():
+    config = OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0, layerdrop=0.5,
+    )  # fmt: skip
+    model = fastrank.prepare_model(AutoModelForCausalLM.from_config(config), shared_prompts=False)
+    with pytest.raises(fastrank.InputError, match=r"layerdrop: 0.5"):
+        two_phase_backward(model, random_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
+
+
+def test_dropout_that_no_module_states_is_found_by_the_numbers_it_draws():
+    """Falcon's residual dropout reads its rate from the configuration in every forward pass."""
+    config = FalconConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, alibi=False,
+        attention_dropout=0.1, hidden_dropout=0.0, parallel_attn=False,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    from fastrank.modeling.dropout import disable_dropout
+
+    disable_dropout(model)
+    fastrank.prepare_model(model, shared_prompts=False)
+    model.train()
+    with pytest.raises(fastrank.InputError, match=r"draws random numbers.*attention_dropout=0.1"):
+        two_phase_backward(model, random_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
