@@ -151,8 +151,14 @@ def attend(
 ) -> Tensor:
     """Shared-prompt attention by the backend named, or by the one that fits (``"auto"``).
 
-    query [1, H, N, D], key [1, H_kv, N, D], value [1, H_kv, N, D_v] -> [1, N, H, D_v].
+    query [1, H, N, D], key [1, H_kv, N, D], value [1, H_kv, N, D_v] -> [1, N, H, D_v]. Under
+    autocast all three are cast to its type, as for PyTorch's own attention: rotary embeddings leave
+    queries and keys wider than values.
     """
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     layer = LayerProperties(
         visibility=visibility,
         covered=visibility.covers(segments.longest_path),
