@@ -27,6 +27,8 @@ from fastrank.attention.backends import LayerProperties, check_backend, choose_b
 from fastrank.attention.cpu import merged_attention
 from fastrank.attention.paths import path_attention
 from fastrank.attention.segments import SegmentTable
+from fastrank.attention.temperature import correct_temperature
+from fastrank.attention.varlen import varlen_attention
 from fastrank.attention.visibility import Visibility, classify
 
 IMPLEMENTATION = "fastrank"
@@ -124,7 +126,7 @@ def layout_attention(
     context = attention_mask.context
     context.calls += 1
     out = attend(
-        query,
+        correct_temperature(module, query, context.segments),
         key,
         value,
         context.segments,
@@ -159,9 +161,9 @@ def attend(
     if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    layer = LayerProperties(
-        visibility=visibility,
-        covered=visibility.covers(segments.longest_path),
+    layer = LayerProperties.of(
+        visibility,
+        segments.longest_path,
         softcap=softcap is not None,
         sinks=sinks is not None,
         head_size=query.shape[-1],
@@ -173,24 +175,23 @@ def attend(
         check_backend(backend, query.device, query.dtype, layer)
     if backend == "cpu":
         return merged_attention(query, key, value, segments, scale=scale, sinks=sinks)
-    return path_attention(
-        query,
-        key,
-        value,
-        segments,
-        visibility=visibility,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-    )
+    options: dict[str, Any] = {"visibility": visibility, "scale": scale, "softcap": softcap}
+    if backend == "varlen":
+        return varlen_attention(query, key, value, segments, **options)
+    if backend == "flex":
+        from fastrank.attention.flex import flex_attention_on_pack
+
+        return flex_attention_on_pack(query, key, value, segments, sinks=sinks, **options)
+    return path_attention(query, key, value, segments, sinks=sinks, **options)
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The modules of a model whose forward asks transformers for its attention function."""
-    return [m for m in model.modules() if "ALL_ATTENTION_FUNCTIONS" in _global_names(type(m))]
+    return [m for m in model.modules() if "ALL_ATTENTION_FUNCTIONS" in global_names(type(m))]
 
 
-def _global_names(cls: type[nn.Module]) -> tuple[str, ...]:
+def global_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The global and attribute names that a class's forward mentions."""
     function = inspect.unwrap(cls.forward)
     code = getattr(function, "__code__", None)
     return code.co_names if code is not None else ()

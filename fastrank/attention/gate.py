@@ -10,17 +10,23 @@ encoders, attention dropout. All of them work with ``shared_prompts=False``, one
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from fastrank.attention.adapter import attention_modules
+from fastrank.attention.adapter import attention_modules, global_names
 from fastrank.errors import InputError
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
-_RECURRENT = ("mamba", "ssm", "recurrent", "rwkv", "deltanet", "deltarule", "linearattention")
+_RECURRENT = re.compile(
+    "Mamba|SSM|Recurrent|Rwkv|RWKV|DeltaNet|LinearAttention|LightningAttention|LSTM"
+)
+
+# Their attention builds positions from packed indices, and the adapter corrects for it.
+_CORRECTED = ("Llama4TextAttention",)
 
 
 def check_shareable(causal_lm: PreTrainedModel) -> None:
@@ -43,6 +49,14 @@ def refusal(causal_lm: PreTrainedModel) -> str | None:
         or _refused_by_interface(causal_lm)
         or _attention_dropout(causal_lm)
     )
+
+
+def trunk(causal_lm: PreTrainedModel) -> nn.Module:
+    """The model without its head: what maps token ids to last hidden states."""
+    inner: nn.Module = causal_lm.base_model
+    if inner is causal_lm:  # where the prefix in checkpoints is not the attribute's name
+        inner = getattr(causal_lm, "model", causal_lm)
+    return inner
 
 
 def _refused_by_config(config: PretrainedConfig) -> str | None:
@@ -70,7 +84,7 @@ def _refused_by_layer_types(config: PretrainedConfig) -> str | None:
 def _refused_by_modules(causal_lm: PreTrainedModel) -> str | None:
     for module in causal_lm.modules():
         name = type(module).__name__
-        if any(word in name.lower() for word in _RECURRENT):
+        if _RECURRENT.search(name):
             return f"it is recurrent or hybrid (it contains {name})"
         if isinstance(module, nn.Conv1d):
             return "it contains a convolution over time (Conv1d)"
@@ -80,15 +94,17 @@ def _refused_by_modules(causal_lm: PreTrainedModel) -> str | None:
 
 
 def _refused_by_interface(causal_lm: PreTrainedModel) -> str | None:
-    trunk = causal_lm.base_model
-    if not causal_lm._can_set_attn_implementation() or not attention_modules(causal_lm):
+    modules = attention_modules(causal_lm)
+    if not causal_lm._can_set_attn_implementation() or not modules:
         return "its attention does not go through transformers' attention interface"
-    parameters = inspect.signature(trunk.forward).parameters
-    if "position_ids" not in parameters:
+    if "position_ids" not in inspect.signature(trunk(causal_lm).forward).parameters:
         return "it takes no position_ids"
     num_layers = getattr(causal_lm.config.get_text_config(), "num_hidden_layers", None)
-    if num_layers is not None and len(attention_modules(causal_lm)) < num_layers:
+    if num_layers is not None and len(modules) < num_layers:
         return "it has layers without attention"
+    for cls in {type(module) for module in modules}:
+        if cls.__name__ not in _CORRECTED and "arange" in global_names(cls):
+            return f"its {cls.__name__} counts packed indices, not positions"
     return None
 
 
@@ -105,7 +121,7 @@ def attention_dropouts(model: nn.Module) -> Iterator[tuple[str, float]]:
     """Every attention dropout rate of the model, by the name of its place."""
     for module in attention_modules(model):
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if "dropout" in name and "resid" not in name and isinstance(value, float):
                 yield f"{type(module).__name__}.{name}", value
         for name, child in module.named_children():
             if isinstance(child, nn.Dropout) and "resid" not in name:

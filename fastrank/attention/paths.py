@@ -63,8 +63,8 @@ def path_attention(
                 part = scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
             else:
                 part = _explicit(rows, keys, values, mask, scale, softcap, sinks)
-            parts.append(part)
-    return torch.cat(parts, dim=2).transpose(1, 2)
+            parts.append(part.transpose(1, 2))
+    return torch.cat(parts, dim=1)
 
 
 def _visible(tensor: Tensor, prompt: Span | None, span: Span, first: int) -> Tensor:

@@ -32,6 +32,11 @@ def probe_group(model: PreTrainedModel) -> Group:
     return Group(draws[0], tuple(draws[1:]), torch.arange(2.0), name="start-up check")
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an exception's text, for messages of one line."""
+    return str(error).strip().split("\n", 1)[0]
+
+
 def check_head(
     model: PreTrainedModel, forward: Callable[..., Any], hidden_states: Callable[..., Tensor]
 ) -> Head:
@@ -57,7 +62,14 @@ def check_sharing(
     shared = pack(
         [group, Group(group.response_ids[1], group.response_ids, group.rewards)], max_tokens=64
     )[0].to(model.device)
-    packed = pack_hidden(shared)[0].double()
+    try:
+        packed = pack_hidden(shared)[0].double()
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        # Architectures that compute with the mask themselves stumble over the layout in its place.
+        raise InputError(
+            f"{type(model).__name__} cannot share prompts: it fails on a pack "
+            f"({type(error).__name__}: {first_line(error)}); use shared_prompts=False"
+        ) from error
     assert shared.segments is not None
     errors = []
     for span in shared.segments.groups:
@@ -67,9 +79,9 @@ def check_sharing(
             alone = hidden_states(input_ids=torch.cat((prompt, own))[None])[0, len(prompt) :]
             difference = packed[response.start : response.stop] - alone.double()
             errors.append(difference.norm(dim=-1) / alone.double().norm(dim=-1))
-    error = torch.cat(errors)
+    relative = torch.cat(errors)
     wide = packed.new_empty((), dtype=next(model.parameters()).dtype).element_size() >= 4
-    found = float(error.max() if wide else error.median())
+    found = float(relative.max() if wide else relative.median())
     if not found < (3e-3 if wide else 0.1):
         raise InputError(
             f"{type(model).__name__} cannot share prompts: a response's hidden states in a pack "

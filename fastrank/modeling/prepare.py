@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from fastrank.attention.adapter import attention_modules, hook_attention, shared_prompt_attention
 from fastrank.attention.backends import BACKENDS
-from fastrank.attention.gate import check_shareable
+from fastrank.attention.gate import check_shareable, trunk
 from fastrank.data.packing import Pack
 from fastrank.errors import InputError
 from fastrank.linear_loss import linear_ranking_loss
@@ -243,8 +243,7 @@ def _run(
 
 
 def _hidden_states(lm: PreTrainedModel, **inputs: Any) -> Tensor:
-    trunk = lm.base_model
-    output = trunk(**inputs, use_cache=False)
+    output = trunk(lm)(**inputs, use_cache=False)
     hidden = getattr(output, "last_hidden_state", None)
     return output[0] if hidden is None else hidden
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from fastrank.attention.gate import trunk
 from fastrank.errors import InputError
 
 
@@ -29,7 +30,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
             "model must be a transformers causal language model, PEFT-wrapped or not, got "
             f"{type(inner).__name__}"
         )
-    if inner.get_output_embeddings() is None or inner.base_model is inner:
+    if inner.get_output_embeddings() is None or trunk(inner) is inner:
         raise InputError(
             f"{type(inner).__name__} has no language-model head; expected a causal language model"
         )
