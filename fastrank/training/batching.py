@@ -1,0 +1,249 @@
+"""From the groups of a step to the packs of every process.
+
+A step is a set of groups, drawn from a seeded permutation, and nothing else: how many processes
+there are and how many packs fit into memory only decides how that set is cut. Because the loss
+is a sum over groups divided by the number of groups of the step, every cut gives the same gradient.
+
+transformers' usual way, a loader of micro-batches sharded by accelerate, fixes the number of
+micro-batches instead, pads or repeats samples at an uneven end, and weighs a short micro-batch
+like a full one. Here the loader yields one `StepBatch` a step, and the processes get equally
+many packs: engines that communicate inside forward and backward would otherwise wait for each
+other for ever. Where packs are missing, a process repeats the step's smallest group with weight 0.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch.utils.data import BatchSampler, DataLoader, Dataset
+
+from fastrank.data.bins import best_fit, fill_padded
+from fastrank.data.packing import Group, Pack, pack
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one process computes in one step.
+
+    Attributes:
+        packs: this process's packs; equally many on every process.
+        weights: 1.0 for each pack, or 0.0 for one that only keeps the processes in step.
+        num_groups: groups of the whole step, over all processes.
+        index: positions in the training set of all the step's groups; ``Pack.group_index`` of
+            ``packs`` are positions in it.
+    """
+
+    packs: list[Pack]
+    weights: list[float]
+    num_groups: int
+    index: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that this process computes for the step, fillers not counted."""
+        return sum(
+            p.num_tokens for p, weight in zip(self.packs, self.weights, strict=True) if weight
+        )
+
+    def pin_memory(self) -> StepBatch:
+        return replace(self, packs=[pack.pin_memory() for pack in self.packs])
+
+
+class StepSampler(BatchSampler):
+    """The groups of every step of an epoch: a permutation that depends on seed and epoch alone.
+
+    Args:
+        num_groups: size of the training set.
+        groups_per_step: groups a step; the last step of an epoch may have fewer.
+        seed: of the permutations.
+        drop_last: leave out a last step that is not full.
+        shuffle: False gives the given order.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        groups_per_step: int,
+        *,
+        seed: int,
+        drop_last: bool = False,
+        shuffle: bool = True,
+    ) -> None:
+        self.num_groups = num_groups
+        self.groups_per_step = groups_per_step
+        self.seed = seed
+        self.drop_last = drop_last
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        if self.drop_last:
+            return self.num_groups // self.groups_per_step
+        return math.ceil(self.num_groups / self.groups_per_step)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.arange(self.num_groups)
+        if self.shuffle:
+            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
+        for step in range(len(self)):
+            start = step * self.groups_per_step
+            yield order[start : start + self.groups_per_step].tolist()
+
+
+class StepLoader(DataLoader):
+    """A loader of steps whose order follows the epoch that the training loop announces."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+class NumberedGroups(Dataset):
+    """The training set as (position, group), so that a step knows which groups it holds."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> tuple[int, Group]:
+        return index, self.groups[index]
+
+
+@dataclass(frozen=True)
+class StepCutter:
+    """Cuts the groups of a step into this process's packs; usable as a loader's ``collate_fn``."""
+
+    max_tokens: int
+    shared_prompts: bool = True
+    rank: int = 0
+    world_size: int = 1
+
+    def __call__(self, numbered: Sequence[tuple[int, Group]]) -> StepBatch:
+        groups = [group for _, group in numbered]
+        built = [self.build(groups, members) for members in self.plan(groups)]
+        index = tuple(position for position, _ in numbered)
+        return StepBatch([p for p, _ in built], [w for _, w in built], len(groups), index)
+
+    def plan(self, groups: Sequence[Group]) -> list[list[int]]:
+        """The groups of each of this process's packs; an empty list stands for a filler."""
+        plan = plan_step(
+            groups,
+            self.world_size,
+            max_tokens=self.max_tokens,
+            shared_prompts=self.shared_prompts,
+        )
+        return plan[self.rank :: self.world_size]
+
+    def build(self, groups: Sequence[Group], members: Sequence[int]) -> tuple[Pack, float]:
+        """The pack of these members and its weight: the smallest group with weight 0 for none."""
+        chosen = list(members) or [
+            min(range(len(groups)), key=lambda i: group_tokens(groups[i], self.shared_prompts))
+        ]
+        (whole,) = pack(
+            [groups[i] for i in chosen],
+            max_tokens=self.max_tokens,
+            shared_prompts=self.shared_prompts,
+        )
+        index = tuple(chosen[i] for i in whole.group_index)
+        return replace(whole, group_index=index), float(bool(members))
+
+
+class PackDataset(Dataset):
+    """One process's packs of an evaluation: a `StepBatch` of one pack each, built when asked."""
+
+    def __init__(self, groups: Sequence[Group], cutter: StepCutter) -> None:
+        self.groups = list(groups)
+        self.cutter = cutter
+        self.plan = cutter.plan(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, number: int) -> StepBatch:
+        members = self.plan[number]
+        built, weight = self.cutter.build(self.groups, members)
+        return StepBatch([built], [weight], len(self.groups), tuple(members))
+
+
+def plan_step(
+    groups: Sequence[Group], world_size: int, *, max_tokens: int, shared_prompts: bool
+) -> list[list[int]]:
+    """Which groups go into which pack: a multiple of ``world_size`` packs, for process 0, 1, …,
+    0, 1, …
+
+    As few rounds of packs as the budget allows, their sizes as equal as a greedy assignment makes
+    them (largest first, into the emptiest), so that no process waits long for another. A pack
+    may be empty. Depends on the arguments alone, so every process comes to the same plan.
+
+    Raises:
+        ValueError: a group is larger than ``max_tokens``.
+    """
+    sizes = [group_tokens(group, shared_prompts) for group in groups]
+    for group, size in zip(groups, sizes, strict=True):
+        if size > max_tokens:
+            raise ValueError(too_large(group, size, max_tokens))
+    if shared_prompts:
+        fewest = best_fit(sizes, max_tokens)
+    else:
+        shapes = [(group.num_candidates, group.longest_path) for group in groups]
+        fewest = fill_padded(shapes, max_tokens)
+    most_rounds = math.ceil(len(fewest) / world_size)
+    for rounds in range(math.ceil(sum(sizes) / (max_tokens * world_size)), most_rounds + 1):
+        bins = _spread(groups, sizes, rounds * world_size, shared_prompts)
+        if max(_load(groups, members, shared_prompts) for members in bins) <= max_tokens:
+            break
+    else:
+        bins = fewest + [[] for _ in range(most_rounds * world_size - len(fewest))]
+    # The packs of one round run side by side: let them be of like size.
+    return sorted(bins, key=lambda members: -_load(groups, members, shared_prompts))
+
+
+def _spread(
+    groups: Sequence[Group], sizes: list[int], num_bins: int, shared_prompts: bool
+) -> list[list[int]]:
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    if not shared_prompts:
+        # Padding makes rows of like length cheap together: fill by length, in equal shares of rows.
+        order = sorted(range(len(groups)), key=lambda i: -groups[i].longest_path)
+        share = sum(sizes) / num_bins
+        filled = 0.0
+        for i in order:
+            bins[min(int(filled / share), num_bins - 1)].append(i)
+            filled += sizes[i]
+        return bins
+    emptiest = [(0, number) for number in range(num_bins)]
+    for i in sorted(range(len(groups)), key=lambda i: -sizes[i]):
+        load, number = heapq.heappop(emptiest)
+        bins[number].append(i)
+        heapq.heappush(emptiest, (load + sizes[i], number))
+    return bins
+
+
+def _load(groups: Sequence[Group], members: Sequence[int], shared_prompts: bool) -> int:
+    if shared_prompts:
+        return sum(groups[i].num_tokens_shared for i in members)
+    rows = sum(groups[i].num_candidates for i in members)
+    return rows * max((groups[i].longest_path for i in members), default=0)
+
+
+def group_tokens(group: Group, shared_prompts: bool) -> int:
+    """Tokens of a pack that holds this group alone."""
+    if shared_prompts:
+        return group.num_tokens_shared
+    return group.num_candidates * group.longest_path
+
+
+def too_large(group: Group, size: int, max_tokens: int) -> str:
+    return (
+        f"{group.name or 'a group'}: must fit into max_tokens={max_tokens}, got {size} tokens "
+        f"({group.num_candidates} responses, prompt of {len(group.prompt_ids)}); raise max_tokens, "
+        "or lower max_response_length, max_prompt_length or max_candidates"
+    )

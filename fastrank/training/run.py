@@ -1,0 +1,270 @@
+"""A whole training run: checks, data, model, training, evaluation before and after, results.
+
+Everything that can be wrong is looked at before the output folder is made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from fastrank.data.load import fit_context, load_groups
+from fastrank.data.packing import Group
+from fastrank.data.report import Report
+from fastrank.data.tokenize import TokenizeOptions, tokenize_record
+from fastrank.errors import InputError
+from fastrank.modeling.context import context_length
+from fastrank.modeling.load import load_model, load_tokenizer
+from fastrank.training.checkpoint import find_checkpoints, resolve_resume
+from fastrank.training.config import RankConfig
+from fastrank.training.history import METRICS_FILE, MetricsFile, read_metrics
+from fastrank.training.options import TrainOptions
+from fastrank.training.plot import plot_metrics
+from fastrank.training.splits import sample, shared_prompts, split_by_prompt
+from fastrank.training.summary import summary_table
+from fastrank.training.trainer import RankTrainer
+
+HELD_OUT, TRAINING = "eval", "train_split"  # prefixes of the log keys
+_TITLES = {HELD_OUT: "held out", TRAINING: "training split"}
+
+
+@dataclass
+class Job:
+    """What a run works on."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Group]
+    heldout: list[Group]
+    reports: list[Report] = field(default_factory=list)
+    source: str = ""
+
+
+def train(options: TrainOptions, config: RankConfig) -> dict[str, Any]:
+    """Run it; returns the result as a dictionary that JSON can hold.
+
+    Raises:
+        InputError: something the user gave cannot be used; nothing has been written.
+        TrainingStopped: training cannot go on.
+    """
+    output_dir = Path(config.output_dir or "")
+    check_output_dir(output_dir, config, options.overwrite_output_dir)
+    resume = resolve_resume(config.resume_from_checkpoint, output_dir)
+    job = built_in_job(config) if options.built_in else load_job(options, config)
+    say = _speaker(config)
+    for report in job.reports:
+        say(report.as_text())
+    splits = {TRAINING: sample(job.train, options.eval_groups, seed=config.seed)}
+    if job.heldout:
+        splits = {HELD_OUT: job.heldout, **splits}
+    before = StartEvaluation(splits)
+    trainer = RankTrainer(
+        job.model,
+        config,
+        train_dataset=job.train,
+        eval_dataset=job.heldout or None,
+        processing_class=job.tokenizer,
+        callbacks=[MetricsFile(output_dir), before],
+    )
+    before.trainer = trainer
+    for line in describe(job, trainer, options, splits):
+        say(line)
+    if options.overwrite_output_dir and resume is None and config.should_save:
+        _remove_earlier_run(output_dir)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    seconds = time.perf_counter() - started
+    after = {name: _at_end(trainer, groups, name) for name, groups in splits.items()}
+    trainer.save_model()
+    result = {
+        "output_dir": str(output_dir),
+        "loss": config.loss,
+        "steps": trainer.state.global_step,
+        "train_prompts": len(job.train),
+        "heldout_prompts": len(job.heldout),
+        "seconds": round(seconds, 2),
+    }
+    if config.should_save:
+        result |= _finish(output_dir, job, splits, after, config)
+        say("")
+        say(result.pop("table"))
+        say(
+            f"{trainer.state.global_step} steps in {seconds:.1f} s; "
+            f"model in {output_dir}, curves in {result['plot']}"
+        )
+    return result
+
+
+def check_output_dir(output_dir: Path, config: RankConfig, overwrite: bool) -> None:
+    """Refuse a folder that cannot be written, or that holds another run's checkpoints."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"output_dir {output_dir} must be a folder, got a file")
+    parent = output_dir.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(
+            f"output_dir {output_dir} cannot be written: no right to write in {parent}"
+        )
+    resuming = str(config.resume_from_checkpoint or "false").lower() not in ("false", "no")
+    if find_checkpoints(output_dir) and not resuming and not overwrite:
+        raise InputError(
+            f"output_dir {output_dir} holds the checkpoints of an earlier run: pass "
+            "--resume_from_checkpoint true to go on, --overwrite_output_dir to begin anew, "
+            "or another --output_dir"
+        )
+
+
+def _remove_earlier_run(output_dir: Path) -> None:
+    for path in find_checkpoints(output_dir):
+        shutil.rmtree(path)
+    (output_dir / METRICS_FILE).unlink(missing_ok=True)
+
+
+def built_in_job(config: RankConfig) -> Job:
+    """The task that needs no file. Its tensors are too small to be worth a second thread."""
+    import torch
+
+    from fastrank.tasks.menu import menu_task
+
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    task = menu_task(seed=config.seed)
+    options = _limits(config, task.model)
+    report = Report(name="built-in")
+    groups = []
+    for records in (task.train, task.heldout):
+        found = (tokenize_record(record, task.tokenizer, options, report) for record in records)
+        groups.append([group for group in found if group is not None])
+    return Job(task.model, task.tokenizer, groups[0], groups[1], source="built-in task: menu")
+
+
+def load_job(options: TrainOptions, config: RankConfig) -> Job:
+    assert options.model is not None and options.data is not None
+    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    model = load_model(
+        options.model, config.weights_dtype, trust_remote_code=options.trust_remote_code
+    )
+    limits = _limits(config, model)
+    read: dict[str, Any] = {
+        "options": limits,
+        "format": options.format,
+        "score_key": options.score_key,
+        "max_candidates": options.max_candidates,
+        "normalize_rewards": options.normalize_rewards,
+    }
+    groups, report = load_groups(options.data, tokenizer, **read)
+    if options.eval_data is not None:
+        heldout, eval_report = load_groups(options.eval_data, tokenizer, **read)
+        return Job(model, tokenizer, groups, heldout, [report, eval_report], options.data)
+    train_groups, heldout = split_by_prompt(groups, options.eval_fraction, seed=config.seed)
+    return Job(model, tokenizer, train_groups, heldout, [report], options.data)
+
+
+def _limits(config: RankConfig, model: PreTrainedModel) -> TokenizeOptions:
+    asked = TokenizeOptions(config.max_prompt_length, config.max_response_length, config.max_length)
+    return fit_context(asked, context_length(model.config))
+
+
+def describe(
+    job: Job, trainer: RankTrainer, options: TrainOptions, splits: dict[str, list[Group]]
+) -> list[str]:
+    """What is about to happen, a line for each choice."""
+    config = trainer.args
+    parameters = sum(p.numel() for p in job.model.parameters())
+    overlap = shared_prompts(job.train, job.heldout)
+    held = f"{len(job.heldout)} held out" + (f" ({overlap} of them known!)" if overlap else "")
+    evaluated = len(splits[TRAINING])
+    if evaluated < len(job.train):
+        held += f"; training split evaluated on {evaluated} of them"
+    dropout = trainer.disabled_dropout
+    off = f"{len(dropout)} set to 0: {', '.join(dropout)}" if dropout else "none in the model"
+    steps = -(-len(job.train) // trainer.groups_per_step)
+    return [
+        f"data: {job.source}: {len(job.train)} prompts to train on, {held}",
+        f"model: {type(job.model).__name__}, {parameters:,} parameters, "
+        f"context {context_length(job.model.config)}",
+        f"loss: {trainer.loss}",
+        f"precision: {config.dtype_reason}",
+        f"dropout: {off}" if config.disable_dropout else "dropout: as the model has it",
+        f"steps: {steps} an epoch of {trainer.groups_per_step} prompts on {config.world_size} "
+        f"process(es), packs of at most {trainer.max_tokens} tokens",
+    ]
+
+
+class StartEvaluation(TrainerCallback):
+    """Evaluates every split before the first step; a resumed run has done so long ago."""
+
+    def __init__(self, splits: dict[str, list[Group]]) -> None:
+        self.splits = splits
+        self.trainer: RankTrainer | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0 and self.trainer is not None:
+            for name, groups in self.splits.items():
+                self.trainer.evaluate(groups, metric_key_prefix=name)  # type: ignore[arg-type]
+
+
+def _finish(
+    output_dir: Path,
+    job: Job,
+    splits: dict[str, list[Group]],
+    after: dict[str, dict[str, float]],
+    config: RankConfig,
+) -> dict[str, Any]:
+    """Curves, table and ``summary.json`` in the output folder."""
+    rows = read_metrics(output_dir / METRICS_FILE)
+    plot = plot_metrics(rows, output_dir / "training.png", f"{config.loss} on {job.source}")
+    first = {name: _at_start(rows, name) for name in splits}
+    last = {name: _bare(values, name) for name, values in after.items()}
+    result: dict[str, Any] = {
+        "plot": str(plot),
+        "before": first,
+        "after": last,
+        "data": [report.as_dict() for report in job.reports],
+    }
+    text = json.dumps(result, indent=1) + "\n"
+    (output_dir / "summary.json").write_text(text, encoding="utf-8")
+    return result | {
+        "table": summary_table({_TITLES[name]: (first[name], last[name]) for name in splits})
+    }
+
+
+def _at_end(trainer: RankTrainer, groups: list[Group], prefix: str) -> dict[str, float]:
+    """The evaluation after the last step, which the loop may just have made."""
+    for row in reversed(trainer.state.log_history):
+        if row["step"] == trainer.state.global_step and f"{prefix}_rank_loss" in row:
+            return row
+    return trainer.evaluate(groups, metric_key_prefix=prefix)  # type: ignore[arg-type]
+
+
+def _at_start(rows: Sequence[dict[str, Any]], prefix: str) -> dict[str, float] | None:
+    found = [row for row in rows if row.get("step") == 0 and f"{prefix}_loss" in row]
+    return _bare(found[0], prefix) if found else None
+
+
+def _bare(values: dict[str, Any], prefix: str) -> dict[str, float]:
+    """The ranking metrics and losses of one split, without its prefix and without timings."""
+    names = {key.removeprefix(f"{prefix}_"): value for key, value in values.items()}
+    return {k: v for k, v in names.items() if "/" in k or k in ("loss", "rank_loss", "sft_loss")}
+
+
+def _speaker(config: RankConfig) -> Any:
+    return print if config.process_index == 0 else (lambda *args: None)

@@ -1,0 +1,60 @@
+"""Which prompts are trained on and which are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastrank.data.packing import Group
+from fastrank.errors import InputError
+
+
+def split_by_prompt(
+    groups: Sequence[Group], fraction: float, *, seed: int
+) -> tuple[list[Group], list[Group]]:
+    """(training, held out): a seeded share of the prompts, groups of one prompt never on both
+    sides.
+
+    Args:
+        fraction: of the different prompts, in [0, 1); at least one prompt is held out, unless
+        it is 0.
+
+    Raises:
+        InputError: the fraction is out of range, or there is only one prompt.
+    """
+    if not 0 <= fraction < 1:
+        raise InputError(f"eval_fraction must be at least 0 and below 1, got {fraction}")
+    if fraction == 0:
+        return list(groups), []
+    prompts = sorted({_prompt(group) for group in groups})
+    if len(prompts) < 2:
+        raise InputError(
+            f"holding out a share of the prompts needs at least 2 different ones, "
+            f"got {len(prompts)}; pass --eval_data or --eval_fraction 0"
+        )
+    count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
+    chosen = np.random.default_rng(seed).permutation(len(prompts))[:count]
+    heldout = {prompts[i] for i in chosen}
+    return (
+        [group for group in groups if _prompt(group) not in heldout],
+        [group for group in groups if _prompt(group) in heldout],
+    )
+
+
+def shared_prompts(first: Sequence[Group], second: Sequence[Group]) -> int:
+    """How many groups of ``second`` have a prompt that ``first`` has too."""
+    known = {_prompt(group) for group in first}
+    return sum(_prompt(group) in known for group in second)
+
+
+def sample(groups: Sequence[Group], count: int, *, seed: int) -> list[Group]:
+    """At most ``count`` groups, a seeded choice in the given order."""
+    if len(groups) <= count:
+        return list(groups)
+    chosen = np.random.default_rng(seed).choice(len(groups), count, replace=False)
+    return [groups[i] for i in sorted(chosen)]
+
+
+def _prompt(group: Group) -> bytes:
+    return bytes(group.prompt_ids.numpy().tobytes())
