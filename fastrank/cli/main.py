@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "fastrank.cli.train",
         "train a model on ranked responses (nothing given: a built-in task)",
     ),
+    "sample": ("fastrank.cli.sample", "draw candidate responses from one or several models"),
+    "reward": ("fastrank.cli.reward", "score responses by a Python function or a reward model"),
     "score": ("fastrank.cli.score", "score a record file's responses with a model"),
     "inspect": ("fastrank.cli.inspect", "what is in a record file, what is dropped and why"),
     "bench": ("fastrank.cli.bench", "microbenchmarks beside every serious peer"),

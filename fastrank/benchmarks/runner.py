@@ -1,0 +1,212 @@
+"""One workload, every variant: gate, memory, products, then timing of what passed.
+
+A result that is wrong gets no time, and while fastrank's own is wrong or missing nothing is
+compared with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import environment, gate, measure, memory, products
+from .problem import Floor, Problem, Step, Variant, build
+from .workloads import Workload
+
+FASTRANK = "fastrank"
+OK, WRONG, FAILED, MISSING = "ok", "wrong", "failed", "not run"
+
+
+@dataclass
+class Row:
+    """One variant on one workload: what the CSV holds. Times are of one run, in milliseconds."""
+
+    suite: str
+    workload: str
+    sizes: str
+    device: str
+    dtype: str
+    tokens: int
+    groups: int
+    candidates: int
+    response: int
+    prompt: int
+    vocab: int
+    hidden: int
+    loss: str
+    variant: str
+    ours: bool
+    status: str = OK
+    reason: str = ""
+    error: float | None = None
+    errors: str = ""
+    median_ms: float | None = None
+    spread: float | None = None
+    ratio: float | None = None
+    """Median over fastrank's median, in the same run."""
+    peak_mib: float | None = None
+    products: float | None = None
+    floor_ms: float | None = None
+    """Median of the vendor's products that the workload needs, in the same run."""
+    floor_share: float | None = None
+    """``floor_ms`` over this median."""
+    traffic_ms: float | None = None
+    """Bytes that must move besides over the measured copy bandwidth."""
+    samples_ms: str = ""
+    device_name: str = ""
+    threads: str = ""
+    versions: str = ""
+    commit: str = ""
+    date: str = ""
+
+    @property
+    def timed(self) -> bool:
+        return self.median_ms is not None
+
+
+def run_workload(
+    workload: Workload,
+    device: torch.device,
+    *,
+    seconds: float = 20.0,
+    only: Sequence[str] | None = None,
+    with_memory: bool = True,
+    tick: Callable[[str], None] = lambda what: None,
+    problem: Problem | None = None,
+) -> list[Row]:
+    """Measure a workload.
+
+    Args:
+        workload: the sizes.
+        device: where.
+        seconds: how long the timing rounds go on, about (five rounds at least).
+        only: names of variants; None for all.
+        with_memory: also measure peak memory (on a CPU a process for each variant).
+        tick: told what goes on.
+        problem: the inputs, where the caller has built them.
+    """
+    tick("inputs")
+    problem = problem or build(workload, device)
+    where = environment.describe(device)
+    rows: list[Row] = []
+    steps: dict[str, Step] = {}
+    repeats: dict[str, int] = {}
+    for variant in problem.variants():
+        if only is not None and variant.name not in only:
+            continue
+        row = _row(workload, device, variant, where)
+        rows.append(row)
+        reason = variant.missing(problem)
+        if reason is not None:
+            row.status, row.reason = MISSING, reason
+            continue
+        tick(f"check {variant.name}")
+        step = _check(problem, variant, row)
+        if step is not None:
+            steps[variant.name] = step
+            repeats[variant.name] = variant.repeats
+    problem.forget_references()
+    for row in rows:
+        if row.variant in steps:
+            tick(f"memory of {row.variant}")
+            _measure_use(problem, row, steps[row.variant], with_memory)
+    tick("timing")
+    _time(problem, rows, steps, repeats, seconds, tick)
+    return rows
+
+
+def _row(workload: Workload, device: torch.device, variant: Variant, where: dict[str, str]) -> Row:
+    fields = workload.as_dict()
+    known = {f.name for f in dataclasses.fields(Row)}
+    columns: dict[str, Any] = {k: v for k, v in {**fields, **where}.items() if k in known}
+    return Row(
+        **columns,
+        workload=workload.name,
+        sizes=workload.sizes,
+        device=device.type,
+        tokens=workload.tokens,
+        variant=variant.name,
+        ours=variant.ours,
+    )
+
+
+def _check(problem: Problem, variant: Variant, row: Row) -> Step | None:
+    """Make the step, run it once and hold it against float64; None if it may not be timed."""
+    try:
+        step = variant.make(problem)
+        outputs = step()
+        verdict = gate.judge(outputs, problem.reference(variant.target), problem.limit)
+    except Exception as error:  # a table says which peers break, and why
+        if variant.ours:
+            traceback.print_exc()
+        row.status, row.reason = FAILED, _one_line(error)
+        return None
+    row.error = verdict.error
+    row.errors = " ".join(f"{name}={value:.2e}" for name, value in verdict.errors.items())
+    if verdict.wrong is not None:
+        row.status, row.reason = WRONG, verdict.wrong
+        return None
+    return step
+
+
+def _measure_use(problem: Problem, row: Row, step: Step, with_memory: bool) -> None:
+    flops = problem.product_flops()
+    if flops:
+        row.products = products.count(step, flops)
+    if not with_memory:
+        return
+    if problem.device.type == "cuda":
+        peak: int | None = memory.cuda_peak(step, problem.device)
+    else:
+        peak = memory.cpu_peak(problem.workload, row.variant)
+    row.peak_mib = None if peak is None else peak / 2**20
+
+
+def _time(
+    problem: Problem,
+    rows: list[Row],
+    steps: dict[str, Step],
+    repeats: dict[str, int],
+    seconds: float,
+    tick: Callable[[str], None],
+) -> None:
+    if not steps:
+        return
+    floor: Floor | None = problem.floor()
+    timed = dict(steps)
+    if floor is not None:
+        timed[floor.name] = floor.step
+    timings = measure.interleave(
+        timed, problem.device, seconds=seconds, inner=problem.inner, repeats=repeats, tick=tick
+    )
+    traffic = None
+    if floor is not None and floor.traffic_bytes:
+        traffic = floor.traffic_bytes / measure.copy_bandwidth(problem.device) * 1e3
+    own = timings.get(FASTRANK)
+    for row in rows:
+        timing = timings.get(row.variant)
+        if timing is None:
+            continue
+        row.median_ms, row.spread = timing.median, timing.spread
+        row.samples_ms = " ".join(f"{value:.5g}" for value in timing.samples)
+        if own is not None:
+            row.ratio = timing.median / own.median
+        if floor is not None:
+            row.floor_ms = timings[floor.name].median
+            row.floor_share = row.floor_ms / timing.median
+            row.traffic_ms = traffic
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
+
+
+def own_is_right(rows: Sequence[Row]) -> bool:
+    """Whether none of fastrank's own variants is wrong or failed."""
+    return not any(row.ours and row.status in (WRONG, FAILED) for row in rows)
