@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from fastrank.data.packing import Group, pack
 from fastrank.errors import InputError
-from fastrank.modeling.heads import Head, measure_head
+from fastrank.modeling.heads import Head, head_in_own_dtype, measure_head, not_plain
 from fastrank.modeling.unwrap import vocab_size
 
 _PROMPT_LENGTH, _RESPONSE_LENGTHS = 3, (3, 3)
@@ -41,10 +41,14 @@ def check_head(
     model: PreTrainedModel, forward: Callable[..., Any], hidden_states: Callable[..., Tensor]
 ) -> Head:
     """Measure the head on one short row; ``forward`` is the model's own."""
+    reason = not_plain(model)
+    if reason is not None:
+        return Head(False, reason)
     group = probe_group(model)
     row = torch.cat((group.prompt_ids, group.response_ids[0]))[None].to(model.device)
     hidden = hidden_states(input_ids=row)
-    logits = forward(input_ids=row).logits
+    with head_in_own_dtype(model):
+        logits = forward(input_ids=row).logits
     return measure_head(model, hidden[0], logits[0])
 
 

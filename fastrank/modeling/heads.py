@@ -5,12 +5,16 @@ last hidden state. Names in configurations do not tell: Granite divides by ``log
 HyperCLOVAX multiplies by an attribute of the same name. So the head is *measured*: the model's own
 logits on a few rows are compared with what the head gives there, and a scale is accepted only if it
 reproduces them. Whatever cannot be reproduced (and a head that is no plain linear layer: with an
-adapter, quantised) takes the logits path, where the model makes its own logits.
+adapter, quantised, partitioned by ZeRO-3) takes the logits path, where the model makes its own
+logits. Multiplying an adapter's factors here as well would save memory for one kind of adapter;
+the logits path is right for every kind.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,17 +51,38 @@ class Head:
 
 
 def not_plain(model: PreTrainedModel) -> str | None:
-    """Why the head is not a plain matrix whose gradient is enough; None if it is."""
+    """Why the head is not a plain matrix whose gradient is enough; None if it is.
+
+    Asked before every pack, because adapters come and go.
+    """
     module = _linear(model)
     if not isinstance(module, nn.Linear):
         return f"the head is a {type(module).__name__}"
-    if type(module).forward is not nn.Linear.forward:
-        return f"the head is a {type(module).__name__}, with a forward of its own"
-    if isinstance(module.weight, DTensor):
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        return f"the head is a {type(module).__name__} with a forward of its own"
+    weight = module.weight
+    if hasattr(weight, "ds_id"):
+        return "the head is partitioned by ZeRO-3, which gathers it for its own forward only"
+    if isinstance(weight, DTensor):
         return "the head is sharded by itself"
-    if not module.weight.is_floating_point():
-        return f"the head is quantised ({module.weight.dtype})"
+    if type(weight) not in (Tensor, nn.Parameter):
+        return f"the head's weight is a {type(weight).__name__}"
+    if not weight.is_floating_point():
+        return f"the head is quantised ({weight.dtype})"
     return None
+
+
+@contextmanager
+def head_in_own_dtype(model: PreTrainedModel) -> Iterator[None]:
+    """Meanwhile the head takes inputs of any type: a float32 head over a bfloat16 trunk, which the
+    fused loss multiplies in float32, need not be callable for the model itself."""
+    module = _linear(model)
+    weight: Any = module.weight
+    handle = module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(weight.dtype),))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _linear(model: PreTrainedModel) -> nn.Module:
@@ -72,17 +97,16 @@ def measure_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> Head
     """Find scale and softcap such that the head on ``hidden`` gives ``logits``.
 
     Args:
-        model: the causal language model.
+        model: the causal language model; its head is plain (`not_plain`).
         hidden: [S, D], its last hidden states on some tokens.
         logits: [S, V], its own logits there.
     """
-    reason = not_plain(model)
-    if reason is not None:
-        return Head(False, reason)
     module: Any = _linear(model)
     if module.weight.shape[1] != hidden.shape[1]:
         return Head(False, "the model transforms its last hidden state before the head")
-    plain = module(hidden.to(module.weight.dtype)).double()
+    # Not the module itself: its hooks are part of what the model does, and are measured so.
+    plain = nn.functional.linear(hidden.to(module.weight.dtype), module.weight, module.bias)
+    plain = plain.double()
     logits = logits.double()
     if plain.shape != logits.shape:
         return Head(False, "the model's logits are not the size of its head")
@@ -109,6 +133,9 @@ def _softcaps(config: PretrainedConfig) -> list[float | None]:
 def _scales(config: PretrainedConfig) -> list[float]:
     """1, and every number that a configuration might mean as a factor or divisor of logits."""
     scales = [1.0]
+    base = getattr(config, "dim_model_base", None)
+    if base:  # MiniCPM divides its last hidden states by hidden_size / dim_model_base
+        scales.append(base / config.hidden_size)
     for name, value in config.to_dict().items():
         if "logit" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
             if math.isfinite(value) and value not in (0, 1):

@@ -1,0 +1,363 @@
+"""Every kind of output head that people have: value and gradients equal the plain computation.
+
+The plain computation is a forward pass of the model itself for every response, head and adapters
+included, with log-softmax and the loss on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pack_cases
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    LlamaConfig,
+    PhiConfig,
+    PreTrainedModel,
+)
+
+import fastrank
+from fastrank.modeling.prepare import prepared_state
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+}
+
+
+def build(config_class=LlamaConfig, *, dtype=torch.float32, **options) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = config_class(**{**SMALL, **options})
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+
+def with_bias() -> nn.Module:
+    model = build(PhiConfig, resid_pdrop=0.0, embd_pdrop=0.0, attention_dropout=0.0)
+    nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+def frozen(*names: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = build()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(names))
+        return model
+
+    return make
+
+
+def adapted(*, tied: bool = False, **options) -> Callable[[], nn.Module]:
+    """A PEFT adapter, moved off its start, where it would do nothing."""
+
+    def make() -> nn.Module:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, lora_alpha=4, **options)
+        model = peft.get_peft_model(build(tie_word_embeddings=tied), config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
+
+    return make
+
+
+class Int8Linear(nn.Linear):
+    """Quantised as a subclass with integer weights, as bitsandbytes does it."""
+
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__(source.in_features, source.out_features, bias=False, device="meta")
+        scale = source.weight.detach().abs().amax() / 127
+        codes = (source.weight.detach() / scale).round().to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+class DequantizingHead(nn.Module):
+    """Quantised as a module of its own."""
+
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__()
+        self.inner = Int8Linear(source)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class QuantizedTensor(Tensor):
+    """Quantised as a tensor subclass inside a plain ``nn.Linear``, as torchao does it: its dtype
+    claims to be float, and its memory holds something else."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor):
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        self.codes, self.scale = codes, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def whole(x):
+            return x.codes.to(x.scale.dtype) * x.scale if isinstance(x, cls) else x
+
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        return func(*(whole(x) for x in args), **(kwargs or {}))
+
+
+def with_head(change: Callable[[nn.Linear], nn.Module]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = build()
+        model.lm_head = change(model.lm_head)
+        return model
+
+    return make
+
+
+def quantized_weight(head: nn.Linear) -> nn.Linear:
+    source = Int8Linear(head)
+    head.weight = nn.Parameter(QuantizedTensor(source.weight.data, source.scale), False)
+    return head
+
+
+def parametrized(head: nn.Linear) -> nn.Linear:
+    return nn.utils.parametrizations.weight_norm(head)
+
+
+def hooked(head: nn.Linear) -> nn.Linear:
+    head.register_forward_hook(lambda module, inputs, output: output * 0.5)
+    return head
+
+
+def forward_replaced(head: nn.Linear) -> nn.Linear:
+    """As accelerate attaches its hooks, and some patches theirs."""
+    original = head.forward
+    head.forward = lambda x: original(x) + 0.3 * x.sum(-1, keepdim=True).cos()
+    return head
+
+
+def temperature(head: nn.Linear) -> nn.Module:
+    return nn.Sequential(head, nn.Tanh())
+
+
+# kind: (builder, whether the fused loss multiplies the head)
+KINDS = {
+    "untied": (build, True),
+    "tied": (lambda: build(tie_word_embeddings=True), True),
+    "frozen head": (frozen("lm_head"), True),
+    "frozen trunk": (frozen("model"), True),
+    "bias": (with_bias, True),
+    "softcap": (lambda: build(Gemma2Config, head_dim=8, final_logit_softcapping=2.0), True),
+    "scale": (lambda: build(CohereConfig, logit_scale=0.3), True),
+    "parametrized": (with_head(parametrized), True),
+    "lora on head": (adapted(target_modules=["q_proj", "lm_head"]), False),
+    "lora on head alone": (adapted(target_modules=["lm_head"]), False),
+    "lora on trunk": (adapted(target_modules=["q_proj", "v_proj"]), True),
+    "dora on head": (adapted(target_modules=["lm_head"], use_dora=True), False),
+    "saved head": (adapted(target_modules=["q_proj"], modules_to_save=["lm_head"]), True),
+    "saved tied head": (
+        adapted(tied=True, target_modules=["q_proj"], modules_to_save=["lm_head"]), True,
+    ),
+    "lora on tied embedding": (adapted(tied=True, target_modules=["embed_tokens"]), True),
+    "trainable tokens": (
+        adapted(tied=True, target_modules=["q_proj"], trainable_token_indices=[3, 7]), False,
+    ),
+    "int8 subclass": (with_head(Int8Linear), False),
+    "int8 module": (with_head(DequantizingHead), False),
+    "int8 tensor": (with_head(quantized_weight), False),
+    "hook": (with_head(hooked), False),
+    "forward replaced": (with_head(forward_replaced), False),
+    "two modules": (with_head(temperature), False),
+}  # fmt: skip
+
+
+def take_gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def plain_loss(model: nn.Module, groups) -> Tensor:
+    """RRHF with its supervised term (mean), by a forward pass for every response."""
+    scores = pack_cases.separate_scores(model, groups)
+    total = torch.zeros(())
+    for group, own in zip(groups, scores.split([g.num_candidates for g in groups]), strict=True):
+        for i, better in enumerate(group.rewards.tolist()):
+            for j, worse in enumerate(group.rewards.tolist()):
+                if better > worse:
+                    total = total + torch.relu(own[j] - own[i])
+        total = total - own[int(group.rewards.argmax())]
+    return total / len(groups)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*", "ignore:Model has `tie_word_emb")
+def test_value_and_every_gradient_equal_the_plain_computation(kind):
+    make, fused = KINDS[kind]
+    model = make()
+    groups = pack_cases.random_groups(pack_cases.RAGGED)
+    expected = plain_loss(model, groups)
+    expected.backward()
+    reference = take_gradients(model)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert reference.keys() == trainable and all(g.any() for g in reference.values())
+
+    fastrank.prepare_model(model)
+    (pack,) = fastrank.pack(groups, max_tokens=4096)
+    output = model(pack=pack, loss=fastrank.RRHF())
+    head = prepared_state(model).head
+    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    assert (head.weights(lm) is not None) == fused, head.reason
+    torch.testing.assert_close(output.loss, expected.detach(), atol=1e-5, rtol=1e-5)
+    output.loss.backward()
+    pack_cases.assert_same_gradients(take_gradients(model), reference, 1e-5)
+
+    output = fastrank.two_phase_backward(model, groups, loss=fastrank.RRHF(), max_tokens=40)
+    torch.testing.assert_close(output.loss, expected.detach(), atol=1e-5, rtol=1e-5)
+    pack_cases.assert_same_gradients(take_gradients(model), reference, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_dynamically_quantized_head():
+    """torch's own int8 head has no gradient by its inputs: it can be scored with. Its activations
+    are rounded on a scale of all rows of a call, so a pack rounds a little differently."""
+    model = build()
+    groups = pack_cases.random_groups(pack_cases.RAGGED)
+    with torch.no_grad():
+        exact = pack_cases.separate_scores(model, groups)
+        torch.ao.quantization.quantize_dynamic(model, {"lm_head"}, inplace=True)
+        expected = pack_cases.separate_scores(model, groups)
+    fastrank.prepare_model(model)
+    scores = torch.cat(fastrank.score(model, groups, max_tokens=4096))
+    rounding = float((expected - exact).abs().max())
+    assert 1e-4 < rounding < 0.1
+    assert 0 < float((scores - exact).abs().max()) <= 2 * rounding
+
+
+@pytest.mark.parametrize("casts", [True, False], ids=["casting hook", "no hook"])
+@pytest.mark.parametrize("frozen_head", [True, False])
+def test_a_float32_head_over_a_bfloat16_trunk(casts, frozen_head):
+    """Without the hook the model could not even make its own logits."""
+    model = build(dtype=torch.bfloat16)
+    model.lm_head.float().requires_grad_(not frozen_head)
+    if casts:
+        model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    fastrank.prepare_model(model)
+    (pack,) = fastrank.pack(pack_cases.random_groups(pack_cases.RAGGED), max_tokens=4096)
+
+    # The plain head on the trunk's own hidden rows of the same pack: everything after the trunk.
+    rows = []
+    handle = model.model.register_forward_hook(lambda *call: rows.append(call[2][0]))
+    output = model(pack=pack, loss=fastrank.RRHF())
+    output.loss.backward()
+    got = take_gradients(model)
+    model(pack=pack)
+    handle.remove()
+    logits = model.lm_head(rows[1][0][pack.rows].float())
+    assert output.token_logprobs.dtype == logits.dtype == torch.float32
+    logp = logits.log_softmax(-1).gather(1, pack.labels[:, None]).squeeze(1)
+    torch.testing.assert_close(output.token_logprobs, logp.detach(), atol=1e-5, rtol=1e-5)
+    scores = fastrank.sequence_scores(logp, pack.cu_responses)
+    expected = fastrank.ranking_loss(
+        scores, pack.rewards, loss=fastrank.RRHF(), cu_groups=pack.cu_groups
+    )
+    for first, stop in zip(pack.cu_groups[:-1], pack.cu_groups[1:], strict=True):
+        expected = expected - scores[first + pack.rewards[first:stop].argmax()] / pack.num_groups
+    torch.testing.assert_close(output.loss, expected, atol=1e-5, rtol=1e-5)
+    expected.backward()
+    reference = take_gradients(model)
+    assert got.keys() == reference.keys() and ("lm_head.weight" in got) != frozen_head
+    for name, gradient in reference.items():
+        assert got[name].dtype == gradient.dtype
+        # The trunk's gradients start from rows rounded to bfloat16 in either way.
+        tolerance = 1e-5 if name.startswith("lm_head") else 2e-2
+        assert float((got[name] - gradient).norm()) <= tolerance * float(gradient.norm()), name
+
+
+def test_the_head_follows_adapters_that_come_and_go():
+    peft = pytest.importorskip("peft")
+    groups = pack_cases.random_groups(pack_cases.RAGGED)
+    model = fastrank.prepare_model(build())
+
+    def check() -> Tensor:
+        with torch.no_grad():
+            expected = pack_cases.separate_scores(model, groups)
+        scores = torch.cat(fastrank.score(model, groups, max_tokens=4096))
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+        return scores
+
+    bare = check()
+    saved = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    wrapped = peft.get_peft_model(model, saved)
+    wrapped.add_adapter(
+        "other", peft.LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["lm_head"])
+    )
+    model = fastrank.prepare_model(wrapped)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    found = [bare, check()]
+    wrapped.set_adapter("other")
+    found.append(check())
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(check(), bare)
+    wrapped.delete_adapter("other")
+    wrapped.set_adapter("default")
+    torch.testing.assert_close(check(), found[1])
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.allclose(found[a], found[b], atol=1e-3)
+    model = fastrank.prepare_model(wrapped.merge_and_unload())
+    torch.testing.assert_close(check(), found[1], atol=1e-5, rtol=0)
+
+
+class Partitioned:
+    """What ZeRO-3 does to a parameter, as far as a forward pass sees it: outside of its own
+    module's forward the data is gone, and it carries DeepSpeed's attributes."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module, self.whole = module, module.weight.data
+        module.weight.ds_id, module.weight.ds_shape = 0, module.weight.shape
+        module.register_forward_pre_hook(lambda *_: self.gather())
+        self.release()
+
+    def gather(self) -> None:
+        self.module.weight.data = self.whole
+
+    def release(self) -> None:
+        self.module.weight.data = self.whole.new_empty(0)
+
+
+def test_a_zero3_partitioned_head_is_gathered_by_its_own_forward():
+    model = build()
+    groups = pack_cases.random_groups(pack_cases.RAGGED)
+    expected = plain_loss(model, groups)
+    expected.backward()
+    reference = take_gradients(model)
+    head = Partitioned(model.lm_head)
+    fastrank.prepare_model(model)
+    (pack,) = fastrank.pack(groups, max_tokens=4096)
+    for _ in range(2):
+        head.release()
+        output = model(pack=pack, loss=fastrank.RRHF())
+        assert "ZeRO-3" in prepared_state(model).head.reason
+        torch.testing.assert_close(output.loss, expected.detach(), atol=1e-5, rtol=1e-5)
+        output.loss.backward()
+        pack_cases.assert_same_gradients(take_gradients(model), reference, 1e-5)
