@@ -141,11 +141,11 @@ def _candidates(
             flat.append((place, read(row, place, score_key)))
         else:
             yield place, row, read(row, place, score_key)
-    for place, found in _grouped(flat):
+    for place, found in gather_flat(flat):
         yield place, None, found
 
 
-def _grouped(rows: Iterable[tuple[Place, Candidates]]) -> Iterator[tuple[Place, Candidates]]:
+def gather_flat(rows: Iterable[tuple[Place, Candidates]]) -> Iterator[tuple[Place, Candidates]]:
     """Flat rows gathered by prompt, wherever they stand in the file, at the first row's place."""
     groups: dict[str, tuple[Place, Candidates]] = {}
     for place, row in rows:

@@ -87,27 +87,53 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    what = "causal language model"
+    return _load(
+        AutoModelForCausalLM,
+        path,
+        what,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+
+
+def load_reward_model(
+    path: str | Path, dtype: torch.dtype | str = "auto", *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The sequence-classification model with one label of a folder or Hub name; see `load_model`.
+
+    Raises:
+        InputError: there is none, it cannot be read, lacks weights, or has more than one label.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    what = "sequence-classification model"
+    model = _load(AutoModelForSequenceClassification, path, what, **options)
+    labels = model.config.num_labels
+    if labels != 1:
+        raise InputError(f"{path}: a reward model must have one label, got {labels}")
+    return model
+
+
+def _load(auto_class: Any, path: str | Path, what: str, **options: Any) -> PreTrainedModel:
     name = check_model_path(path)
     try:
         with _bars_on_terminals_only():
-            loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(  # type: ignore[assignment]
-                name,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **options,
+            model, info = auto_class.from_pretrained(
+                name, use_safetensors=True, output_loading_info=True, **options
             )
     except Exception as error:  # corrupt folders and the network raise unrelated types here
-        raise _unreadable(path, "causal language model", error) from error
-    model, info = loaded
+        raise _unreadable(path, what, error) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(
             f"{path}: {len(missing)} weights are missing, the first is {missing[0]}; "
-            "expected a complete causal language model"
+            f"expected a complete {what}"
         )
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 @contextmanager

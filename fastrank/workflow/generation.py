@@ -1,0 +1,221 @@
+"""Responses of a model to a batch of prompts, through transformers' ``generate``.
+
+A batch is the unit of randomness: its samples depend on its seed, its prompts and their order, and
+on nothing that was drawn before, so that work can be done in any order and taken up again. (A seed
+a prompt would also survive another batch size, but needs an own sampler; batched matrix products
+change with the batch's shape anyway, in the last bits.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastrank.errors import InputError
+from fastrank.workflow.decoding import Decoding
+from fastrank.workflow.diverse import DiversityPenalty
+
+
+class Response(NamedTuple):
+    """One generated response.
+
+    Attributes:
+        text: without special tokens and stop texts; it may be empty.
+        num_tokens: tokens generated, the end of turn included; with a stop text, those kept.
+        ended: the model ended it; False if it was cut at ``max_new_tokens``.
+    """
+
+    text: str
+    num_tokens: int
+    ended: bool
+
+
+def batch_seed(*parts: object) -> int:
+    """A seed from anything with a text: equal parts, equal seed, on every machine.
+
+    >>> batch_seed(0, 1) == batch_seed(0, 1) != batch_seed(1, 0)
+    True
+    """
+    text = "/".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    seed: int,
+) -> list[list[Response]]:
+    """Draw ``decoding.num_responses`` responses to each prompt.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        tokenizer: its tokenizer.
+        prompts: token ids, at least one a prompt; padded on the left here.
+        decoding: how to draw.
+        seed: of this batch; the caller's random state is left as it was.
+
+    Raises:
+        InputError: not enough memory for the batch.
+    """
+    pad = _pad_token(model, tokenizer)
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, longest - len(prompt) :] = 1
+    ends = end_tokens(model, tokenizer)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        _only_special_tokens(model, pad, ends),
+    ):
+        torch.manual_seed(seed)
+        try:
+            found = _search(
+                model, tokenizer, ids.to(model.device), mask.to(model.device), decoding, pad, ends
+            )
+        except torch.cuda.OutOfMemoryError as error:
+            raise InputError(
+                f"{len(prompts)} prompts of up to {longest} tokens with {decoding.num_responses} "
+                f"responses of {decoding.max_new_tokens} do not fit into memory; lower the batch "
+                "size"
+            ) from error
+    new = found[:, longest:].cpu().tolist()
+    n = decoding.num_responses
+    return [
+        [_response(tokenizer, prompt, new[n * row + k], decoding.stop, ends) for k in range(n)]
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def _search(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    mask: Tensor,
+    decoding: Decoding,
+    pad: int,
+    ends: list[int],
+) -> Tensor:
+    """Token ids [B·n, prompt and response], the responses of a prompt together."""
+    options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens}
+    call: dict[str, Any] = {"attention_mask": mask}
+    if decoding.stop:
+        options["stop_strings"] = list(decoding.stop)
+        call["tokenizer"] = tokenizer
+    n = decoding.num_responses
+    if decoding.strategy == "top_p":
+        options |= {
+            "do_sample": True,
+            "top_p": 1.0 if decoding.top_p is None else decoding.top_p,
+            "temperature": 1.0 if decoding.temperature is None else decoding.temperature,
+            "top_k": 0,
+            "num_return_sequences": n,
+        }
+        return _generate(model, ids, options, call)
+    if decoding.strategy == "beam":
+        return _generate(model, ids, options | _beams(n), call)
+    groups = decoding.num_beam_groups or n
+    penalty = 1.0 if decoding.diversity_penalty is None else decoding.diversity_penalty
+    end_ids = torch.tensor(ends, device=ids.device)
+    diversity = DiversityPenalty(ids.shape[1], len(ids), penalty, end_ids)
+    call["logits_processor"] = LogitsProcessorList([diversity])
+    found = []
+    for _ in range(groups):
+        sequences = _generate(model, ids, options | _beams(n // groups), call)
+        diversity.finish_group(sequences)
+        found.append(sequences.view(len(ids), n // groups, -1))
+    width = max(group.shape[2] for group in found)
+    padded = [torch.nn.functional.pad(g, (0, width - g.shape[2]), value=pad) for g in found]
+    return torch.cat(padded, 1).view(len(ids) * n, width)
+
+
+def _beams(num_beams: int) -> dict[str, Any]:
+    return {"do_sample": False, "num_beams": num_beams, "num_return_sequences": num_beams}
+
+
+def _generate(
+    model: PreTrainedModel, ids: Tensor, options: dict[str, Any], call: dict[str, Any]
+) -> Tensor:
+    search: Any = model.generate
+    result = search(ids, generation_config=GenerationConfig(**options), **call)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a response: the model's (a chat model may have several) and the tokenizer's."""
+    config = model.generation_config
+    own = None if config is None else config.eos_token_id
+    found = set(own) if isinstance(own, list) else {own}
+    return sorted(int(i) for i in found | {tokenizer.eos_token_id} if i is not None)
+
+
+def _pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to pad with; what it is does not matter, as it is masked."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+@contextmanager
+def _only_special_tokens(model: PreTrainedModel, pad: int, ends: list[int]) -> Iterator[None]:
+    """Keep a model's own generation defaults out of what was asked for."""
+    before = model.generation_config
+    config = GenerationConfig(pad_token_id=pad, eos_token_id=ends or None, use_cache=True)
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _response(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    ids: list[int],
+    stop: tuple[str, ...],
+    ends: list[int],
+) -> Response:
+    at = next((i for i, token in enumerate(ids) if token in ends), None)
+    text = continuation(tokenizer, prompt, ids if at is None else ids[:at])
+    length = len(ids) if at is None else at + 1
+    cut = min((text.find(mark) for mark in stop if mark in text), default=None)
+    if cut is None:
+        return Response(text, length, at is not None)
+    text = text[:cut]
+    return Response(text, len(tokenizer.encode(text, add_special_tokens=False)), True)
+
+
+def continuation(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: Sequence[int]
+) -> str:
+    """The text that ``ids`` add to a prompt.
+
+    Decoded behind the prompt: many tokenizers drop the space that a first token begins with.
+    """
+    options: dict[str, Any] = {
+        "skip_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+    }
+    before = str(tokenizer.decode(list(prompt), **options))
+    whole = str(tokenizer.decode([*prompt, *ids], **options))
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return str(tokenizer.decode(list(ids), **options))  # a character spans the boundary

@@ -1,0 +1,169 @@
+"""Rows of a record file as the workflow passes them on: any format in, canonical records out.
+
+Unlike `fastrank.data.records`, which reads for training, nothing that is incomplete is left out:
+a row may have a prompt alone (before sampling) or responses without scores (before rewarding). All
+other fields of a row travel along unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastrank.data import fields, formats
+from fastrank.data.fields import Prompt
+from fastrank.data.files import Place, Row, read_rows
+from fastrank.data.formats import Candidates
+from fastrank.data.records import gather_flat
+from fastrank.errors import InputError
+
+#: A row with one of these and no responses is a prompt to sample for.
+_PROMPT_KEYS = ("prompt", "query", "instruction")
+
+#: What a canonical record says itself, and what would contradict it.
+_OWN = {"prompt", "responses", "scores", "ranks", "sources"}
+
+#: The source of a response that was in the file and does not say where it came from.
+FROM_DATA = "data"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt with the responses it has so far.
+
+    Attributes:
+        place: where the row stands, for messages.
+        prompt: text, or chat messages.
+        responses: those in the file that are not blank.
+        scores: one a response; None where the file gives none.
+        sources: what made each response: a model's path, or "data".
+        num_blank: null and blank responses that were left out.
+        extra: the row's other fields.
+    """
+
+    place: Place
+    prompt: Prompt
+    responses: list[str]
+    scores: list[float | None]
+    sources: list[str]
+    num_blank: int = 0
+    extra: Row = field(default_factory=dict, repr=False)
+
+    def as_row(self) -> Row:
+        """The canonical record."""
+        return {
+            **self.extra,
+            "prompt": self.prompt,
+            "responses": self.responses,
+            "scores": self.scores,
+            "sources": self.sources,
+        }
+
+
+def read_items(path: str | Path, *, format: str | None = None) -> Iterator[Item]:
+    """Yield the rows of a file, a folder or a Hub data set that have a prompt, in order.
+
+    Args:
+        path: see `fastrank.data.files.read_rows`.
+        format: one of `fastrank.data.formats.FORMATS`; by default told from each row's fields.
+
+    Raises:
+        InputError: the file cannot be used; its text names the line.
+    """
+    if format is not None:
+        formats.reader(format)
+    flat: list[tuple[Place, Candidates]] = []
+    num_rows = num_items = 0
+    for place, row in read_rows(path):
+        num_rows += 1
+        name = format or _format_of(row, place)
+        if name == "flat":
+            flat.append((place, formats.reader(name)(row, place, None)))
+            continue
+        item = _item(place, row, name)
+        if item is not None:
+            num_items += 1
+            yield item
+    for place, found in gather_flat(flat):
+        if found.prompt is not None:
+            num_items += 1
+            yield _build(place, found, {}, True)
+    if not num_items:
+        raise InputError(f"{path}: no prompt in its {num_rows} records")
+
+
+def _format_of(row: Row, place: Place) -> str | None:
+    """The format of a row, None for one that has a prompt alone."""
+    try:
+        return formats.detect(row, place)
+    except InputError:
+        if any(row.get(key) is not None for key in _PROMPT_KEYS):
+            return None
+        raise
+
+
+def _item(place: Place, row: Row, name: str | None) -> Item | None:
+    if name is None:
+        key = next(key for key in _PROMPT_KEYS if row.get(key) is not None)
+        found = Candidates(fields.prompt(row[key], place, key), [], [])
+        used = {key}
+    else:
+        found = formats.reader(name)(row, place, None)
+        used = {*formats.FORMATS[name].fields, *_score_fields(name)}
+    if found.prompt is None:
+        return None
+    extra = {key: value for key, value in row.items() if key not in used | _OWN}
+    has_scores = name is not None and formats.FORMATS[name].has_scores
+    return _build(place, found, extra, has_scores, _sources(row, place, len(found.responses)))
+
+
+def _score_fields(name: str) -> tuple[str, ...]:
+    """Fields with a format's scores, which the canonical ``scores`` replace."""
+    return {"pro": ("reward",), "all_rm_scores": ("all_rm_scores",)}.get(name, ())
+
+
+def _sources(row: Row, place: Place, length: int) -> list[str]:
+    if row.get("sources") is None:
+        return [FROM_DATA] * length
+    items = fields.listed(row["sources"], place, "sources")
+    if len(items) != length:
+        raise InputError(f"{place}: sources has {len(items)} entries, responses has {length}")
+    return [fields.text(item, place, f"sources[{i}]") for i, item in enumerate(items)]
+
+
+def _build(
+    place: Place,
+    found: Candidates,
+    extra: Row,
+    has_scores: bool,
+    sources: Sequence[str] | None = None,
+) -> Item:
+    assert found.prompt is not None
+    texts, scores, origins = [], [], []
+    origin = sources or [FROM_DATA] * len(found.responses)
+    for response, score, source in zip(found.responses, found.scores, origin, strict=True):
+        if response is not None and response.strip():
+            texts.append(response)
+            scores.append(score if has_scores else None)  # an order alone is no reward
+            origins.append(source)
+    blank = len(found.responses) - len(texts)
+    return Item(place, found.prompt, texts, scores, origins, blank, extra)
+
+
+def as_line(row: Row) -> str:
+    """A row as one line of JSON; what JSON cannot hold (a date of a Parquet file) as text."""
+
+    def plain(value: Any) -> str:
+        return str(value)
+
+    return json.dumps(row, ensure_ascii=False, default=plain) + "\n"
+
+
+def check_distinct(source: str, option: str, output: str) -> None:
+    """Refuse an output that is the input: an interrupted run could not be taken up again."""
+    first, second = Path(source).expanduser(), Path(output).expanduser()
+    if first.exists() and second.exists() and first.samefile(second):
+        raise InputError(f"--output must be another file than {option}, got {output} for both")

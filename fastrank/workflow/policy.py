@@ -1,0 +1,160 @@
+"""A model to draw responses from, and the batches in which it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrank.data.fields import Prompt
+from fastrank.data.files import one_line
+from fastrank.data.report import Report
+from fastrank.data.tokenize import TokenizeOptions, encode_prompt, truncate
+from fastrank.errors import InputError
+from fastrank.modeling.context import context_length
+from fastrank.modeling.device import choose_device, choose_dtype
+from fastrank.modeling.load import check_model_path, load_model, load_tokenizer
+from fastrank.workflow.decoding import Decoding
+from fastrank.workflow.generation import Response, batch_seed, generate
+from fastrank.workflow.options import ModelOptions
+
+
+@dataclass
+class EncodedPrompts:
+    """Prompts as token ids, and what had to be done to them.
+
+    Attributes:
+        ids: one list a prompt, empty where there is nothing to go on from.
+        truncated: prompts that lost their beginning to leave room for the response.
+        unusable: prompts without a token, or refused by the chat template.
+    """
+
+    ids: list[list[int]]
+    truncated: list[int] = field(default_factory=list)
+    unusable: list[int] = field(default_factory=list)
+
+    def batches(self, batch_size: int) -> list[list[int]]:
+        """Positions of usable prompts, by length, in batches; the same for the same prompts."""
+        order = sorted((len(ids), i) for i, ids in enumerate(self.ids) if ids)
+        usable = [i for _, i in order]
+        return [usable[at : at + batch_size] for at in range(0, len(usable), batch_size)]
+
+
+def load_policy(
+    path: str | Path, loading: ModelOptions
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model on its device, in evaluation mode, and its tokenizer.
+
+    Raises:
+        InputError: there is none at that path, or it does not fit into the device's memory.
+    """
+    device = choose_device(loading.device)
+    tokenizer = load_tokenizer(path, trust_remote_code=loading.trust_remote_code)
+    dtype, _ = choose_dtype(loading.dtype, device)
+    model = load_model(path, dtype, trust_remote_code=loading.trust_remote_code)
+    try:
+        torch.nn.Module.to(model, device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(f"{path}: does not fit into the memory of {device}") from error
+    return model.eval(), tokenizer
+
+
+def policy_context(path: str | Path, loading: ModelOptions) -> int | None:
+    """The context of a model, from its configuration alone.
+
+    Raises:
+        InputError: the configuration cannot be read.
+    """
+    name = check_model_path(path)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=loading.trust_remote_code)
+    except Exception as error:  # corrupt folders and the network raise unrelated types here
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{path}: its configuration cannot be read: {reason}") from error
+    return context_length(config)
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    decoding: Decoding,
+    context: int | None,
+    *,
+    as_chat: bool = False,
+) -> EncodedPrompts:
+    """Token ids of prompts, cut on the left to leave room for ``decoding.max_new_tokens``.
+
+    Raises:
+        InputError: the responses alone fill the context.
+    """
+    limit = None if context is None else context - decoding.max_new_tokens
+    if limit is not None and limit < 1:
+        raise InputError(
+            f"max_new_tokens must be below the model's context of {context} tokens, got "
+            f"{decoding.max_new_tokens}"
+        )
+    result = EncodedPrompts([])
+    for number, prompt in enumerate(prompts):
+        try:
+            ids = encode_prompt(prompt, tokenizer, as_chat=as_chat)
+        except InputError:  # the template refuses this conversation, others it may take
+            ids = []
+        if not ids:
+            result.unusable.append(number)
+        elif limit is not None and len(ids) > limit:
+            result.truncated.append(number)
+            options = TokenizeOptions(max_prompt_length=limit)
+            ids = truncate((ids, [[0]]), tokenizer, options, Report(), number)[0]
+        result.ids.append(ids)
+    return result
+
+
+def draw(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: EncodedPrompts,
+    decoding: Decoding,
+    *,
+    batch_size: int,
+    seed: Any,
+    skip: Callable[[int], bool] = lambda number: False,
+) -> Iterator[tuple[int, list[int], list[list[Response]]]]:
+    """Yield (batch number, positions of its prompts, their responses).
+
+    Args:
+        seed: anything with a text; each batch draws by it and its own number.
+        skip: batches that are not to be drawn, by number.
+    """
+    for number, members in enumerate(encoded.batches(batch_size)):
+        if not skip(number):
+            prompts = [encoded.ids[i] for i in members]
+            found = generate(model, tokenizer, prompts, decoding, batch_seed(seed, number))
+            yield number, members, found
+
+
+def draw_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    *,
+    batch_size: int,
+    seed: Any,
+    as_chat: bool = False,
+    progress: Callable[[int], Any] = lambda done: None,
+) -> list[list[Response]]:
+    """Responses to every prompt, in the order of the prompts; none for an unusable prompt."""
+    context = context_length(model.config)
+    encoded = encode_prompts(prompts, tokenizer, decoding, context, as_chat=as_chat)
+    responses: list[list[Response]] = [[] for _ in prompts]
+    for _, members, found in draw(
+        model, tokenizer, encoded, decoding, batch_size=batch_size, seed=seed
+    ):
+        for i, drawn in zip(members, found, strict=True):
+            responses[i] = drawn
+        progress(len(members))
+    return responses

@@ -1,0 +1,197 @@
+"""Rewards by a model: a sequence classifier's one label, or a causal model's log-probability.
+
+What a classifier reads follows its tokenizer. One that joins two texts by itself (a ``cls`` and a
+``sep`` token, no chat template) gets prompt and response as a pair; every other one gets the tokens
+that training would use: the chat template with its end of turn, or prompt, response and EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from fastrank.attention.gate import refusal
+from fastrank.data.files import one_line
+from fastrank.data.load import fit_context
+from fastrank.data.packing import Group
+from fastrank.data.records import Record
+from fastrank.data.report import Report
+from fastrank.data.tokenize import (
+    TokenizeOptions,
+    encode_record,
+    render_plain,
+    tokenize_record,
+    truncate,
+)
+from fastrank.errors import InputError
+from fastrank.modeling.context import context_length
+from fastrank.modeling.device import choose_device, choose_dtype
+from fastrank.modeling.load import check_model_path, load_reward_model, load_tokenizer
+from fastrank.modeling.prepare import prepare_model
+from fastrank.modeling.score import score
+from fastrank.workflow.items import Item
+from fastrank.workflow.options import ModelOptions
+from fastrank.workflow.policy import load_policy
+
+_PACK_TOKENS = 16384
+
+#: One reward a response; None for a response that the model cannot be shown.
+Rewards = list[float | None]
+
+
+def reward_kind(path: str, loading: ModelOptions) -> str:
+    """``"classifier"`` or ``"logprob"``, by the architecture that the model's folder names.
+
+    Raises:
+        InputError: the configuration cannot be read, or names neither.
+    """
+    name = check_model_path(path)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=loading.trust_remote_code)
+    except Exception as error:  # corrupt folders and the network raise unrelated types here
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{path}: its configuration cannot be read: {reason}") from error
+    architectures = config.architectures or []
+    if any("SequenceClassification" in kind or "RewardModel" in kind for kind in architectures):
+        return "classifier"
+    if any("CausalLM" in kind or "LMHead" in kind for kind in architectures):
+        return "logprob"
+    raise InputError(
+        f"{path}: expected a sequence-classification or causal language model, got "
+        f"{', '.join(architectures) or 'no architecture'}; name one with --reward_kind"
+    )
+
+
+class ClassifierReward:
+    """The one label of a sequence-classification model.
+
+    Args:
+        path: a model folder or Hub name.
+        loading: device, type of the weights.
+        batch_size: responses at once.
+        as_chat: treat a text prompt as one user message.
+    """
+
+    def __init__(
+        self, path: str, loading: ModelOptions, *, batch_size: int, as_chat: bool = False
+    ) -> None:
+        self.path = path
+        self.batch_size = batch_size
+        self.as_chat = as_chat
+        device = choose_device(loading.device)
+        trust = loading.trust_remote_code
+        self.tokenizer = load_tokenizer(path, trust_remote_code=trust)
+        dtype, _ = choose_dtype(loading.dtype, device)
+        self.model = load_reward_model(path, dtype, trust_remote_code=trust).eval()
+        torch.nn.Module.to(self.model, device)
+        self.context = context_length(self.model.config)
+        self.pad = self.model.config.get_text_config().pad_token_id
+        if self.pad is None:  # transformers then cannot tell where a row ends
+            self.batch_size = 1
+
+    def __call__(self, items: Sequence[Item]) -> list[Rewards]:
+        """Rewards of every item's responses."""
+        encoded = [row for item in items for row in self._encode(item)]
+        values: Rewards = [None] * len(encoded)
+        order = sorted((len(row["input_ids"]), i) for i, row in enumerate(encoded) if row)
+        for at in range(0, len(order), self.batch_size):
+            members = [i for _, i in order[at : at + self.batch_size]]
+            found = self._forward([encoded[i] for i in members])
+            for i, value in zip(members, found.tolist(), strict=True):
+                values[i] = value
+        rewards, start = [], 0
+        for item in items:
+            rewards.append(values[start : start + len(item.responses)])
+            start += len(item.responses)
+        return rewards
+
+    def _encode(self, item: Item) -> list[dict[str, list[int]]]:
+        """Model inputs of each response, empty ones where there are none."""
+        tokenizer = self.tokenizer
+        if not item.responses:
+            return []
+        if _joins_pairs(tokenizer) and not self.as_chat:
+            prompt = item.prompt if isinstance(item.prompt, str) else render_plain(item.prompt)
+            limits: dict[str, Any] = {"truncation": self.context is not None}
+            if self.context is not None:
+                limits["max_length"] = self.context
+            rows = [tokenizer(prompt, response, **limits) for response in item.responses]
+            return [{name: list(values) for name, values in row.items()} for row in rows]
+        record = _record(item)
+        encoded = encode_record(record, tokenizer, Report(), as_chat=self.as_chat)
+        if encoded is None:
+            return [{} for _ in item.responses]
+        limit = TokenizeOptions(max_length=self.context)
+        prompt_ids, responses = truncate(encoded, tokenizer, limit, Report(), record.line)
+        return [{"input_ids": [*prompt_ids, *response]} for response in responses]
+
+    def _forward(self, rows: list[dict[str, list[int]]]) -> Tensor:
+        longest = max(len(row["input_ids"]) for row in rows)
+        inputs = {}
+        for name in rows[0]:
+            fill = (self.pad or 0) if name == "input_ids" else 0
+            padded = [row[name] + [fill] * (longest - len(row[name])) for row in rows]
+            inputs[name] = torch.tensor(padded, device=self.model.device)
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        mask = torch.arange(longest)[None, :] < lengths[:, None]
+        inputs["attention_mask"] = mask.long().to(self.model.device)
+        with torch.no_grad():
+            try:
+                logits = self.model(**inputs).logits
+            except torch.cuda.OutOfMemoryError as error:
+                raise InputError(
+                    f"{self.path}: {len(rows)} responses of up to {longest} tokens do not fit into "
+                    "memory; lower --batch_size"
+                ) from error
+        return logits.float().reshape(len(rows)).cpu()
+
+
+class LogprobReward:
+    """A causal language model's own mean log-probability of the response, given the prompt."""
+
+    def __init__(
+        self, path: str, loading: ModelOptions, *, batch_size: int, as_chat: bool = False
+    ) -> None:
+        del batch_size  # packs are filled by tokens
+        self.path = path
+        self.model, self.tokenizer = load_policy(path, loading)
+        context = context_length(self.model.config)
+        self.options = fit_context(TokenizeOptions(as_chat=as_chat), context)
+        prepare_model(self.model, shared_prompts=refusal(self.model) is None)
+
+    def __call__(self, items: Sequence[Item]) -> list[Rewards]:
+        """Rewards of every item's responses."""
+        groups: list[Group] = []
+        members: list[int] = []
+        rewards: list[Rewards] = [[None] * len(item.responses) for item in items]
+        for i, item in enumerate(items):
+            if not item.responses:
+                continue
+            group = tokenize_record(_record(item), self.tokenizer, self.options, Report())
+            if group is not None:
+                groups.append(group)
+                members.append(i)
+        if not groups:
+            return rewards
+        largest = max(group.num_candidates * group.longest_path for group in groups)
+        try:
+            found = score(self.model, groups, max_tokens=max(_PACK_TOKENS, largest))
+        except ValueError as error:  # a tokenizer that does not go with the model, longrope, ...
+            raise InputError(f"{self.path}: {error}") from error
+        for i, values in zip(members, found, strict=True):
+            rewards[i] = values.tolist()
+        return rewards
+
+
+def _joins_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
+    special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    return None not in special and tokenizer.chat_template is None
+
+
+def _record(item: Item) -> Record:
+    scores = [0.0] * len(item.responses)
+    return Record(item.prompt, list(item.responses), scores, item.place.line)
