@@ -28,4 +28,5 @@ def correct_temperature(module: nn.Module, query: Tensor, segments: SegmentTable
 
     index = torch.arange(segments.num_tokens, device=query.device)
     positions = segments.position_ids.to(query.device)
-    return query * (factor(positions) / factor(index)).to(query.dtype)[:, None]
+    exchange = factor(positions).double() / factor(index).double()
+    return query * exchange.to(query.dtype)[:, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 
+import pack_cases
 import pytest
 import torch
 from transformers import (
@@ -58,55 +59,57 @@ def one_pack(groups, **options):
 
 
 @pytest.mark.parametrize("shared_prompts", [True, False])
-def test_scores_and_gradients_equal_separate_passes(model, cases, shared_prompts):
-    groups = cases.random_groups(cases.RAGGED)
-    expected = cases.separate_scores(model, groups)
+def test_scores_and_gradients_equal_separate_passes(model, shared_prompts):
+    groups = pack_cases.random_groups(pack_cases.RAGGED)
+    expected = pack_cases.separate_scores(model, groups)
     weights = torch.linspace(-1.5, 2.0, len(expected))
-    reference = cases.gradients(model, expected, weights)
+    reference = pack_cases.gradients(model, expected, weights)
 
     fastrank.prepare_model(model, shared_prompts=shared_prompts)
     pack = one_pack(groups, shared_prompts=shared_prompts)
     assert pack.group_index == (0, 1, 2, 3)
     scores = model(pack=pack).scores
     torch.testing.assert_close(scores, expected.detach(), atol=1e-5, rtol=0)
-    cases.assert_same_gradients(cases.gradients(model, scores, weights), reference, 1e-5)
+    pack_cases.assert_same_gradients(pack_cases.gradients(model, scores, weights), reference, 1e-5)
 
 
 @pytest.mark.parametrize("loss", [fastrank.RRHF(), fastrank.PRO(), fastrank.DPO()], ids=repr)
-def test_the_loss_equals_the_loss_on_separate_scores(model, cases, loss):
-    groups = cases.random_groups(cases.RAGGED)
+def test_the_loss_equals_the_loss_on_separate_scores(model, loss):
+    groups = pack_cases.random_groups(pack_cases.RAGGED)
     pack = one_pack(groups)
-    scores = cases.separate_scores(model, groups)
+    scores = pack_cases.separate_scores(model, groups)
     if loss.normalize == "sum":
         scores = scores * (pack.cu_responses[1:] - pack.cu_responses[:-1])
     rank = fastrank.ranking_loss(scores, pack.rewards, loss=loss, cu_groups=pack.cu_groups)
     best = [int(g.rewards.argmax()) + int(o) for g, o in zip(groups, pack.cu_groups, strict=False)]
-    sums = cases.separate_scores(model, groups) * (pack.cu_responses[1:] - pack.cu_responses[:-1])
+    sums = pack_cases.separate_scores(model, groups) * (
+        pack.cu_responses[1:] - pack.cu_responses[:-1]
+    )
     sft = torch.zeros(())
     for group, index in zip(groups, best, strict=True):
         length = int(pack.cu_responses[index + 1] - pack.cu_responses[index])
         scale = loss.sft_weight * ((group.num_candidates - 1) ** 2 if loss == fastrank.PRO() else 1)
         sft = sft - scale * sums[index] / (length if loss.sft_reduction == "mean" else 1)
     expected = rank + sft / len(groups)
-    reference = cases.gradients(model, expected, torch.tensor(1.0))
+    reference = pack_cases.gradients(model, expected, torch.tensor(1.0))
 
     fastrank.prepare_model(model)
     output = model(pack=pack, loss=loss)
     assert isinstance(output, fastrank.RankingOutput)
     torch.testing.assert_close(output.loss, expected.detach(), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(output.scores, scores.detach(), atol=1e-4, rtol=0)
-    got = cases.gradients(model, output.loss, torch.tensor(1.0))
-    cases.assert_same_gradients(got, reference, 1e-5)
+    got = pack_cases.gradients(model, output.loss, torch.tensor(1.0))
+    pack_cases.assert_same_gradients(got, reference, 1e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(model, cases, use_reentrant):
-    groups = cases.random_groups(cases.RAGGED)
+def test_gradient_checkpointing_gives_the_same_gradients(model, use_reentrant):
+    groups = pack_cases.random_groups(pack_cases.RAGGED)
     pack = one_pack(groups)
     fastrank.prepare_model(model)
     model.train()
     weights = torch.linspace(-1.5, 2.0, pack.num_candidates)
-    expected = cases.gradients(model, model(pack=pack).scores, weights)
+    expected = pack_cases.gradients(model, model(pack=pack).scores, weights)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant:
         model.enable_input_require_grads()
@@ -116,7 +119,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, cases, use_reent
     handle.remove()
     implementation = model.config._attn_implementation
     assert calls and implementation == "sdpa"
-    cases.assert_same_gradients(cases.gradients(model, scores, weights), expected, 1e-6)
+    pack_cases.assert_same_gradients(pack_cases.gradients(model, scores, weights), expected, 1e-6)
     assert model.config._attn_implementation == implementation
 
 
@@ -151,8 +154,8 @@ def test_the_signature_and_the_checkpoint_are_unchanged(model, tmp_path):
     assert type(loaded) is type(model)
 
 
-def test_a_copy_of_a_prepared_model_is_one_of_its_own(model, cases):
-    pack = one_pack(cases.random_groups(cases.RAGGED))
+def test_a_copy_of_a_prepared_model_is_one_of_its_own(model):
+    pack = one_pack(pack_cases.random_groups(pack_cases.RAGGED))
     fastrank.prepare_model(model)
     other = copy.deepcopy(model)
     with torch.no_grad():
