@@ -19,12 +19,15 @@ MAX_TOKENS = 24
 SHARES = {"uneven": ([0, 1, 3], [2, 4]), "empty": ([0, 1, 2, 3, 4], [])}
 
 
-def make_model() -> nn.Module:
+ENGINES = ("ddp", "fsdp2", "fsdp2 tied", "fsdp2 head apart")
+
+
+def make_model(engine: str) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        initializer_range=0.2, pad_token_id=None,
+        initializer_range=0.2, pad_token_id=None, tie_word_embeddings=engine == "fsdp2 tied",
     )  # fmt: skip
     return fastrank.prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
@@ -45,8 +48,10 @@ def make_groups() -> list[fastrank.Group]:
 def wrap(model: nn.Module, engine: str) -> nn.Module:
     if engine == "ddp":
         return DistributedDataParallel(model)
-    for layer in model.model.layers:  # type: ignore[union-attr]
+    for layer in model.model.layers:
         fully_shard(layer)
+    if engine == "fsdp2 head apart":
+        fully_shard(model.lm_head)
     fully_shard(model)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     return model
@@ -71,12 +76,21 @@ def run(rank: int, world_size: int, folder: str) -> None:
     groups = make_groups()
     loss = fastrank.RRHF(margin=0.1)
     results = {}
-    for engine in ("ddp", "fsdp2"):
-        model = wrap(make_model(), engine)
+    for engine in ENGINES:
+        model = wrap(make_model(engine), engine)
         for case, shares in SHARES.items():
             mine = [groups[i] for i in shares[rank]]
             output = fastrank.two_phase_backward(model, mine, loss=loss, max_tokens=MAX_TOKENS)
             results[engine, case] = (gradients(model), output.loss, output.scores)
             model.zero_grad()
+        mine = [groups[i] for i in SHARES["uneven"][rank]]
+        (pack,) = fastrank.pack(mine, max_tokens=4096)
+        output = model(pack=pack, loss=loss, reduction="sum")
+        (output.loss * world_size / len(groups)).backward()
+        results[engine, "joint"] = (
+            gradients(model),
+            output.loss.detach() / len(groups),
+            output.scores,
+        )
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"""Two processes with unequal shares of a step give the gradients of one process."""
+"""Two processes with unequal shares of a step give the gradients of one process: in two phases and
+jointly, under DDP and FSDP2, with the head sharded with the root, tied, and by itself."""
 
 from __future__ import annotations
 
@@ -20,27 +21,31 @@ def found(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected():
-    model = worker.make_model()
-    groups = worker.make_groups()
-    (whole,) = fastrank.pack(groups, max_tokens=4096)
-    output = model(pack=whole, loss=fastrank.RRHF(margin=0.1))
-    output.loss.backward()
-    return worker.gradients(model), output
+    """What one process computes without an engine, by engine."""
+    found = {}
+    for engine in worker.ENGINES:
+        model = worker.make_model(engine)
+        (whole,) = fastrank.pack(worker.make_groups(), max_tokens=4096)
+        output = model(pack=whole, loss=fastrank.RRHF(margin=0.1))
+        output.loss.backward()
+        found[engine] = worker.gradients(model), output
+    return found
 
 
-@pytest.mark.parametrize("case", worker.SHARES)
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("case", ["uneven", "empty", "joint"])
+@pytest.mark.parametrize("engine", worker.ENGINES)
 def test_gradients_equal_those_of_one_process(found, expected, engine, case):
-    gradients, output = expected
+    gradients, output = expected[engine]
+    sizes = [3, 2, 1, 7, 3]
     for rank in range(2):
         got, _, scores = found[rank][engine, case]
         assert got.keys() == gradients.keys()
         for name, reference in gradients.items():
             scale = max(1.0, float(reference.abs().max()))
             assert float((got[name] - reference).abs().max()) <= 1e-6 * scale, (rank, name)
-        mine = worker.SHARES[case][rank]
-        sizes = [3, 2, 1, 7, 3]
         of_groups = output.scores.split(sizes)
+        mine = worker.SHARES["empty" if case == "empty" else "uneven"][rank]
+        assert len(scores) == sum(sizes[i] for i in mine)
         if mine:
             torch.testing.assert_close(
                 scores, torch.cat([of_groups[i] for i in mine]), atol=1e-5, rtol=0
