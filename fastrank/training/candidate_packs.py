@@ -39,9 +39,13 @@ class Candidates(NamedTuple):
     """int32 [C + 1] on the host."""
     cu_groups: Tensor
     """int32 [G + 1] on the host."""
+    path_lengths: tuple[int, ...]
+    """Tokens of every [prompt; response], one a candidate."""
+    num_tokens: int
+    """Tokens of all groups in packs that split none, without padding."""
 
     @classmethod
-    def of(cls, groups: Sequence[Group]) -> Candidates:
+    def of(cls, groups: Sequence[Group], shared_prompts: bool = True) -> Candidates:
         """Raises ValueError if some groups have reference scores and others have none."""
         references = [g.reference_scores for g in groups if g.reference_scores is not None]
         if len(references) not in (0, len(groups)):
@@ -55,10 +59,17 @@ class Candidates(NamedTuple):
             reference_scores=torch.cat(references) if references else None,
             cu_responses=_offsets(lengths),
             cu_groups=_offsets([group.num_candidates for group in groups]),
+            path_lengths=tuple(
+                len(group.prompt_ids) + len(ids) for group in groups for ids in group.response_ids
+            ),
+            num_tokens=sum(
+                group.num_tokens_shared if shared_prompts else group.num_tokens_separate
+                for group in groups
+            ),
         )
 
     @property
-    def num_tokens(self) -> int:
+    def num_response_tokens(self) -> int:
         return int(self.cu_responses[-1])
 
 

@@ -19,19 +19,16 @@ random.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import fastrank_kernels
 from fastrank.data.packing import Group, Pack
-from fastrank.errors import InputError
 from fastrank.losses import Loss
-from fastrank.modeling.dropout import random_rates
 from fastrank.modeling.prepare import prepared_state
 from fastrank.modeling.unwrap import causal_lm, vocab_size
 from fastrank.ranking import check_loss
@@ -41,6 +38,7 @@ from fastrank.training.candidate_packs import (
     candidate_packs,
     filler_pack,
 )
+from fastrank.training.determinism import check_deterministic, no_random_numbers
 from fastrank.training.engine import Engine, engine_of, unwrap
 
 
@@ -119,170 +117,181 @@ def two_phase_backward(
         InputError: the model has a dropout, router jitter or other randomness, by name.
         ValueError: the model is not prepared, or a candidate does not fit into a pack.
     """
-    check_loss(loss)
-    state = prepared_state(unwrap(model))
-    if state is None:
-        raise ValueError(
-            f"model must be prepared with fastrank.prepare_model, got {type(model).__name__}"
-        )
-    check_deterministic(model)
-    lm = causal_lm(unwrap(model))
-    engine = engine or engine_of(model)
-    phases = _Phases(
-        model=model,
+    phases = Phases.of(
+        model,
+        loss,
+        max_tokens=max_tokens,
+        score_tokens=score_tokens,
+        logits_memory=logits_memory,
+        backend=backend,
         engine=engine,
-        device=lm.device,
-        shared_prompts=state.shared_prompts,
-        options={"logits_memory": logits_memory, "backend": backend},
-    )
-    candidates = Candidates.of(groups)
-    scored = candidate_packs(
-        groups,
-        max_tokens=score_tokens or max_tokens,
-        shared_prompts=state.shared_prompts,
-        vocab_size=vocab_size(lm),
     )
     if num_groups is None:
-        num_groups = sum(engine.everyone(len(groups), lm.device))
-    logprobs = phases.score(scored, candidates.num_tokens)
-    ranked = fastrank_kernels.rank_tokens(
-        logprobs,
-        candidates.rewards.to(logprobs.dtype),
-        candidates.cu_responses,
-        candidates.cu_groups,
-        loss.spec(),
-        reference_scores=candidates.reference_scores if loss.uses_reference else None,
-        scale=1.0 / max(num_groups, 1),
-        backend=backend,
-    )
-    # One coefficient a candidate: its tokens all have the same. Reading it waits for the device.
-    first_tokens = candidates.cu_responses[:-1].long().to(lm.device)
-    live = (ranked.coefficients[first_tokens] != 0).cpu()
-    chosen = candidate_packs(
-        groups,
-        max_tokens=max_tokens,
-        shared_prompts=state.shared_prompts,
-        live=live.tolist(),
-    )
-    drift = phases.differentiate(chosen, logprobs, ranked.coefficients)
-    rank_loss, sft_loss = (x.sum() / max(num_groups, 1) for x in ranked[:2])
-    lengths = candidates.cu_responses.diff()
-    return TwoPhaseOutput(
-        loss=rank_loss + sft_loss,
-        rank_loss=rank_loss,
-        sft_loss=sft_loss,
-        scores=ranked.scores,
-        token_logprobs=logprobs,
-        live_fraction=int(lengths[live].sum()) / max(candidates.num_tokens, 1),
-        tokens_joint=sum(_joint_tokens(group, state.shared_prompts) for group in groups),
-        tokens_scored=sum(p.pack.num_tokens for p in scored),
-        tokens_backpropagated=sum(p.pack.num_tokens for p in chosen),
-        drift=drift,
-    )
+        num_groups = sum(phases.engine.everyone(len(groups), phases.device))
+    scored = phases.score(groups)
+    ranked = phases.rank(scored, 1.0 / max(num_groups, 1))
+    return phases.differentiate(groups, scored, ranked)
+
+
+class Scored(NamedTuple):
+    """What phase one found."""
+
+    candidates: Candidates
+    token_logprobs: Tensor
+    """[T], on the model's device."""
+    num_tokens: int
+    """Tokens that were computed."""
+
+
+class Ranked(NamedTuple):
+    """What the loss made of the scores: sums over groups, times the scale that was asked for."""
+
+    rank_loss: Tensor
+    sft_loss: Tensor
+    scores: Tensor
+    """[C]"""
+    coefficients: Tensor
+    """[T] derivative of the loss by each log-probability."""
 
 
 @dataclass(frozen=True)
-class _Phases:
-    """The two passes over packs, in step with the other processes."""
+class Phases:
+    """The two passes over packs of one model, in step with the other processes."""
 
     model: nn.Module
+    loss: Loss
     engine: Engine
+    max_tokens: int
+    score_tokens: int
     device: torch.device
     shared_prompts: bool
-    options: dict[str, Any]
+    vocab_size: int
+    logits_memory: int | None
+    backend: str | None
 
-    def score(self, packs: list[CandidatePack], num_tokens: int) -> Tensor:
-        """Phase one: the log-probability of every response token, [T], without a graph."""
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        loss: Loss,
+        *,
+        max_tokens: int,
+        score_tokens: int | None = None,
+        logits_memory: int | None = None,
+        backend: str | None = None,
+        engine: Engine | None = None,
+    ) -> Phases:
+        """Arguments and errors as for `two_phase_backward`."""
+        check_loss(loss)
+        state = prepared_state(unwrap(model))
+        if state is None:
+            raise ValueError(
+                f"model must be prepared with fastrank.prepare_model, got {type(model).__name__}"
+            )
+        check_deterministic(model)
+        lm = causal_lm(unwrap(model))
+        return cls(
+            model=model,
+            loss=loss,
+            engine=engine or engine_of(model),
+            max_tokens=max_tokens,
+            score_tokens=score_tokens or max_tokens,
+            device=lm.device,
+            shared_prompts=state.shared_prompts,
+            vocab_size=vocab_size(lm),
+            logits_memory=logits_memory,
+            backend=backend,
+        )
+
+    def score(self, groups: Sequence[Group]) -> Scored:
+        """Phase one: the log-probability of every response token, without a graph."""
+        candidates = Candidates.of(groups, self.shared_prompts)
+        packs = candidate_packs(
+            groups,
+            max_tokens=self.score_tokens,
+            shared_prompts=self.shared_prompts,
+            vocab_size=self.vocab_size,
+        )
         logprobs: Tensor | None = None
         with torch.no_grad():
-            for number, chosen in enumerate(self._in_step(packs, at_least=1)):
-                guard = _no_random_numbers(self.model, self.device, watch=number == 0)
-                with guard:
+            for number, chosen in enumerate(self._in_step(packs)):
+                with no_random_numbers(self.model, self.device, watch=number == 0):
                     found = self._logprobs(chosen.pack)
                 if logprobs is None:
-                    logprobs = found.new_empty(num_tokens)
+                    logprobs = found.new_empty(candidates.num_response_tokens)
                 if len(chosen.tokens):
                     logprobs[chosen.tokens.to(self.device)] = found
         assert logprobs is not None
-        return logprobs
+        return Scored(candidates, logprobs, sum(p.pack.num_tokens for p in packs))
+
+    def rank(self, scored: Scored, scale: float) -> Ranked:
+        """The loss on the scores and its derivative by each log-probability."""
+        candidates, logprobs = scored.candidates, scored.token_logprobs
+        rank_loss, sft_loss, scores, coefficients = fastrank_kernels.rank_tokens(
+            logprobs,
+            candidates.rewards.to(logprobs.dtype),
+            candidates.cu_responses,
+            candidates.cu_groups,
+            self.loss.spec(),
+            reference_scores=candidates.reference_scores if self.loss.uses_reference else None,
+            scale=scale,
+            backend=self.backend,
+        )
+        return Ranked(rank_loss.sum() * scale, sft_loss.sum() * scale, scores, coefficients)
 
     def differentiate(
-        self, packs: list[CandidatePack], logprobs: Tensor, coefficients: Tensor
-    ) -> Tensor:
-        """Phase two: back-propagate Σ c_t logp_t of the packs' tokens; returns the drift."""
+        self, groups: Sequence[Group], scored: Scored, ranked: Ranked
+    ) -> TwoPhaseOutput:
+        """Phase two: back-propagate Σ c_t logp_t of the candidates that have a gradient."""
+        candidates, logprobs = scored.candidates, scored.token_logprobs
+        # One coefficient a candidate: its tokens all have the same. Reading it waits for the
+        # device.
+        first_tokens = candidates.cu_responses[:-1].long().to(self.device)
+        live = (ranked.coefficients[first_tokens] != 0).cpu()
+        packs = candidate_packs(
+            groups,
+            max_tokens=self.max_tokens,
+            shared_prompts=self.shared_prompts,
+            live=live.tolist(),
+        )
         drift = logprobs.new_zeros(())
         # With nothing to learn a filler still runs: gradients of zero, as joint training has them,
         # let an optimiser's momentum and decay go on.
-        passes = self._in_step(packs, at_least=1)
+        passes = self._in_step(packs)
         for number, chosen in enumerate(passes):
             with self.engine.synchronising(number == len(passes) - 1):
                 found = self._logprobs(chosen.pack)
                 if len(chosen.tokens):
                     at = chosen.tokens.to(self.device)
-                    total = (found * coefficients[at]).sum() * self.engine.world_size
+                    total = (found * ranked.coefficients[at]).sum() * self.engine.world_size
                     drift = torch.maximum(drift, (found.detach() - logprobs[at]).abs().max())
                 else:
                     total = found.sum() * 0.0
                 with torch.autocast(self.device.type, enabled=False):
                     self.engine.backward(total)
-        return drift
+        lengths = candidates.cu_responses.diff()
+        return TwoPhaseOutput(
+            loss=ranked.rank_loss + ranked.sft_loss,
+            rank_loss=ranked.rank_loss,
+            sft_loss=ranked.sft_loss,
+            scores=ranked.scores,
+            token_logprobs=logprobs,
+            live_fraction=int(lengths[live].sum()) / max(candidates.num_response_tokens, 1),
+            tokens_joint=candidates.num_tokens,
+            tokens_scored=scored.num_tokens,
+            tokens_backpropagated=sum(p.pack.num_tokens for p in packs),
+            drift=drift,
+        )
 
     def _logprobs(self, pack: Pack) -> Tensor:
-        logprobs: Tensor = self.model(pack=pack.to(self.device), **self.options).token_logprobs
+        output = self.model(
+            pack=pack.to(self.device), logits_memory=self.logits_memory, backend=self.backend
+        )
+        logprobs: Tensor = output.token_logprobs
         return logprobs
 
-    def _in_step(self, packs: list[CandidatePack], at_least: int) -> list[CandidatePack]:
-        """The packs, and fillers until every process has equally many."""
-        rounds = max(at_least, *self.engine.everyone(len(packs), self.device))
+    def _in_step(self, packs: list[CandidatePack]) -> list[CandidatePack]:
+        """The packs, at least one, and fillers until every process has equally many."""
+        rounds = max(1, *self.engine.everyone(len(packs), self.device))
         missing = rounds - len(packs)
         return packs + ([filler_pack(self.shared_prompts)] * missing if missing else [])
-
-
-def _joint_tokens(group: Group, shared_prompts: bool) -> int:
-    return group.num_tokens_shared if shared_prompts else group.num_tokens_separate
-
-
-def check_deterministic(model: nn.Module) -> None:
-    """Refuse a model with a dropout or jitter: its two phases would compute different functions.
-
-    Raises:
-        InputError: naming the rates.
-    """
-    rates = random_rates(model)
-    if rates:
-        more = f" and {len(rates) - 3} more" if len(rates) > 3 else ""
-        raise InputError(
-            "two-phase training needs a model without randomness, expected rates of 0, got "
-            f"{', '.join(rates[:3])}{more}; fastrank.modeling.dropout.disable_dropout(model) sets "
-            "dropouts to 0, the model's configuration the others"
-        )
-
-
-@contextlib.contextmanager
-def _no_random_numbers(model: nn.Module, device: torch.device, *, watch: bool) -> Iterator[None]:
-    """Raise InputError if the model draws random numbers meanwhile, whatever it does with them:
-    some read a rate from their configuration, others sample their experts."""
-    if not watch:
-        yield
-        return
-    before = _random_states(device)
-    yield
-    if any(not torch.equal(a, b) for a, b in zip(before, _random_states(device), strict=True)):
-        config = causal_lm(unwrap(model)).config.get_text_config().to_dict()
-        named = [
-            f"{name}={value}"
-            for name, value in config.items()
-            if ("drop" in name or "jitter" in name) and isinstance(value, float) and value
-        ]
-        raise InputError(
-            "two-phase training needs a model without randomness, but "
-            f"{type(model).__name__} draws random numbers in training mode (its configuration has "
-            f"{', '.join(named) or 'no dropout or jitter'})"
-        )
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
