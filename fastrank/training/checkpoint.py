@@ -13,15 +13,17 @@ killed while writing then resumes from a broken folder, or cannot resume at all.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastrank.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint_files.json"
 STAGING = ".staging"
@@ -49,7 +51,7 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
         problem = incomplete(path)
         if problem is None:
             return path
-        warnings.warn(f"{path} is skipped: {problem}", stacklevel=2)
+        logger.warning("%s is skipped: %s", path, problem)
     return None
 
 
@@ -102,6 +104,10 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def read_notes(path: Path) -> dict[str, Any]:
+    return (read_manifest(path) or {}).get("notes") or {}
+
+
 def begin_staging(run_dir: str | Path) -> Path:
     """An empty staging folder; remains of an interrupted save are removed."""
     clean_staging(run_dir)
@@ -115,11 +121,10 @@ def clean_staging(run_dir: str | Path) -> None:
         shutil.rmtree(Path(run_dir) / name, ignore_errors=True)
 
 
-def publish(staged: Path, run_dir: str | Path, plan: dict[str, Any]) -> Path:
-    """Give a finished staged folder its name in ``run_dir``; ``plan`` goes into its list of
-    files."""
+def publish(staged: Path, run_dir: str | Path, plan: dict[str, Any], notes: dict[str, Any]) -> Path:
+    """Give a finished staged folder its name in ``run_dir``; plan and notes go into its list."""
     files = {str(file.relative_to(staged)): file.stat().st_size for file in _files(staged)}
-    _write_json(staged / MANIFEST, {"files": files, "plan": plan})
+    _write_json(staged / MANIFEST, {"files": files, "plan": plan, "notes": notes})
     for file in _files(staged):
         _sync(file)
     for folder in (staged, *(path for path in staged.rglob("*") if path.is_dir())):

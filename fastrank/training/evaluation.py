@@ -13,6 +13,7 @@ from torch import nn
 
 from fastrank.losses import Loss
 from fastrank.training.batching import StepBatch
+from fastrank.training.memory import explained_out_of_memory
 from fastrank.training.step_metrics import Gather, Scored, score_metrics
 
 
@@ -21,6 +22,7 @@ def evaluate_packs(
     batches: Iterable[StepBatch],
     loss: Loss,
     device: torch.device,
+    max_tokens: int,
     gather: Gather,
     on_step: Callable[[], None],
 ) -> tuple[list[np.ndarray], list[np.ndarray], dict[str, float]]:
@@ -40,7 +42,8 @@ def evaluate_packs(
     with torch.no_grad():
         for batch in batches:
             for pack, weight in zip(batch.packs, batch.weights, strict=True):
-                output = model(pack=pack.to(device), loss=loss, reduction="sum")
+                with explained_out_of_memory(pack, max_tokens):
+                    output = model(pack=pack.to(device), loss=loss, reduction="sum")
                 on_step()
                 if not weight:
                     continue

@@ -36,6 +36,13 @@ class StagedTrainer(Trainer):
         data."""
         return {}
 
+    def run_notes(self) -> dict[str, Any]:
+        """What a resumed run may want to know of the one that wrote the checkpoint."""
+        return {}
+
+    def before_training(self, notes: dict[str, Any] | None) -> None:
+        """Called before anything is prepared; ``notes`` are those of the checkpoint, if any."""
+
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -48,6 +55,7 @@ class StagedTrainer(Trainer):
         if self.args.should_save:
             checkpoint.clean_staging(run_dir)
         self.accelerator.wait_for_everyone()
+        self.before_training(None if found is None else checkpoint.read_notes(found))
         return super().train(None if found is None else str(found), *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -73,7 +81,9 @@ class StagedTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     self._settle_best(self._staging / name, run_dir)
-                    checkpoint.publish(self._staging / name, run_dir, self.run_plan())
+                    checkpoint.publish(
+                        self._staging / name, run_dir, self.run_plan(), self.run_notes()
+                    )
                     checkpoint.clean_staging(run_dir)
         finally:
             self._staging = None

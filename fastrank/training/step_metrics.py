@@ -44,6 +44,7 @@ class StepWindow:
     losses: dict[str, Any] = field(default_factory=lambda: {"rank_loss": 0.0, "sft_loss": 0.0})
     steps: int = 0
     seconds: float = 0.0
+    skipped: int = 0  # records left out because of numbers that are not finite
 
     def add(self, pack: Pack, output: RankingOutput, num_groups: int) -> None:
         """One pack of a step of ``num_groups`` groups; ``output`` holds sums over its groups."""
@@ -78,6 +79,8 @@ class StepWindow:
         values["shared_prompt_ratio"] = (
             sum(part["separate"] for part in everyone) / tokens if tokens else math.nan
         )
+        if self.skipped:  # the same on every process
+            values["skipped_records"] = float(self.skipped)
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
 

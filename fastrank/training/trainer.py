@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -47,12 +48,15 @@ from fastrank.training.batching import (
 )
 from fastrank.training.config import RankConfig
 from fastrank.training.evaluation import evaluate_packs
+from fastrank.training.guards import Computed, GuardedTrainer
+from fastrank.training.memory import explained_out_of_memory, largest_fitting
 from fastrank.training.progress import RankProgress
-from fastrank.training.saving import StagedTrainer
 from fastrank.training.step_metrics import StepWindow
 
+logger = logging.getLogger(__name__)
 
-class RankTrainer(StagedTrainer):
+
+class RankTrainer(GuardedTrainer):
     """Trains a causal language model to rank the candidates of each prompt.
 
     Args:
@@ -90,7 +94,6 @@ class RankTrainer(StagedTrainer):
             args.eval_strategy = "no"
         self.loss = args.ranking_loss
         self.max_tokens = args.max_tokens
-        self._window = StepWindow()
         for name, groups in _named_sets(train_dataset, eval_dataset):
             self._check_groups(name, groups, model, args)
         if peft_config is not None:
@@ -135,11 +138,6 @@ class RankTrainer(StagedTrainer):
                     f"{group.name or name}: the loss {args.loss} needs reference_scores, got none"
                 )
 
-    @property
-    def lm(self) -> nn.Module:
-        """The model that is trained, without what distributed training wraps around it."""
-        return self.accelerator.unwrap_model(self.model)
-
     def run_plan(self) -> dict[str, Any]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return {
@@ -147,6 +145,25 @@ class RankTrainer(StagedTrainer):
             "num_groups": 0 if self.train_dataset is None else len(self.train_dataset),  # type: ignore[arg-type]
             "data_seed": seed,
         }
+
+    def run_notes(self) -> dict[str, Any]:
+        return {"max_tokens": self.max_tokens}
+
+    def before_training(self, notes: dict[str, Any] | None) -> None:
+        if not self.args.auto_find_pack_size:
+            return
+        if notes is not None and "max_tokens" in notes:
+            self.max_tokens = notes["max_tokens"]  # the same packs give the same bits
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError(
+                "auto_find_pack_size cannot try packs under FSDP or DeepSpeed; set max_tokens"
+            )
+        groups: Any = self.train_dataset
+        mine = largest_fitting(self.lm, groups, self.loss, self.args, self.accelerator.autocast)
+        self.max_tokens = min(self._gather([mine]))
+        if self.max_tokens < self.args.max_tokens:
+            logger.warning("auto_find_pack_size: packs of at most %d tokens", self.max_tokens)
 
     # ---- data ----------------------------------------------------------------------------
 
@@ -236,22 +253,32 @@ class RankTrainer(StagedTrainer):
             step: its mean over the processes is the step's loss, as for gradients.
         """
         started = time.perf_counter()
+        self._begin_step(inputs)
+        self._step_loss, self._computed = self._accumulate(model, inputs)
+        self._window.add_step(time.perf_counter() - started)
+        return self._step_loss
+
+    def _accumulate(self, model: nn.Module, batch: StepBatch) -> tuple[Tensor, Computed]:
         model.train()
         _switch(self.optimizer, "train")
         total = torch.zeros((), device=self.args.device)
-        last = len(inputs.packs) - 1
-        for number, (pack, weight) in enumerate(zip(inputs.packs, inputs.weights, strict=True)):
-            with self._synchronising(model, number == last), self.compute_loss_context_manager():
+        computed: Computed = []
+        last = len(batch.packs) - 1
+        for number, (pack, weight) in enumerate(zip(batch.packs, batch.weights, strict=True)):
+            with (
+                explained_out_of_memory(pack, self.max_tokens),
+                self._synchronising(model, number == last),
+                self.compute_loss_context_manager(),
+            ):
                 pack = pack.to(self.args.device, non_blocking=True)
                 output = model(pack=pack, loss=self.loss, reduction="sum")
                 # DDP and FSDP take the mean over processes, so the sum needs their number.
-                scale = weight * self.args.world_size / inputs.num_groups
+                scale = weight * self.args.world_size / batch.num_groups
                 self._backward(output.loss * scale)
             if weight:
                 total += output.loss.detach() * scale
-                self._window.add(pack, output, inputs.num_groups)
-        self._window.add_step(time.perf_counter() - started)
-        return total
+                computed.append((pack, output._replace(loss=output.loss.detach())))
+        return total, computed
 
     def _synchronising(
         self, model: nn.Module, last: bool
@@ -289,11 +316,6 @@ class RankTrainer(StagedTrainer):
             self._window = StepWindow()
         super().log(logs, start_time)
 
-    def _gather(self, items: list[Any]) -> list[Any]:
-        if self.args.world_size == 1:
-            return items
-        return list(gather_object(items))
-
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -313,7 +335,13 @@ class RankTrainer(StagedTrainer):
         _switch(self.optimizer, "eval")
         on_step: Callable[[], None] = self._on_prediction_step
         scores, rewards, values = evaluate_packs(
-            model, dataloader, self.loss, self.args.device, self._gather, on_step
+            model,
+            dataloader,
+            self.loss,
+            self.args.device,
+            self.max_tokens,
+            self._gather,
+            on_step,
         )
         model.train(was_training)
         return EvalLoopOutput(

@@ -1,0 +1,161 @@
+"""When memory runs out: which pack it was, what to lower, and how to find a size that fits."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastrank.data.packing import Group, Pack, pack
+from fastrank.losses import Loss
+from fastrank.training.batching import group_tokens
+from fastrank.training.config import RankConfig
+from fastrank.training.failures import TrainingStopped
+
+_GRANULARITY = 0.05  # the search stops when the bounds are this close, relative to the upper one
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that an allocation failed, on a device or on the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
+    )
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(failing: Pack, max_tokens: int) -> Iterator[None]:
+    """Turns a failed allocation into one line that names the pack and the setting to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingStopped(describe_out_of_memory(failing, max_tokens)) from error
+
+
+def describe_out_of_memory(failing: Pack, max_tokens: int) -> str:
+    what = (
+        f"out of memory in a pack of {failing.num_groups} groups, "
+        f"{failing.num_candidates} candidates and {failing.num_tokens} tokens"
+    )
+    if failing.num_groups > 1:
+        largest = f"lower --max_tokens ({max_tokens}) or pass --auto_find_pack_size true"
+    else:
+        name = f" ({failing.names[0]})" if failing.names and failing.names[0] else ""
+        largest = (
+            f"it holds one group{name}, so a lower --max_tokens does not help: lower "
+            "--max_response_length, --max_prompt_length or --max_candidates"
+        )
+    return f"{what}: {largest}; --gradient_checkpointing true saves memory at the price of time"
+
+
+def find_pack_size(fits: Callable[[int], bool], smallest: int, largest: int) -> int | None:
+    """The largest budget in [smallest, largest] that ``fits``, to within 5 %; None if none does.
+
+    Tries ``largest`` first, so that a run with enough memory pays for one trial; then halves
+    down to a budget that fits and bisects between it and the last that did not.
+    """
+    if fits(largest):
+        return largest
+    too_large, good = largest, None
+    while good is None:
+        if too_large <= smallest:
+            return None
+        trial = max(smallest, too_large // 2)
+        if fits(trial):
+            good = trial
+        else:
+            too_large = trial
+    while too_large - good > max(1, _GRANULARITY * too_large):
+        middle = (good + too_large) // 2
+        if fits(middle):
+            good = middle
+        else:
+            too_large = middle
+    return good
+
+
+def largest_fitting(
+    model: nn.Module,
+    groups: Sequence[Group],
+    loss: Loss,
+    args: RankConfig,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> int:
+    """The largest ``max_tokens``, at most the one set, with which a full pack can be trained on.
+
+    Tried with the fullest packs that the groups give, forward and backward, beside as much
+    memory as AdamW's states will take. The model comes back without gradients. Nothing is
+    communicated.
+
+    Raises:
+        TrainingStopped: not even the largest group fits.
+    """
+    smallest = max(group_tokens(group, args.shared_prompts) for group in groups)
+    packs: dict[int, Pack] = {}
+
+    def fits(budget: int) -> bool:
+        chosen = fullest(groups, budget, args.shared_prompts)
+        (packs[budget],) = pack(chosen, max_tokens=budget, shared_prompts=args.shared_prompts)
+        return _trains(model, packs[budget], loss, args, autocast)
+
+    found = find_pack_size(fits, smallest, max(args.max_tokens, smallest))
+    if found is None:
+        raise TrainingStopped(describe_out_of_memory(packs[min(packs)], min(packs)))
+    return found
+
+
+def _trains(
+    model: nn.Module,
+    trial: Pack,
+    loss: Loss,
+    args: RankConfig,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> bool:
+    copies = 2 if args.world_size == 1 else 3  # AdamW's two averages; DDP's buckets
+    model.train()
+    try:
+        weights = [p for p in model.parameters() if p.requires_grad]
+        reserved = [torch.empty_like(p) for _ in range(copies) for p in weights]
+        with autocast():
+            output = model(pack=trial.to(args.device), loss=loss, reduction="sum")
+        output.loss.backward()
+        del reserved
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        release()
+    return True
+
+
+def fullest(groups: Sequence[Group], max_tokens: int, shared_prompts: bool) -> list[Group]:
+    """Groups that together come close to a budget: the largest that still fits, again and again."""
+    chosen: list[Group] = []
+    rows = length = used = 0
+    for group in sorted(groups, key=lambda g: -group_tokens(g, shared_prompts)):
+        if shared_prompts:
+            after = used + group.num_tokens_shared
+        else:
+            after = (rows + group.num_candidates) * max(length, group.longest_path)
+        if after <= max_tokens:
+            chosen.append(group)
+            used = after
+            rows, length = rows + group.num_candidates, max(length, group.longest_path)
+    return chosen
+
+
+def release() -> None:
+    """Give back what a failed trial left behind."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
