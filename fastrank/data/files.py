@@ -4,6 +4,8 @@ The kind of a local file is told by its content (Parquet's magic, a leading brac
 suffix: much published ``.json`` is JSON lines. JSON lines and Parquet are streamed; a JSON document
 is held whole, because the standard library's parser has no other way. A name is only looked up on
 the Hub if nothing on disk could have been meant: a mistyped path must not become a network request.
+
+A `Source` hands rows out unparsed where it can, so that parsing can be done by other processes.
 """
 
 from __future__ import annotations
@@ -11,12 +13,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastrank.errors import InputError
 
 Row = dict[str, Any]
+#: A row as it comes: the bytes of a JSON object, or the object.
+RawRow = bytes | Row
+
+#: A longer line is no record; held whole, it could take all of the memory.
+LONGEST_LINE = 256 << 20
 
 _HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+){0,2}$")
 _FILE_SUFFIXES = {".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt", ".gz", ".zip", ".arrow"}
@@ -44,6 +52,34 @@ def one_line(error: object, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from, looked up but not yet read.
+
+    Attributes:
+        name: as the user gave it, for messages.
+        path: the local file, or None for a data set.
+        dataset: what `datasets.load_dataset` gave for a folder or a Hub name.
+    """
+
+    name: str
+    path: Path | None = None
+    dataset: Any = None
+
+    def raw_rows(self) -> Iterator[tuple[Place, RawRow]]:
+        """The rows, unparsed where the file allows it; `parse_row` parses them."""
+        if self.path is not None:
+            return _file_rows(self.path, self.name)
+        return _dataset_rows(self.dataset, self.name)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file, or of the data set's table."""
+        if self.path is not None:
+            return self.path.stat().st_size
+        return int(self.dataset.data.nbytes)
+
+
 def read_rows(path: str | Path) -> Iterator[tuple[Place, Row]]:
     """Rows of a file, a folder (`datasets.load_dataset`) or a Hub data set, with their places.
 
@@ -54,21 +90,36 @@ def read_rows(path: str | Path) -> Iterator[tuple[Place, Row]]:
         InputError: the path does not exist, is empty or unreadable, or a row is malformed; the text
             names the line.
     """
+    return _parsed(open_source(path).raw_rows())
+
+
+def _parsed(rows: Iterator[tuple[Place, RawRow]]) -> Iterator[tuple[Place, Row]]:
+    for place, raw in rows:
+        yield place, parse_row(place, raw)
+
+
+def parse_row(place: Place, raw: RawRow) -> Row:
+    """A row of `Source.raw_rows` as a dictionary; raises `InputError` for one that is none."""
+    return _row(_parse(raw, str(place)) if isinstance(raw, bytes) else raw, place)
+
+
+def open_source(path: str | Path) -> Source:
+    """The source that a path or name stands for; see `read_rows`."""
     name = str(path)
     local = Path(name).expanduser()
     try:
         if local.is_file():
-            return _file_rows(local, name)
+            return Source(name, path=local)
         if local.is_dir():
-            return _dataset_rows(str(local), name, None, "train")
+            return _open_dataset(str(local), name, None, "train")
     except OSError as error:  # a name too long for the file system, a folder that may not be read
         raise InputError(f"{one_line(name)}: {error.strerror}") from error
     base, config, split = _split_name(name)
     if Path(base).expanduser().is_dir():
-        return _dataset_rows(base, name, config, split)
+        return _open_dataset(base, name, config, split)
     if looks_like_path(base) or not _HUB_NAME.match(name):
         raise InputError(f"{one_line(name)}: no such file")
-    return _dataset_rows(base, name, config, split)
+    return _open_dataset(base, name, config, split)
 
 
 def looks_like_path(name: str) -> bool:
@@ -89,7 +140,7 @@ def _split_name(name: str) -> tuple[str, str | None, str]:
     return name, None, "train"
 
 
-def _file_rows(path: Path, name: str) -> Iterator[tuple[Place, Row]]:
+def _file_rows(path: Path, name: str) -> Iterator[tuple[Place, RawRow]]:
     try:
         with path.open("rb") as file:
             head = file.read(4096)
@@ -132,18 +183,19 @@ def _parse(text: bytes, place: str) -> Any:
         raise InputError(f"{place}: malformed JSON: {one_line(error)}") from error
 
 
-def _jsonl_rows(path: Path, name: str) -> Iterator[tuple[Place, Row]]:
+def _jsonl_rows(path: Path, name: str) -> Iterator[tuple[Place, RawRow]]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+            if len(line) >= LONGEST_LINE:
+                longest = f"{LONGEST_LINE >> 20} MiB"
+                raise InputError(f"{name}, line {number}: longer than {longest}, not a record")
             if number == 1:
                 line = line.removeprefix(_BYTE_ORDER_MARK)
-            if not line.strip():
-                continue
-            place = Place(name, number)
-            yield place, _row(_parse(line.rstrip(b"\r\n"), str(place)), place)
+            if line.strip():
+                yield Place(name, number), line.rstrip(b"\r\n")
 
 
-def _json_rows(path: Path, name: str) -> Iterator[tuple[Place, Row]]:
+def _json_rows(path: Path, name: str) -> Iterator[tuple[Place, RawRow]]:
     value = _parse(path.read_bytes(), name)
     if isinstance(value, dict):
         held = _container(value)
@@ -151,8 +203,7 @@ def _json_rows(path: Path, name: str) -> Iterator[tuple[Place, Row]]:
     if not isinstance(value, list):
         raise InputError(f"{name}: expected a JSON list of records, got {type(value).__name__}")
     for number, item in enumerate(value, start=1):
-        place = Place(name, number, "record")
-        yield place, _row(item, place)
+        yield Place(name, number, "record"), item
 
 
 def _container(value: Row) -> list[Any] | None:
@@ -169,24 +220,14 @@ def _row(value: Any, place: Place) -> Row:
     return value
 
 
-def _parquet_rows(path: Path, name: str) -> Iterator[tuple[Place, Row]]:
-    import pyarrow
-    import pyarrow.parquet
+def _parquet_rows(path: Path, name: str) -> Iterator[tuple[Place, RawRow]]:
+    from fastrank.data.parquet import parquet_lines
 
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for item in batch.to_pylist():
-                    number += 1
-                    yield Place(name, number, "record"), item
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{name}: not a readable Parquet file: {one_line(error)}") from error
+    for number, line in enumerate(parquet_lines(path, name), start=1):
+        yield Place(name, number, "record"), line
 
 
-def _dataset_rows(
-    base: str, name: str, config: str | None, split: str
-) -> Iterator[tuple[Place, Row]]:
+def _open_dataset(base: str, name: str, config: str | None, split: str) -> Source:
     import datasets
 
     try:
@@ -196,5 +237,9 @@ def _dataset_rows(
     ) as error:  # this boundary raises dozens of unrelated types, network ones included
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{name}: cannot be loaded as a data set: {reason}") from error
-    for number, item in enumerate(data, start=1):
+    return Source(name, dataset=data)
+
+
+def _dataset_rows(dataset: Any, name: str) -> Iterator[tuple[Place, RawRow]]:
+    for number, item in enumerate(dataset, start=1):
         yield Place(name, number, "record"), dict(item)

@@ -8,6 +8,7 @@ file is an `InputError`; what is merely of no use is left out and counted in the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from fastrank.data import formats
 from fastrank.data import report as reports
 from fastrank.data.fields import Prompt
-from fastrank.data.files import Place, Row, read_rows
+from fastrank.data.files import Place, RawRow, Row, Source, open_source, parse_row
 from fastrank.data.formats import Candidates
 from fastrank.data.report import Report
 from fastrank.errors import InputError
@@ -50,6 +51,26 @@ class Record:
     source: Row | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How rows become records; the fields are the options of `read_records`."""
+
+    format: str | None = None
+    score_key: str | None = None
+    max_candidates: int | None = None
+    normalize_rewards: str = "none"
+    min_candidates: int = 2
+
+    def __post_init__(self) -> None:
+        if self.max_candidates is not None and self.max_candidates < 2:
+            raise InputError(f"max_candidates must be at least 2, got {self.max_candidates}")
+        if self.normalize_rewards not in NORMALIZE_REWARDS:
+            allowed = " or ".join(NORMALIZE_REWARDS)
+            raise InputError(f"normalize_rewards must be {allowed}, got '{self.normalize_rewards}'")
+        if self.format is not None:
+            formats.reader(self.format, self.score_key)
+
+
 def read_records(
     path: str | Path,
     *,
@@ -78,39 +99,88 @@ def read_records(
         InputError: the file cannot be used (its text names the line), an option is wrong, or no
             record at all is usable. Raised while iterating, except for options.
     """
-    if max_candidates is not None and max_candidates < 2:
-        raise InputError(f"max_candidates must be at least 2, got {max_candidates}")
-    if normalize_rewards not in NORMALIZE_REWARDS:
-        allowed = " or ".join(NORMALIZE_REWARDS)
-        raise InputError(f"normalize_rewards must be {allowed}, got '{normalize_rewards}'")
-    if format is not None:
-        formats.reader(format, score_key)
+    reading = Reading(format, score_key, max_candidates, normalize_rewards, min_candidates)
     report = Report() if report is None else report
     report.name = report.name or str(path)
-    return _records(
-        path, format, score_key, max_candidates, normalize_rewards, min_candidates, report
-    )
+    return _records(path, reading, report)
 
 
-def _records(
-    path: str | Path,
-    format: str | None,
-    score_key: str | None,
-    max_candidates: int | None,
-    normalize_rewards: str,
-    min_candidates: int,
-    report: Report,
-) -> Iterator[Record]:
-    for place, row, found in _candidates(path, format, score_key, report):
-        report.add_read(len(found.responses))
-        record = _usable(found, place, row, max_candidates, min_candidates, report)
-        if record is None:
-            continue
-        report.keep(record.scores)
-        if normalize_rewards == "group":
-            record = dataclasses.replace(record, scores=standardized(record.scores))
-        yield record
+def _records(path: str | Path, reading: Reading, report: Report) -> Iterator[Record]:
+    rows, reader = open_records(open_source(path), reading, report)
+    for place, raw in rows:
+        record = reader.read(place, raw, report)
+        if record is not None:
+            yield record
     require_records(report)
+
+
+#: What `open_records` hands to a `RecordReader`: an unparsed row, or one flat group.
+Item = RawRow | Candidates
+
+
+@dataclass(frozen=True)
+class RecordReader:
+    """Turns items of one file into records; small and picklable, so any process can do it.
+
+    Attributes:
+        reading: the options, with the file's format.
+        detected: whether the format was recognised rather than asked for.
+    """
+
+    reading: Reading
+    detected: bool = False
+
+    def candidates(self, place: Place, row: Row) -> Candidates:
+        """The prompt and candidates of a row, in the file's format."""
+        name, score_key = self.reading.format, self.reading.score_key
+        assert name is not None
+        if self.detected:
+            formats.check_still(name, row, place)
+        return formats.reader(name)(row, place, score_key)
+
+    def read(self, place: Place, item: Item, report: Report) -> Record | None:
+        """The record of an item, or None if it is of no use (counted in ``report``).
+
+        Raises:
+            InputError: the item is malformed; the text names its place.
+        """
+        row = None if isinstance(item, Candidates) else parse_row(place, item)
+        found = self.candidates(place, row) if row is not None else item
+        assert isinstance(found, Candidates)
+        report.add_read(len(found.responses))
+        record = _usable(found, place, row, self.reading, report)
+        if record is None:
+            return None
+        report.keep(record.scores)
+        if self.reading.normalize_rewards == "group":
+            record = dataclasses.replace(record, scores=standardized(record.scores))
+        return record
+
+
+def open_records(
+    source: Source, reading: Reading, report: Report
+) -> tuple[Iterator[tuple[Place, Item]], RecordReader]:
+    """The items of a source, unparsed where that is possible, and the reader that parses them.
+
+    Reads the first row, to recognise the format; all of them if the format is flat rows, which are
+    gathered by prompt here.
+    """
+    rows = source.raw_rows()
+    first = next(rows, None)
+    if first is None:
+        return iter(()), RecordReader(reading)
+    rows = itertools.chain([first], rows)
+    detected = reading.format is None
+    if detected:
+        place, raw = first
+        found = formats.detect(parse_row(place, raw), place, reading.score_key)
+        reading = dataclasses.replace(reading, format=found)
+    report.format = reading.format or ""
+    reader = RecordReader(reading, detected)
+    if reading.format != "flat":
+        return rows, reader
+    parsed = ((place, parse_row(place, raw)) for place, raw in rows)
+    return gather_flat((place, reader.candidates(place, row)) for place, row in parsed), reader
 
 
 def require_records(report: Report) -> None:
@@ -121,28 +191,6 @@ def require_records(report: Report) -> None:
         raise InputError(f"{report.name}: no records in it")
     reasons = ", ".join(f"{len(lines)} {reason}" for reason, lines in report.dropped.items())
     raise InputError(f"{report.name}: no usable record: {report.read} read, {reasons}")
-
-
-def _candidates(
-    path: str | Path, format: str | None, score_key: str | None, report: Report
-) -> Iterator[tuple[Place, Row | None, Candidates]]:
-    rows = read_rows(path)
-    detected = format is None
-    read = None
-    flat: list[tuple[Place, Candidates]] = []
-    for place, row in rows:
-        if read is None:
-            format = formats.detect(row, place, score_key) if format is None else format
-            read = formats.reader(format, score_key)
-            report.format = format
-        if detected:
-            formats.check_still(report.format, row, place)
-        if report.format == "flat":
-            flat.append((place, read(row, place, score_key)))
-        else:
-            yield place, row, read(row, place, score_key)
-    for place, found in gather_flat(flat):
-        yield place, None, found
 
 
 def gather_flat(rows: Iterable[tuple[Place, Candidates]]) -> Iterator[tuple[Place, Candidates]]:
@@ -159,13 +207,9 @@ def gather_flat(rows: Iterable[tuple[Place, Candidates]]) -> Iterator[tuple[Plac
 
 
 def _usable(
-    found: Candidates,
-    place: Place,
-    row: Row | None,
-    max_candidates: int | None,
-    min_candidates: int,
-    report: Report,
+    found: Candidates, place: Place, row: Row | None, reading: Reading, report: Report
 ) -> Record | None:
+    """Drops what is of no use from one row's candidates, and the row if too few are left."""
     if found.prompt is None:
         report.drop_record(reports.NO_PROMPT, place.line, len(found.responses))
         return None
@@ -179,12 +223,12 @@ def _usable(
             positions.append(i)
             responses.append(response)
             scores.append(score)
-    if len(responses) < min_candidates:
-        reason = reports.FEW_CANDIDATES.format(minimum=min_candidates)
+    if len(responses) < reading.min_candidates:
+        reason = reports.FEW_CANDIDATES.format(minimum=reading.min_candidates)
         report.drop_record(reason, place.line, len(responses))
         return None
-    if max_candidates is not None and len(scores) > max_candidates:
-        kept = spread(scores, max_candidates)
+    if reading.max_candidates is not None and len(scores) > reading.max_candidates:
+        kept = spread(scores, reading.max_candidates)
         report.drop_candidate(reports.BEYOND_MAXIMUM, place.line, len(scores) - len(kept))
         positions = [positions[i] for i in kept]
         responses = [responses[i] for i in kept]
