@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import IntervalStrategy, TrainingArguments
 
+from fastrank.attention.backends import BACKENDS
 from fastrank.errors import InputError
 from fastrank.losses import Loss, loss_from_name
 
@@ -154,6 +155,7 @@ class RankConfig(TrainingArguments):
         _ = self.ranking_loss  # an unknown name or option shows before anything is loaded
         _choice("nonfinite", self.nonfinite, ("stop", "skip"))
         _choice("dtype", self.dtype, tuple(DTYPES))
+        _choice("attention", self.attention, ("auto", *BACKENDS))
         for name in ("max_tokens", "per_device_train_batch_size", "gradient_accumulation_steps"):
             _at_least(name, getattr(self, name), 1)
         for name in ("max_prompt_length", "max_response_length", "max_length"):

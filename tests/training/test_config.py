@@ -1,0 +1,99 @@
+"""RankConfig: safe defaults, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastrank.errors import InputError
+from fastrank.losses import PRO, RRHF
+from fastrank.training.config import RankConfig
+
+
+def _config(**options: object) -> RankConfig:
+    return RankConfig(output_dir="unused", **options)  # type: ignore[arg-type]
+
+
+def test_defaults_that_differ_from_transformers() -> None:
+    config = _config()
+    assert config.logging_nan_inf_filter is False
+    assert config.remove_unused_columns is False
+    assert config.ddp_find_unused_parameters is False
+    assert config.report_to == []
+    assert config.ranking_loss == RRHF()
+    assert config.weights_dtype == torch.float32
+
+
+def test_the_loss_and_its_options() -> None:
+    config = _config(loss="rrhf", loss_kwargs='{"margin": 0.25}')
+    assert config.ranking_loss == RRHF(margin=0.25)
+    assert _config(loss="pro", loss_kwargs={"sft_weight": 0.1}).ranking_loss == PRO(sft_weight=0.1)
+
+
+def test_groups_per_step_counts_accumulation() -> None:
+    config = _config(per_device_train_batch_size=6, gradient_accumulation_steps=3)
+    assert config.groups_per_step == 18
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "rrfh"}, "did you mean 'rrhf'"),
+        ({"loss_kwargs": '{"margn": 1}'}, "did you mean 'margin'"),
+        ({"loss_kwargs": "{margin: 1}"}, "loss_kwargs must be JSON"),
+        ({"loss_kwargs": "[1]"}, "loss_kwargs must be a JSON object"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"max_length": 1}, "max_length must be at least 2, got 1"),
+        ({"max_response_length": 0}, "max_response_length must be at least 1, got 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        ({"nonfinite": "ignore"}, "nonfinite must be one of stop, skip, got 'ignore'"),
+        ({"dtype": "float8"}, "dtype must be one of auto, float32, bfloat16, got 'float8'"),
+        ({"fp16": True}, "fp16 is not supported"),
+        ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
+        ({"auto_find_batch_size": True}, "use auto_find_pack_size"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"lr_scheduler_type": "lineal"}, "lineal is not a valid SchedulerType"),
+        ({"attention": "flash"}, "attention must be one of"),
+    ],
+)
+def test_wrong_options_get_one_line(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        _config(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_precision_is_chosen_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "as asked" in _config(dtype="float32").dtype_reason
+    bfloat16 = _config(dtype="bfloat16")
+    assert bfloat16.weights_dtype == torch.bfloat16
+    assert "lost" in bfloat16.dtype_reason
+    computed = _config(bf16=True, use_cpu=True)
+    assert computed.weights_dtype == torch.float32
+    assert computed.mixed_precision == "bf16"
+    if not torch.cuda.is_available():
+        automatic = _config()
+        assert automatic.mixed_precision == "no"
+        assert "CPU" in automatic.dtype_reason
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert "launcher" in _config(use_cpu=True).dtype_reason
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without accelerator")
+def test_several_processes_without_accelerator_use_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = {}
+
+    def only_check(self: RankConfig) -> None:
+        started["use_cpu"] = self.use_cpu
+        raise InputError("far enough")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(RankConfig, "_choose_precision", only_check)
+    with pytest.raises(InputError, match="far enough"):
+        _config()
+    assert started == {"use_cpu": True}
+
+
+def test_several_gpus_in_one_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RankConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(InputError, match="2 GPUs are visible to one process.*torchrun"):
+        _config()
