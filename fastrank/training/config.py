@@ -101,6 +101,9 @@ class RankConfig(TrainingArguments):
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for checkpoints, metrics and plots."}
     )
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "Prompts (with all their candidates) a step, for a process."}
+    )
     learning_rate: float = field(
         default=1e-5, metadata={"help": "The initial learning rate of AdamW."}
     )

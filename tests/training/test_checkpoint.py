@@ -1,0 +1,291 @@
+"""Checkpoints: whole or not there, found again, and exact to resume from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from fastrank.data.group import Group
+from fastrank.errors import InputError
+from fastrank.training import checkpoint
+from fastrank.training.failures import TrainingStopped
+from fastrank.training.history import MetricsFile, read_metrics
+
+Make = Callable[..., Any]
+
+
+def _publish(run: Path, step: int, **plan: Any) -> Path:
+    staged = checkpoint.begin_staging(run) / checkpoint.checkpoint_name(step)
+    (staged / "inner").mkdir(parents=True)
+    (staged / "trainer_state.json").write_text("{}")
+    (staged / "inner" / "weights").write_bytes(b"0123456789" * step)
+    final = checkpoint.publish(staged, run, plan, {"note": step})
+    checkpoint.clean_staging(run)
+    return final
+
+
+def test_the_latest_whole_checkpoint_is_found(tmp_path: Path, caplog: Any) -> None:
+    assert checkpoint.latest_checkpoint(tmp_path / "none") is None
+    for step in (9, 10, 100):
+        _publish(tmp_path, step)
+    assert [p.name for p in checkpoint.find_checkpoints(tmp_path)] == [
+        "checkpoint-9",
+        "checkpoint-10",
+        "checkpoint-100",
+    ]
+    assert checkpoint.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: (path / "inner" / "weights").write_bytes(b"01"), "has 2 bytes instead of 30"),
+        (lambda path: (path / "inner" / "weights").unlink(), "inner/weights is missing"),
+        (lambda path: (path / checkpoint.MANIFEST).unlink(), "it was not written to its end"),
+        (lambda path: (path / checkpoint.MANIFEST).write_text('{"fil'), "no readable"),
+    ],
+)
+def test_a_broken_checkpoint_is_skipped_with_a_warning(
+    tmp_path: Path, caplog: Any, damage: Callable[[Path], Any], reason: str
+) -> None:
+    _publish(tmp_path, 2)
+    broken = _publish(tmp_path, 3)
+    damage(broken)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert "checkpoint-3 is skipped" in caplog.text and reason in caplog.text
+    with pytest.raises(InputError, match="checkpoint-3 cannot be used"):
+        checkpoint.resolve_resume(str(broken), tmp_path)
+    _publish(tmp_path, 3)  # the resumed run writes it again
+    assert checkpoint.latest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+
+
+def test_what_resume_from_checkpoint_means(tmp_path: Path) -> None:
+    path = _publish(tmp_path, 4)
+    for nothing in (None, False, "false", "no", ""):
+        assert checkpoint.resolve_resume(nothing, tmp_path) is None
+    for latest in (True, "true", "True", "latest", "yes"):
+        assert checkpoint.resolve_resume(latest, tmp_path) == path
+        assert checkpoint.resolve_resume(latest, tmp_path / "new") is None
+    assert checkpoint.resolve_resume(str(path), tmp_path / "new") == path
+    with pytest.raises(InputError, match="is no folder; expected a checkpoint or true"):
+        checkpoint.resolve_resume(str(tmp_path / "checkpoint-5"), tmp_path)
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        _publish(tmp_path, step)
+    checkpoint.rotate(tmp_path, None)
+    assert len(checkpoint.find_checkpoints(tmp_path)) == 4
+    checkpoint.rotate(tmp_path, 2, keep=str(tmp_path / "checkpoint-1"))
+    assert [p.name for p in checkpoint.find_checkpoints(tmp_path)] == [
+        "checkpoint-1",
+        "checkpoint-4",
+    ]
+    checkpoint.rotate(tmp_path, 1)
+    assert [p.name for p in checkpoint.find_checkpoints(tmp_path)] == ["checkpoint-4"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4"]
+
+
+def test_another_plan_is_refused(tmp_path: Path) -> None:
+    path = _publish(tmp_path, 4, groups_per_step=8, data_seed=1)
+    checkpoint.check_same_plan(path, {"groups_per_step": 8, "data_seed": 1})
+    with pytest.raises(InputError, match="groups_per_step=8, got 16"):
+        checkpoint.check_same_plan(path, {"groups_per_step": 16, "data_seed": 1})
+
+
+# ---- with a trainer --------------------------------------------------------------------------
+
+
+class _Stop(Exception):
+    pass
+
+
+class _StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise _Stop
+
+
+def _losses(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    keys = ("step", "loss", "rank_loss", "grad_norm", "learning_rate", "rewards/margins")
+    return [tuple(row[k] for k in keys) for row in rows if "grad_norm" in row]
+
+
+@pytest.mark.parametrize(
+    ("options", "stop"),
+    [
+        ({"max_steps": 10}, 4),
+        ({"max_steps": 10}, 9),
+        ({"max_steps": -1, "num_train_epochs": 2}, 6),
+    ],
+)
+def test_resuming_is_exact(
+    make_trainer: Make, menu_groups: list[Group], tmp_path: Path, options: Any, stop: int
+) -> None:
+    """Stopped before, at and after the end of an epoch of 6 steps, with AdamW and its schedule."""
+
+    def run(name: str, resume: bool, *callbacks: TrainerCallback) -> Any:
+        out = tmp_path / name
+        trainer = make_trainer(
+            menu_groups,
+            output_dir=str(out),
+            save_strategy="steps",
+            save_steps=3,
+            warmup_steps=2,
+            callbacks=[MetricsFile(out), *callbacks],
+            **options,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run("whole", False)
+    with pytest.raises(_Stop):
+        run("cut", True, _StopAt(stop))  # nothing to resume from yet: it begins
+    resumed = run("cut", True)
+    assert resumed.state.global_step == whole.state.global_step
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[key], value), key
+    rows = read_metrics(tmp_path / "cut" / "metrics.jsonl")
+    assert _losses(rows) == _losses(read_metrics(tmp_path / "whole" / "metrics.jsonl"))
+
+
+def test_resuming_a_finished_run_trains_no_further(
+    make_trainer: Make, menu_groups: list[Group]
+) -> None:
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    first = make_trainer(menu_groups, **options)
+    first.train()
+    again = make_trainer(menu_groups, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    for key, value in first.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[key], value)
+
+
+def test_resuming_with_other_steps_is_refused(make_trainer: Make, menu_groups: list[Group]) -> None:
+    make_trainer(menu_groups, save_strategy="steps", save_steps=2).train()
+    other = make_trainer(menu_groups, per_device_train_batch_size=4)
+    with pytest.raises(InputError, match="groups_per_step=8, got 4"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_is_never_seen_half_written(
+    make_trainer: Make, menu_groups: list[Group], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Whatever stage of saving is cut, the folder with the name is not there yet."""
+    seen: list[str] = []
+    real = checkpoint.publish
+
+    def watching(staged: Path, run_dir: Path, *rest: Any) -> Path:
+        seen.extend(p.name for p in checkpoint.find_checkpoints(run_dir))
+        assert (staged / "optimizer.pt").is_file() and (staged / "model.safetensors").is_file()
+        assert (staged / "trainer_state.json").is_file()
+        return real(staged, run_dir, *rest)
+
+    monkeypatch.setattr(checkpoint, "publish", watching)
+    trainer = make_trainer(menu_groups, max_steps=3, save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert seen == ["checkpoint-1", "checkpoint-1", "checkpoint-2"]
+    for path in checkpoint.find_checkpoints(tmp_path / "run"):
+        assert checkpoint.incomplete(path) is None
+        assert not (path / "training_args.bin").exists()
+    assert not (tmp_path / "run" / ".staging").exists()
+
+
+def test_the_best_checkpoint_has_its_final_path(
+    make_trainer: Make, menu_groups: list[Group], tmp_path: Path
+) -> None:
+    trainer = make_trainer(
+        menu_groups,
+        menu_groups[:6],
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path / "run" and best.is_dir()
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+    loaded = AutoModelForCausalLM.from_pretrained(best)
+    for key, value in trainer.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+
+
+def test_spoilt_weights_are_not_saved(
+    make_trainer: Make, menu_groups: list[Group], tmp_path: Path
+) -> None:
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                with torch.no_grad():
+                    kwargs["model"].lm_head.weight[3, 3] = float("inf")
+
+    trainer = make_trainer(
+        menu_groups, save_strategy="steps", save_steps=1, callbacks=[Spoil()], max_steps=3
+    )
+    with pytest.raises(TrainingStopped, match=r"1 weights are not finite after step 2 .*lm_head"):
+        trainer.train()
+    latest = checkpoint.latest_checkpoint(tmp_path / "run")
+    assert latest is not None and latest.name == "checkpoint-1"
+    model = AutoModelForCausalLM.from_pretrained(latest)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    with pytest.raises(TrainingStopped, match="not finite"):
+        trainer.save_model()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_failing_disk_leaves_the_last_good_checkpoint(
+    make_trainer: Make, menu_groups: list[Group], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The second save meets ENOSPC half-way, after real files were staged."""
+    real = torch.save
+
+    def full(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if "checkpoint-2" in str(path) and str(path).endswith("optimizer.pt"):
+            real(value, path, *args, **kwargs)
+            raise OSError(28, "No space left on device")
+        real(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    trainer = make_trainer(menu_groups, save_strategy="steps", save_steps=1)
+    with pytest.raises(TrainingStopped) as caught:
+        trainer.train()
+    text = str(caught.value)
+    assert "checkpoint-2 could not be saved" in text and "no space left on the device" in text
+    assert "the last good checkpoint is" in text and "checkpoint-1" in text and "\n" not in text
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
+    monkeypatch.setattr(torch, "save", real)
+    again = make_trainer(menu_groups, save_strategy="steps", save_steps=1)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+
+
+def test_leftovers_of_a_kill_are_removed(
+    make_trainer: Make, menu_groups: list[Group], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for name in (".staging/checkpoint-3", ".discarded/checkpoint-1"):
+        (run / name).mkdir(parents=True)
+        (run / name / "optimizer.pt").write_bytes(b"half")
+    make_trainer(menu_groups, max_steps=1).train()
+    assert [p.name for p in run.iterdir()] == []
+    shutil.rmtree(run)
