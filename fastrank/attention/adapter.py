@@ -79,7 +79,7 @@ def layout_mask(
     *args: Any,
     mask_function: Any = None,
     local_size: int | None = None,
-    device: Any = None,
+    attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> AttentionLayout:
     """transformers' mask function of this implementation; see `AttentionLayout`."""
@@ -89,7 +89,7 @@ def layout_mask(
             f"attention implementation {IMPLEMENTATION!r} serves packs only: call the model that "
             "prepare_model returned with pack=..."
         )
-    where = torch.device("cpu") if device is None else torch.device(device)
+    where = torch.device("cpu") if attention_mask is None else attention_mask.device
     return AttentionLayout(context, classify(mask_function, local_size, where))
 
 

@@ -67,6 +67,10 @@ def _refused_by_config(config: PretrainedConfig) -> str | None:
     position_type = getattr(config, "position_embedding_type", None)
     if getattr(config, "alibi", False) or position_type == "alibi":
         return "its ALiBi biases count packed indices, not positions"
+    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+        return (
+            "PyTorch's attention leaves out its soft cap (load it with attn_implementation='eager')"
+        )
     return None
 
 

@@ -104,7 +104,7 @@ SHAREABLE: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "stablelm": {},
     "starcoder2": {"residual_dropout": 0.0, "embedding_dropout": 0.0},
-    "vaultgemma": {**SLIDING, "final_logit_softcapping": 5.0},
+    "vaultgemma": {**SLIDING, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
 }  # fmt: skip
 
 # Refused with shared prompts, exact without: (what the refusal says, fields).
@@ -142,7 +142,10 @@ def build(model_type: str, fields: dict[str, Any], seed: int = 0) -> PreTrainedM
     common = {name: value for name, value in COMMON.items() if hasattr(known, name)}
     chosen = {k: v for k, v in {**common, **fields}.items() if v is not ...}
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_class(**chosen), dtype=torch.float32)
+    config = config_class(**chosen)
+    # Older versions of transformers take PyTorch's attention for them, which drops the soft cap.
+    options = {"attn_implementation": "eager"} if "attn_logit_softcapping" in fields else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
     for parameter in model.parameters():
         if parameter.dim() == 1:  # norms, biases and sinks: away from ones and zeros
             torch.nn.init.normal_(parameter, float(parameter.detach().mean()), 0.2)
