@@ -73,6 +73,11 @@ class Source:
         return _dataset_rows(self.dataset, self.name)
 
     @property
+    def is_lines(self) -> bool:
+        """Whether the rows are the lines of a file of JSON lines."""
+        return self.path is not None and _kind(self.path, self.name) == "lines"
+
+    @property
     def num_bytes(self) -> int:
         """Size of the file, or of the data set's table."""
         if self.path is not None:
@@ -141,19 +146,27 @@ def _split_name(name: str) -> tuple[str, str | None, str]:
 
 
 def _file_rows(path: Path, name: str) -> Iterator[tuple[Place, RawRow]]:
+    kind = _kind(path, name)
+    if kind == "parquet":
+        return _parquet_rows(path, name)
+    return _json_rows(path, name) if kind == "document" else _jsonl_rows(path, name)
+
+
+def _kind(path: Path, name: str) -> str:
+    """What a file holds: "parquet", a JSON "document", or JSON "lines"."""
     try:
         with path.open("rb") as file:
             head = file.read(4096)
     except OSError as error:
         raise InputError(f"{name}: cannot be read: {error.strerror}") from error
     if head.startswith(b"PAR1") or path.suffix.lower() == ".parquet":
-        return _parquet_rows(path, name)
+        return "parquet"
     start = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
     if not start and len(head) < 4096:
         raise InputError(f"{name}: the file is empty")
     if start.startswith(b"[") or (path.suffix.lower() == ".json" and not _is_json_lines(path)):
-        return _json_rows(path, name)
-    return _jsonl_rows(path, name)
+        return "document"
+    return "lines"
 
 
 def _is_json_lines(path: Path) -> bool:

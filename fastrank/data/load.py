@@ -1,24 +1,30 @@
 """A file as groups ready for packing: reading and tokenising in one call.
 
-Groups of the whole file are held in memory (int64 token ids); `read_records` and `tokenize_record`
-are there for whoever wants to stream.
+Small files are tokenised at every start and held in memory. From `CACHE_FROM` on, about ten seconds
+of work, they go through the cache (`fastrank.data.cache`), and only what a step needs is in memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastrank.data.records import read_records, require_records
+from fastrank.data.files import open_source
+from fastrank.data.records import Reading
 from fastrank.data.report import Report
-from fastrank.data.tokenize import TokenizeOptions, tokenize_record
+from fastrank.data.stream import default_num_proc, tokenize_source
+from fastrank.data.tokenize import TokenizeOptions
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fastrank.data.packing import Group
+
+#: Bytes of a file, or of a data set's table, from which on groups are cached.
+CACHE_FROM = 8 << 20
 
 
 def load_groups(
@@ -32,7 +38,10 @@ def load_groups(
     max_candidates: int | None = None,
     normalize_rewards: str = "none",
     min_candidates: int = 2,
-) -> tuple[list[Group], Report]:
+    cache: bool | None = None,
+    cache_dir: str | Path | None = None,
+    num_proc: int | None = None,
+) -> tuple[Sequence[Group], Report]:
     """All usable groups of a file, in its order, and the report of what became of every record.
 
     Args:
@@ -42,25 +51,36 @@ def load_groups(
         context_length: the model's context in tokens. Longer input is truncated to it unless
             ``options`` sets its own limits.
         options: limits in tokens.
+        cache: keep the tokens in a file for later starts, or do not; by default from `CACHE_FROM`
+            bytes on, and for any size if ``cache_dir`` is given.
+        cache_dir: see `fastrank.data.cache.default_cache_dir` for the default.
+        num_proc: processes that tokenise; by default, for what would be cached, one a core.
+
+    Returns:
+        A list of groups, or a view of the cached file, which makes a group when it is asked for.
 
     Raises:
         InputError: the file cannot be used or leaves nothing, or limits exceed the context.
     """
+    if num_proc is not None and num_proc < 1:
+        raise InputError(f"num_proc must be at least 1, got {num_proc}")
+    if cache is False and cache_dir is not None:
+        raise InputError("cache_dir has no use without a cache")
     options = fit_context(options or TokenizeOptions(), context_length)
-    report = Report(name=str(path))
-    records = read_records(
-        path,
-        format=format,
-        score_key=score_key,
-        max_candidates=max_candidates,
-        normalize_rewards=normalize_rewards,
-        min_candidates=min_candidates,
-        report=report,
-    )
-    found = (tokenize_record(record, tokenizer, options, report) for record in records)
-    groups = [group for group in found if group is not None]
-    require_records(report)
-    return groups, report
+    reading = Reading(format, score_key, max_candidates, normalize_rewards, min_candidates)
+    source = open_source(path)
+    large = source.num_bytes >= CACHE_FROM
+    if num_proc is None:
+        num_proc = default_num_proc() if large else 1
+    if large or cache_dir is not None if cache is None else cache:
+        from fastrank.data.cache import cached_groups
+
+        return cached_groups(
+            source, reading, tokenizer, options, cache_dir=cache_dir, num_proc=num_proc
+        )
+    report = Report(name=source.name)
+    parts = tokenize_source(source, reading, tokenizer, options, report, num_proc=num_proc)
+    return [part.group(i, report.name) for part in parts for i in range(len(part))], report
 
 
 def fit_context(options: TokenizeOptions, context_length: int | None) -> TokenizeOptions:

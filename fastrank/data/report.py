@@ -111,6 +111,33 @@ class Report:
         """A prompt or a response ("prompt" | "response") of the record was cut to a length."""
         self.truncated.setdefault(what, []).append(line)
 
+    def merge(self, later: Report) -> None:
+        """Add what was counted of a later part of the same file."""
+        self.read += later.read
+        self.candidates_read += later.candidates_read
+        for name in ("dropped", "dropped_candidates", "truncated"):
+            mine = getattr(self, name)
+            for reason, lines in getattr(later, name).items():
+                mine.setdefault(reason, []).extend(lines)
+        self.forced_boundaries.extend(later.forced_boundaries)
+        if later.reward_min is not None and later.reward_max is not None:
+            low, high = self.reward_min, self.reward_max
+            self.reward_min = later.reward_min if low is None else min(low, later.reward_min)
+            self.reward_max = later.reward_max if high is None else max(high, later.reward_max)
+        self.pairs += later.pairs
+        self.tied_pairs += later.tied_pairs
+        self.all_tied += later.all_tied
+        self._sizes.update(later._sizes)
+
+    def state(self) -> dict[str, Any]:
+        """All of it as JSON types, for `from_state`; `as_dict` is the one for people."""
+        return vars(self) | {"_sizes": sorted(self._sizes.items())}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Report:
+        """The report that gave ``state``."""
+        return cls(**(state | {"_sizes": Counter(dict(state["_sizes"]))}))
+
     def as_dict(self) -> dict[str, Any]:
         """Everything counted, as JSON types; reasons map to ``{"count", "lines"}``."""
 

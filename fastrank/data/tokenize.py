@@ -17,7 +17,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastrank.data.fields import Message
 from fastrank.data.records import Record
@@ -106,28 +106,35 @@ def encode_record(
 ) -> Encoded | None:
     """A record's token ids, (prompt, one list a response), at full length; see
     `tokenize_record` for when there are none."""
-    prompt: str | list[Message] = record.prompt
-    if as_chat and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list) and tokenizer.chat_template is not None:
-        try:
-            own, joint, ended = _render_template(prompt, record.responses, tokenizer)
-        except Exception as error:  # templates are programs of others; jinja wraps what they raise
-            if not _is_template_error(error):
-                raise
+    return encode_records([record], tokenizer, report, as_chat=as_chat)[0]
+
+
+def encode_records(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    report: Report,
+    *,
+    as_chat: bool = False,
+) -> list[Encoded | None]:
+    """`encode_record` of each, with a single call of the tokenizer for all their texts."""
+    rendered = [_render(record, tokenizer, as_chat) for record in records]
+    texts = [text for item in rendered if item is not None for text in (item.own, *item.joint)]
+    ids = iter(_encode(tokenizer, texts))
+    out: list[Encoded | None] = []
+    for record, item in zip(records, rendered, strict=True):
+        if item is None:
             report.drop_kept(TEMPLATE_REFUSED, record.line, record.scores)
-            return None
-        prefix: list[int] = []  # a template writes its own BOS
-    else:
-        own, joint, ended = _join(prompt, record.responses)
-        prefix = _prefix(tokenizer)
-    split = _split(own, joint, ended, prefix, tokenizer, report, record.line)
-    if split is None:
-        report.drop_kept(EMPTY_PROMPT, record.line, record.scores)
-    elif not all(split[1]):
-        report.drop_kept(TEMPLATE_REFUSED, record.line, record.scores)
-        return None
-    return split
+            out.append(None)
+            continue
+        prompt, whole = next(ids), [next(ids) for _ in item.joint]
+        split = _split(item, prompt, whole, tokenizer, report, record.line)
+        if split is None:
+            report.drop_kept(EMPTY_PROMPT, record.line, record.scores)
+        elif not all(split[1]):
+            report.drop_kept(TEMPLATE_REFUSED, record.line, record.scores)
+            split = None
+        out.append(split)
+    return out
 
 
 def encode_prompt(
@@ -170,6 +177,34 @@ def render_plain(messages: Sequence[Message]) -> str:
     """
     turns = [f"{m['role'].capitalize()}: {m['content'].strip()}" for m in messages]
     return "\n\n".join([*turns, "Assistant:"])
+
+
+class _Rendered(NamedTuple):
+    """A record as the texts to tokenise."""
+
+    own: str
+    """The prompt alone."""
+    joint: list[str]
+    """The prompt with each response."""
+    ended: bool
+    """Whether the template ends a turn by itself."""
+    prefix: list[int]
+    """Token ids that go before the text."""
+
+
+def _render(record: Record, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> _Rendered | None:
+    """The texts of a record, or None if the chat template refuses it."""
+    prompt: str | list[Message] = record.prompt
+    if as_chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(prompt, str) or tokenizer.chat_template is None:
+        return _Rendered(*_join(prompt, record.responses), _prefix(tokenizer))
+    try:  # a template writes its own BOS
+        return _Rendered(*_render_template(prompt, record.responses, tokenizer), [])
+    except Exception as error:  # templates are programs of others; jinja wraps what they raise
+        if not _is_template_error(error):
+            raise
+        return None
 
 
 def _join(prompt: str | list[Message], responses: Sequence[str]) -> tuple[str, list[str], bool]:
@@ -220,20 +255,27 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [list(item) for item in ids]
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        verbose=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    return list(encoded["input_ids"])
 
 
 def _split(
-    own: str,
-    joint: list[str],
-    ended: bool,
-    prefix: list[int],
+    item: _Rendered,
+    prompt: list[int],
+    whole: list[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     report: Report,
     line: int,
 ) -> Encoded | None:
-    prompt, *whole = _encode(tokenizer, [own, *joint])
+    own, joint, ended, prefix = item
     if prefix and prompt[: len(prefix)] == prefix:
         prefix = []  # the text begins with its own BOS
     if not ended:

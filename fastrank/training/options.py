@@ -41,6 +41,19 @@ class TrainOptions:
     normalize_rewards: str = field(
         default="none", metadata={"help": "none, or group: zero mean, unit deviation in a group."}
     )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for tokenised data of any size, for later starts (default: data from "
+            "8 MiB on, in $HF_HOME/fastrank or ~/.cache/fastrank)."
+        },
+    )
+    no_cache: bool = field(
+        default=False, metadata={"help": "Tokenise at every start and hold all of it in memory."}
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes that tokenise (default: one a core)."}
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that comes with the weights."}
     )

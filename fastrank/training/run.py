@@ -49,8 +49,8 @@ class Job:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    train: list[Group]
-    heldout: list[Group]
+    train: Sequence[Group]
+    heldout: Sequence[Group]
     reports: list[Report] = field(default_factory=list)
     source: str = ""
 
@@ -70,14 +70,14 @@ def train(options: TrainOptions, config: RankConfig) -> dict[str, Any]:
     for report in job.reports:
         say(report.as_text())
     splits = {TRAINING: sample(job.train, options.eval_groups, seed=config.seed)}
-    if job.heldout:
+    if len(job.heldout):
         splits = {HELD_OUT: job.heldout, **splits}
     before = StartEvaluation(splits)
     trainer = RankTrainer(
         job.model,
         config,
         train_dataset=job.train,
-        eval_dataset=job.heldout or None,
+        eval_dataset=job.heldout if len(job.heldout) else None,
         processing_class=job.tokenizer,
         callbacks=[MetricsFile(output_dir), before],
     )
@@ -167,6 +167,9 @@ def load_job(options: TrainOptions, config: RankConfig) -> Job:
         "score_key": options.score_key,
         "max_candidates": options.max_candidates,
         "normalize_rewards": options.normalize_rewards,
+        "cache": False if options.no_cache else None,
+        "cache_dir": options.cache_dir,
+        "num_proc": options.dataset_num_proc,
     }
     groups, report = load_groups(options.data, tokenizer, **read)
     if options.eval_data is not None:
@@ -182,7 +185,7 @@ def _limits(config: RankConfig, model: PreTrainedModel) -> TokenizeOptions:
 
 
 def describe(
-    job: Job, trainer: RankTrainer, options: TrainOptions, splits: dict[str, list[Group]]
+    job: Job, trainer: RankTrainer, options: TrainOptions, splits: dict[str, Sequence[Group]]
 ) -> list[str]:
     """What is about to happen, a line for each choice."""
     config = trainer.args
@@ -210,7 +213,7 @@ def describe(
 class StartEvaluation(TrainerCallback):
     """Evaluates every split before the first step; a resumed run has done so long ago."""
 
-    def __init__(self, splits: dict[str, list[Group]]) -> None:
+    def __init__(self, splits: dict[str, Sequence[Group]]) -> None:
         self.splits = splits
         self.trainer: RankTrainer | None = None
 
@@ -225,7 +228,7 @@ class StartEvaluation(TrainerCallback):
 def _finish(
     output_dir: Path,
     job: Job,
-    splits: dict[str, list[Group]],
+    splits: dict[str, Sequence[Group]],
     after: dict[str, dict[str, float]],
     config: RankConfig,
 ) -> dict[str, Any]:
@@ -247,7 +250,7 @@ def _finish(
     }
 
 
-def _at_end(trainer: RankTrainer, groups: list[Group], prefix: str) -> dict[str, float]:
+def _at_end(trainer: RankTrainer, groups: Sequence[Group], prefix: str) -> dict[str, float]:
     """The evaluation after the last step, which the loop may just have made."""
     for row in reversed(trainer.state.log_history):
         if row["step"] == trainer.state.global_step and f"{prefix}_rank_loss" in row:

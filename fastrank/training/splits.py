@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fastrank.data.columns import prompt_keys, select
 from fastrank.data.packing import Group
 from fastrank.errors import InputError
 
 
 def split_by_prompt(
     groups: Sequence[Group], fraction: float, *, seed: int
-) -> tuple[list[Group], list[Group]]:
+) -> tuple[Sequence[Group], Sequence[Group]]:
     """(training, held out): a seeded share of the prompts, groups of one prompt never on both
     sides.
 
@@ -26,8 +27,9 @@ def split_by_prompt(
     if not 0 <= fraction < 1:
         raise InputError(f"eval_fraction must be at least 0 and below 1, got {fraction}")
     if fraction == 0:
-        return list(groups), []
-    prompts = sorted({_prompt(group) for group in groups})
+        return groups, []
+    keys = prompt_keys(groups)
+    prompts = np.unique(keys)
     if len(prompts) < 2:
         raise InputError(
             f"holding out a share of the prompts needs at least 2 different ones, "
@@ -35,26 +37,18 @@ def split_by_prompt(
         )
     count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
     chosen = np.random.default_rng(seed).permutation(len(prompts))[:count]
-    heldout = {prompts[i] for i in chosen}
-    return (
-        [group for group in groups if _prompt(group) not in heldout],
-        [group for group in groups if _prompt(group) in heldout],
-    )
+    heldout = np.isin(keys, prompts[chosen])
+    return select(groups, np.flatnonzero(~heldout)), select(groups, np.flatnonzero(heldout))
 
 
 def shared_prompts(first: Sequence[Group], second: Sequence[Group]) -> int:
     """How many groups of ``second`` have a prompt that ``first`` has too."""
-    known = {_prompt(group) for group in first}
-    return sum(_prompt(group) in known for group in second)
+    return int(np.isin(prompt_keys(second), prompt_keys(first)).sum())
 
 
-def sample(groups: Sequence[Group], count: int, *, seed: int) -> list[Group]:
+def sample(groups: Sequence[Group], count: int, *, seed: int) -> Sequence[Group]:
     """At most ``count`` groups, a seeded choice in the given order."""
     if len(groups) <= count:
-        return list(groups)
+        return groups
     chosen = np.random.default_rng(seed).choice(len(groups), count, replace=False)
-    return [groups[i] for i in sorted(chosen)]
-
-
-def _prompt(group: Group) -> bytes:
-    return bytes(group.prompt_ids.numpy().tobytes())
+    return select(groups, np.sort(chosen))
