@@ -24,7 +24,7 @@ def summary_table(splits: Mapping[str, tuple[Values | None, Values]]) -> str:
     >>> print(summary_table({"held out": ({"loss": 2.0}, {"loss": 0.5})}))
                        held out
                        before    after
-    loss               2.0000   0.5000
+    loss                2.0000   0.5000
     """
     label = max(len(text) for _, text in _ROWS)
     header = [" " * label, " " * label]

@@ -1,0 +1,217 @@
+"""``fastrank train`` as people call it: what it learns, says and writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastrank.cli.main import main
+from fastrank.tasks.menu import menu_records, menu_task
+from fastrank.training.history import read_metrics
+
+QUICK = ["--disable_tqdm", "true", "--logging_steps", "2", "--save_strategy", "no"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    task = menu_task(num_train=1, num_heldout=1)
+    task.tokenizer.save_pretrained(folder)
+    task.model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("data") / "menu.jsonl"
+    rows = [
+        {"prompt": r.prompt, "responses": r.responses, "scores": r.scores}
+        for r in menu_records(40, seed=9)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_the_built_in_task_is_learnt(tmp_path: Path, capsys: Any) -> None:
+    """A shortened run of what ``make train`` does; the full one is measured by a slow test."""
+    run = tmp_path / "run"
+    arguments = ["train", "--output_dir", str(run), "--max_steps", "120", "--json", *QUICK]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert 0.4 < result["before"]["eval"]["rewards/accuracies"] < 0.6
+    assert result["after"]["eval"]["rewards/accuracies"] > 0.75
+    assert result["steps"] == 120 and result["output_dir"] == str(run)
+    for text in ("precision: float32", "dropout: ", "loss: RRHF(", "held out", "pairwise accuracy"):
+        assert text in out
+    assert (run / "training.png").read_bytes().startswith(b"\x89PNG")
+    rows = read_metrics(run / "metrics.jsonl")
+    assert {"eval_loss", "train_split_loss"} <= {key for row in rows for key in row}
+    assert [row["step"] for row in rows if "grad_norm" in row] == list(range(2, 121, 2))
+    assert AutoModelForCausalLM.from_pretrained(run).config.vocab_size == 32
+    assert AutoTokenizer.from_pretrained(run).eos_token == "<eos>"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["after"] == result["after"]
+
+
+@pytest.mark.parametrize("loss", ["rrhf", "pro"])
+def test_a_model_and_a_file(
+    tmp_path: Path, capsys: Any, model_path: str, data_path: str, loss: str
+) -> None:
+    config = tmp_path / "options.yaml"
+    config.write_text(f"model: {model_path}\nlearning_rate: 3e-3\nmax_steps: 4\nloss: listmle\n")
+    run = tmp_path / "run"
+    arguments = ["--config", str(config), "--data", data_path, "--loss", loss]
+    assert main(["train", *arguments, "--output_dir", str(run), "--json", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "40 read, 40 kept" in out
+    assert "36 prompts to train on, 4 held out" in out
+    result = json.loads(out.splitlines()[-1])
+    assert result["loss"] == loss and result["steps"] == 4
+    assert result["train_prompts"] == 36 and result["heldout_prompts"] == 4
+    assert result["after"]["train_split"]["loss"] < result["before"]["train_split"]["loss"]
+
+
+def test_held_out_data_of_its_own_or_none(
+    tmp_path: Path, capsys: Any, model_path: str, data_path: str
+) -> None:
+    common = ["train", "--model", model_path, "--data", data_path, "--max_steps", "1", *QUICK]
+    run = str(tmp_path / "own")
+    assert main([*common, "--eval_data", data_path, "--output_dir", run]) == 0
+    assert "40 prompts to train on, 40 held out (40 of them known!)" in capsys.readouterr().out
+    run = str(tmp_path / "none")
+    assert main([*common, "--eval_fraction", "0", "--output_dir", run]) == 0
+    assert "40 prompts to train on, 0 held out" in capsys.readouterr().out
+
+
+def test_resume_overwrite_and_refusal(tmp_path: Path, capsys: Any, data_path: str) -> None:
+    run = tmp_path / "run"
+    common = ["train", "--output_dir", str(run), "--disable_tqdm", "true", "--max_steps", "4"]
+    common += ["--eval_strategy", "no", "--save_steps", "2", "--json", "--eval_groups", "8"]
+    assert main(common) == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert main(common) == 2
+    assert "holds the checkpoints of an earlier run" in capsys.readouterr().err
+    assert main([*common, "--resume_from_checkpoint", "true"]) == 0
+    resumed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert resumed["before"] == first["before"] and resumed["after"] == first["after"]
+    assert main([*common, "--overwrite_output_dir", "--max_steps", "2"]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["steps"] == 2 and again["before"] == first["before"]
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_run_that_stops_says_so_with_exit_code_1(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = str(tmp_path / "run")
+    # A learning rate that no model survives.
+    arguments = ["--learning_rate", "1e30", "--lr_scheduler_type", "constant", "--max_steps", "9"]
+    assert main(["train", "--output_dir", run, *QUICK, *arguments]) == 1
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert lines[-1].startswith("fastrank train: stopped: ") and "not finite" in lines[-1]
+    assert "Traceback" not in captured.err
+
+
+WRONG: list[tuple[list[str], str]] = [
+    (["--loss", "rrfh"], "did you mean 'rrhf'"),
+    (["--model", "./absent", "--data", "DATA"], "./absent: no such model folder"),
+    (["--model", "FILE", "--data", "DATA"], "expected a model folder, got a file"),
+    (["--model", "MODEL", "--data", "absent.jsonl"], "absent.jsonl"),
+    (["--model", "MODEL"], "--model needs --data too"),
+    (["--data", "DATA"], "--data needs --model too"),
+    (["--eval_data", "DATA"], "--eval_data needs --model and --data"),
+    (
+        ["--model", "MODEL", "--data", "DATA", "--max_length", "100"],
+        "context of 64 tokens, got 100",
+    ),
+    (
+        [
+            "--model",
+            "MODEL",
+            "--data",
+            "DATA",
+            "--max_prompt_length=60",
+            "--max_response_length=60",
+        ],
+        "context of 64 tokens, got 120",
+    ),
+    (["--model", "MODEL", "--data", "DATA", "--max_tokens", "10"], "must fit into max_tokens=10"),
+    (["--model", "MODEL", "--data", "DATA", "--eval_fraction", "1.5"], "eval_fraction"),
+    (["--model", "MODEL", "--data", "DATA", "--loss", "dpo"], "reference_scores"),
+    (["--model", "MODEL", "--data", "BROKEN"], "broken.jsonl, line 2: malformed JSON"),
+    (["--resume_from_checkpoint", "absent"], "absent is no folder; expected a checkpoint or true"),
+    (["--lerning_rate", "1"], "did you mean --learning_rate"),
+    (["--attention", "flash"], "attention must be one of"),
+    (["--max_tokens", "many"], "many"),
+    (["--output_dir", "FILE/run"], "output_dir"),
+    (["--output_dir", "FILE"], "must be a folder, got a file"),
+    (["--config", "absent.yaml"], "absent.yaml: cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_wrong_input_is_one_line_and_nothing_is_written(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: Any,
+    model_path: str,
+    data_path: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    broken = '{"prompt": "a", "responses": ["b", "c"], "scores": [1, 0]}\n{"prompt": \n'
+    (tmp_path / "broken.jsonl").write_text(broken)
+    names = {"MODEL": model_path, "DATA": data_path, "FILE": "file", "BROKEN": "broken.jsonl"}
+    for short, name in names.items():
+        arguments = [argument.replace(short, name) for argument in arguments]
+    assert main(["train", *arguments]) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fastrank train: error: "), captured.err
+    assert message in lines[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.jsonl", "file"]
+
+
+@pytest.mark.slow
+def test_the_built_in_task_reaches_its_goal(tmp_path: Path, capsys: Any) -> None:
+    """Held-out accuracy from about 0.5 to at least 0.9, within 90 s of training."""
+    assert main(["train", "--output_dir", str(tmp_path / "run"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0.4 < result["before"]["eval"]["rewards/accuracies"] < 0.6
+    assert result["after"]["eval"]["rewards/accuracies"] >= 0.9
+    assert result["seconds"] < 90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["rrhf", "pro"])
+def test_real_data_and_a_real_model(
+    tmp_path: Path, capsys: Any, oasst_path: Path, story_model_path: Path, loss: str
+) -> None:
+    """Three epochs raise the training split's pairwise accuracy by at least 0.10."""
+    arguments = ["--model", str(story_model_path), "--data", str(oasst_path), "--loss", loss]
+    arguments += ["--learning_rate", "1e-3", "--output_dir", str(tmp_path / "run"), "--json"]
+    assert main(["train", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "212 read, 212 kept" in out and "truncated" in out
+    result = json.loads(out.splitlines()[-1])
+    before, after = (
+        result[when]["train_split"]["rewards/accuracies"] for when in ("before", "after")
+    )
+    assert after - before >= 0.10
+    assert 0 <= result["after"]["eval"]["rewards/accuracies"] <= 1

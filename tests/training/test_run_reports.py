@@ -1,0 +1,171 @@
+"""What a run prints, draws and writes about itself; and how it splits its data."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+import fastrank.training.progress
+import fastrank.training.summary
+from fastrank.data.group import Group
+from fastrank.errors import InputError
+from fastrank.training.history import MetricsFile, read_metrics
+from fastrank.training.plot import plot_metrics
+from fastrank.training.progress import RankProgress, format_line
+from fastrank.training.splits import sample, shared_prompts, split_by_prompt
+from fastrank.training.summary import summary_table
+
+
+@pytest.mark.parametrize("module", [fastrank.training.progress, fastrank.training.summary])
+def test_examples(module: Any) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed
+
+
+def test_lines() -> None:
+    assert format_line({"train_runtime": 3.0, "epoch": 1.0}, 5, 9) is None
+    line = format_line({"eval_rank_loss": 0.5, "eval_rewards/accuracies": 0.75}, 7, 100)
+    assert line == "eval at step 7:  rank 0.5000  accuracy 0.750"
+    line = format_line({"loss": 1.0, "skipped_records": 2.0, "tokens_per_second": 12345.6}, 7, 100)
+    assert line == "step   7/100  loss 1.0000  tok/s 12,346  skipped 2"
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_bar_and_lines_live_together(capsys: Any, tmp_path: Path, bar: bool) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    state = TrainerState(is_world_process_zero=True, max_steps=20, global_step=4)
+    control = TrainerControl()
+    progress = RankProgress(disable_bar=not bar)
+    progress.on_train_begin(args, state, control)
+    if bar:
+        assert progress.training_bar.n == 4  # a resumed run begins where it was
+    for step in (5, 6):
+        state.global_step = step
+        progress.on_step_end(args, state, control)
+        progress.on_log(args, state, control, logs={"loss": 1.0 / step})
+    if bar:
+        assert progress.training_bar.n == 6
+    progress.on_train_end(args, state, control)
+    captured = capsys.readouterr()
+    assert captured.out == "step  5/20  loss 0.2000\nstep  6/20  loss 0.1667\n"
+    assert ("6/20" in captured.err) == bar
+
+
+def test_another_process_is_silent(capsys: Any, tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    state = TrainerState(is_world_process_zero=False, max_steps=20)
+    progress, file = RankProgress(), MetricsFile(tmp_path / "m")
+    for callback in (progress, file):
+        callback.on_train_begin(args, state, TrainerControl())
+        callback.on_log(args, state, TrainerControl(), logs={"loss": 1.0})
+        callback.on_train_end(args, state, TrainerControl())
+    assert capsys.readouterr() == ("", "")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_resumed_run_continues_the_metrics_file(tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    state = TrainerState(is_world_process_zero=True)
+    file = MetricsFile(tmp_path)
+    file.on_train_begin(args, state, TrainerControl())
+    for step in (0, 1, 2, 3):
+        state.global_step = step
+        file.on_log(args, state, TrainerControl(), logs={"loss": float(step)})
+    file.on_log(args, state, TrainerControl(), logs={"train_runtime": 1.0})
+    with file.path.open("a") as handle:
+        handle.write('{"step": 4, "lo')  # killed while writing
+    state.global_step = 2
+    MetricsFile(tmp_path).on_train_begin(args, state, TrainerControl())
+    assert [row["step"] for row in read_metrics(file.path)] == [0, 1, 2]
+    state.global_step = 0  # a new run
+    MetricsFile(tmp_path).on_train_begin(args, state, TrainerControl())
+    assert file.path.read_text() == ""
+    assert read_metrics(tmp_path / "absent.jsonl") == []
+
+
+def test_the_plot_shows_loss_and_accuracy(tmp_path: Path) -> None:
+    rows = [
+        {"step": 0, "eval_loss": 2.0, "eval_rewards/accuracies": 0.5},
+        *({"step": s, "loss": 2.0 / s, "rewards/accuracies": 0.5 + s / 20} for s in range(1, 9)),
+        {"step": 8, "eval_loss": None, "eval_rewards/accuracies": 0.9},
+    ]
+    path = plot_metrics(rows, tmp_path / "curves.png", "a title")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 10_000
+    empty = plot_metrics([], tmp_path / "empty.png", "nothing logged")
+    assert empty.stat().st_size < path.stat().st_size
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "empty.png"]
+
+
+def test_the_table_shows_what_is_known() -> None:
+    table = summary_table(
+        {
+            "held out": (None, {"loss": 0.5, "rewards/accuracies": 0.75}),
+            "training split": ({"loss": 1.0}, {"loss": 0.25}),
+        }
+    )
+    lines = table.splitlines()
+    assert lines[2].split() == ["loss", "-", "0.5000", "1.0000", "0.2500"]
+    assert lines[3].split() == ["pairwise", "accuracy", "-", "0.7500", "-", "-"]
+    assert len(lines) == 4
+
+
+# ---- splits ----------------------------------------------------------------------------------
+
+
+def _groups(prompts: list[int]) -> list[Group]:
+    return [Group([p], [[1], [2]], [0.0, 1.0], name=str(i)) for i, p in enumerate(prompts)]
+
+
+def test_a_prompt_is_never_on_both_sides() -> None:
+    groups = _groups([i % 20 for i in range(60)])
+    train, heldout = split_by_prompt(groups, 0.25, seed=1)
+    assert len(train) == 45 and len(heldout) == 15
+    assert shared_prompts(train, heldout) == 0
+    assert [int(g.name) for g in heldout] == sorted(int(g.name) for g in heldout)
+    again = split_by_prompt(list(groups), 0.25, seed=1)
+    assert [g.name for g in again[1]] == [g.name for g in heldout]
+    assert [g.name for g in split_by_prompt(groups, 0.25, seed=2)[1]] != [g.name for g in heldout]
+    assert shared_prompts(groups[:20], groups[15:25]) == 10
+
+
+def test_the_ends_of_the_fraction() -> None:
+    groups = _groups([1, 2, 3])
+    assert split_by_prompt(groups, 0.0, seed=1)[1] == []
+    assert len(split_by_prompt(groups, 0.01, seed=1)[1]) == 1
+    assert len(split_by_prompt(groups, 0.99, seed=1)[0]) == 1
+    with pytest.raises(InputError, match="eval_fraction must be at least 0 and below 1, got 1"):
+        split_by_prompt(groups, 1.0, seed=1)
+    with pytest.raises(InputError, match="needs at least 2 different ones, got 1"):
+        split_by_prompt(_groups([7, 7]), 0.5, seed=1)
+
+
+def test_a_sample_is_seeded_and_in_order() -> None:
+    groups = _groups(list(range(50)))
+    chosen = sample(groups, 10, seed=4)
+    assert len(chosen) == 10
+    assert [int(g.name) for g in chosen] == sorted(int(g.name) for g in chosen)
+    assert [g.name for g in sample(groups, 10, seed=4)] == [g.name for g in chosen]
+    assert sample(groups, 99, seed=4) == groups
+
+
+def test_the_bar_refreshes_rarely_outside_a_terminal(monkeypatch: Any, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        fastrank.training.progress,
+        "tqdm",
+        lambda **options: asked.update(options) or SimpleNamespace(close=lambda: None),
+    )
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    state = TrainerState(is_world_process_zero=True, max_steps=3)
+    RankProgress().on_train_begin(args, state, TrainerControl())
+    assert asked["mininterval"] >= 10
+    assert json.dumps({k: v for k, v in asked.items() if k == "total"}) == '{"total": 3}'
