@@ -44,7 +44,7 @@ def score(
     packs = pack(
         groups,
         max_tokens=max_tokens,
-        shared_prompts=state.shared_prompts,
+        shared_prompts="auto" if state.shared_prompts else False,
         vocab_size=vocab_size(causal_lm(getattr(model, "module", model))),
     )
     scores: list[Tensor] = [torch.empty(0)] * len(groups)

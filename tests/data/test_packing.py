@@ -196,6 +196,22 @@ def test_a_token_outside_the_vocabulary_is_named():
     assert len(pack([group(1, [2])], max_tokens=10, vocab_size=4)) == 1
 
 
+def test_auto_shares_where_it_saves_tokens():
+    from fastrank.data.packing import sharing_pays
+
+    short, long = group(1, [40, 40, 40]), group(60, [40, 40, 40])
+    ragged = group(1, [10, 40, 40])  # padding counts as much as prompts
+    assert [sharing_pays([g])[0] for g in (short, long, ragged)] == [False, True, True]
+    assert "1.02 times the tokens of shared ones, less than the 1.08" in sharing_pays([short])[1]
+    for groups, shared in (([short], False), ([long], True), ([short, long], True)):
+        (only,) = pack(groups, max_tokens=500, shared_prompts="auto")
+        assert only.shared_prompts is shared
+    # 123 padded tokens would not fit.
+    (only,) = pack([short], max_tokens=122, shared_prompts="auto")
+    assert only.shared_prompts
+    assert pack([], max_tokens=5, shared_prompts="auto") == []
+
+
 def test_no_groups_make_no_packs():
     assert pack([], max_tokens=10) == []
 
