@@ -15,8 +15,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from .problem import Problem, Step, build
 from .workloads import Workload
@@ -35,6 +37,23 @@ def cuda_peak(step: Step, device: torch.device) -> int:
     torch.cuda.synchronize(device)
     del result
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def saved_for_backward(step: Step, parameters: Iterable[Tensor]) -> int:
+    """Bytes of the distinct tensors that autograd keeps during a run, parameters apart."""
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    # The storages are held, so that none is freed and its address given to another.
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def cpu_peak(workload: Workload, variant: str) -> int | None:

@@ -33,6 +33,8 @@ class Variant:
     """From the problem to the step; may import, compile and allocate."""
     target: str = "loss"
     """Which of the problem's references the results are held against."""
+    present: Callable[[Any, Outputs], Outputs] | None = None
+    """Brings results into the reference's layout, for the check alone."""
     ours: bool = False
     """Whether it is fastrank's own: an exception there is a defect, not a line in the table."""
     repeats: int = 1
@@ -56,6 +58,8 @@ class Problem(abc.ABC):
 
     inner = 1
     """Runs in one timed sample, for work too short for the clock."""
+    has_memory = True
+    """Whether peak memory says anything here."""
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
         self.workload = workload
@@ -84,6 +88,10 @@ class Problem(abc.ABC):
 
     def floor(self) -> Floor | None:
         """The floor, where the workload has one."""
+        return None
+
+    def parameters(self) -> list[Tensor] | None:
+        """What is no activation, where saved activations say something; else None."""
         return None
 
     def product_flops(self) -> int:

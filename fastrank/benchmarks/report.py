@@ -11,7 +11,7 @@ from typing import Any
 from .runner import FASTRANK, OK, Row, own_is_right
 
 FIELDS = [field.name for field in dataclasses.fields(Row)]
-_HEADER = ("variant", "ms", "±", "x fastrank", "MiB", "products", "floor", "error")
+_HEADER = ("variant", "ms", "±", "x fastrank", "MiB", "saved", "products", "floor", "error")
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:
@@ -39,7 +39,7 @@ def read_csv(path: Path) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """The rows of one workload, aligned; refusals with their reasons below."""
     comparable = own_is_right(rows)
-    lines = [_HEADER]
+    lines: list[tuple[str, ...]] = [_HEADER]
     for row in rows:
         if row.status == OK:
             ratio = "" if not comparable or row.ratio is None else f"{row.ratio:.2f}"
@@ -50,12 +50,16 @@ def table(rows: Sequence[Row]) -> str:
                     "" if row.spread is None else f"{row.spread:.0%}",
                     ratio,
                     _number(row.peak_mib),
+                    _number(row.saved_mib),
                     "" if row.products is None else f"{row.products:.2f}",
                     "" if row.floor_share is None else f"{row.floor_share:.0%}",
                     "" if row.error is None else f"{row.error:.1e}",
                 )
             )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+    # A column that no row fills is left out.
+    used = [i for i in range(len(_HEADER)) if any(line[i] for line in lines[1:])] or [0]
+    lines = [tuple(line[i] for i in used) for line in lines]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(used))]
     text = []
     if rows:
         text.append(f"{rows[0].workload}: {rows[0].sizes} on {rows[0].device_name}")

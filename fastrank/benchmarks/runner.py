@@ -50,6 +50,8 @@ class Row:
     ratio: float | None = None
     """Median over fastrank's median, in the same run."""
     peak_mib: float | None = None
+    saved_mib: float | None = None
+    """Step suite on a CPU: what autograd keeps between forward and backward, parameters apart."""
     products: float | None = None
     floor_ms: float | None = None
     """Median of the vendor's products that the workload needs, in the same run."""
@@ -140,6 +142,8 @@ def _check(problem: Problem, variant: Variant, row: Row) -> Step | None:
     try:
         step = variant.make(problem)
         outputs = step()
+        if variant.present is not None:
+            outputs = variant.present(problem, outputs)
         verdict = gate.judge(outputs, problem.reference(variant.target), problem.limit)
     except Exception as error:  # a table says which peers break, and why
         if variant.ours:
@@ -158,8 +162,11 @@ def _measure_use(problem: Problem, row: Row, step: Step, with_memory: bool) -> N
     flops = problem.product_flops()
     if flops:
         row.products = products.count(step, flops)
-    if not with_memory:
+    if not (with_memory and problem.has_memory):
         return
+    parameters = problem.parameters()
+    if parameters is not None:
+        row.saved_mib = memory.saved_for_backward(step, parameters) / 2**20
     if problem.device.type == "cuda":
         peak: int | None = memory.cuda_peak(step, problem.device)
     else:

@@ -1,0 +1,178 @@
+"""The attention suite: queries, keys and values of one pack in, outputs and their gradients out.
+
+One prompt with n responses. Without sharing the prompt stands before every response; there each
+copy of the prompt carries an n-th of the upstream gradient, which makes the summed gradients those
+of the shared layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrank.attention.adapter import attend
+from fastrank.attention.backends import BACKENDS, LayerProperties, choose_backend
+from fastrank.attention.segments import SegmentTable
+from fastrank.attention.visibility import FULL
+
+from .problem import Outputs, Problem, Step, Variant
+from .workloads import Workload
+
+
+class AttentionProblem(Problem):
+    """``query`` [1, H, N, D], ``key`` and ``value`` [1, H_kv, N, D] of the packed row
+    ``[prompt | a1 | ... | an]``, and the upstream gradient ``upstream`` [1, N, H, D]."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        super().__init__(workload, device)
+        w = workload
+        self.segments = SegmentTable.from_lengths([(w.prompt, [w.response] * w.candidates)])
+        generator = torch.Generator(device).manual_seed(w.seed)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=device).to(self.dtype)
+
+        tokens = self.segments.num_tokens
+        self.query = random(1, w.heads, tokens, w.head_size).requires_grad_()
+        self.key = random(1, w.kv_heads, tokens, w.head_size).requires_grad_()
+        self.value = random(1, w.kv_heads, tokens, w.head_size).requires_grad_()
+        self.upstream = random(1, tokens, w.heads, w.head_size)
+        # Row n of `paths` holds the packed indices of [prompt; response n].
+        responses = torch.arange(w.prompt, tokens).view(w.candidates, w.response)
+        prompts = torch.arange(w.prompt).expand(w.candidates, w.prompt)
+        self.paths = torch.cat([prompts, responses], dim=1).to(device)
+        self.layer = LayerProperties.of(
+            FULL, self.segments.longest_path, head_size=w.head_size, value_size=w.head_size
+        )
+
+    def variants(self) -> list[Variant]:
+        return VARIANTS
+
+    def compute_reference(self, target: str) -> Outputs:
+        """Path by path and head by head in float64."""
+        w = self.workload
+        inputs = [x.detach().double() for x in (self.query, self.key, self.value)]
+        grads = [torch.zeros_like(x) for x in inputs]
+        out = torch.zeros(self.upstream.shape, dtype=torch.float64, device=self.device)
+        for head in range(w.heads):
+            shared = head * w.kv_heads // w.heads
+            heads = (head, shared, shared)
+            q, k, v = (x[0, h].requires_grad_() for x, h in zip(inputs, heads, strict=True))
+            rows = [self._path(q, k, v, i) for i in range(w.candidates)]
+            head_out = torch.cat([rows[0][: w.prompt], *(row[w.prompt :] for row in rows)])
+            made = torch.autograd.grad(head_out, (q, k, v), self.upstream[0, :, head].double())
+            out[0, :, head] = head_out.detach()
+            for grad, part, h in zip(grads, made, heads, strict=True):
+                grad[0, h] += part
+        return dict(zip(("out", "dquery", "dkey", "dvalue"), (out, *grads), strict=True))
+
+    def _path(self, q: Tensor, k: Tensor, v: Tensor, index: int) -> Tensor:
+        """One head of plain causal attention over one [prompt; response]: [P + R, D]."""
+        rows = self.paths[index]
+        logits = q[rows] @ k[rows].t() / self.workload.head_size**0.5
+        hidden = torch.ones(logits.shape, dtype=torch.bool, device=logits.device).triu(1)
+        return torch.softmax(logits.masked_fill(hidden, -torch.inf), dim=-1) @ v[rows]
+
+    def gradients(self, out: Tensor) -> Outputs:
+        """The results of a run from its output [1, N, H, D]."""
+        made = torch.autograd.grad(out, (self.query, self.key, self.value), self.upstream)
+        return dict(zip(("out", "dquery", "dkey", "dvalue"), (out.detach(), *made), strict=True))
+
+
+def _make_fastrank(problem: AttentionProblem, backend: str) -> Step:
+    def step() -> Outputs:
+        out = attend(
+            problem.query,
+            problem.key,
+            problem.value,
+            problem.segments,
+            visibility=FULL,
+            backend=backend,
+        )
+        return problem.gradients(out)
+
+    return step
+
+
+def _make_dense(problem: AttentionProblem) -> Step:
+    """Sharing by a dense mask [N, N], made once outside."""
+    segments = problem.segments
+    ids, positions = segments.segment_ids, segments.position_ids
+    own = ids[:, None] == ids[None, :]
+    parents = segments.parents.long()
+    seen = own | (parents[ids][:, None] == ids[None, :])
+    mask = (seen & (positions[:, None] >= positions[None, :])).to(problem.device)
+
+    def step() -> Outputs:
+        out = F.scaled_dot_product_attention(
+            problem.query, problem.key, problem.value, attn_mask=mask, enable_gqa=_grouped(problem)
+        )
+        return problem.gradients(out.transpose(1, 2))
+
+    return step
+
+
+def _make_rows(problem: AttentionProblem) -> Step:
+    """No sharing: n rows of [prompt; response], causal. They are equally long, so that padding-free
+    packing would compute the same."""
+    paths = problem.paths
+    query, key, value = (
+        x.detach()[0][:, paths].transpose(0, 1).contiguous().requires_grad_()
+        for x in (problem.query, problem.key, problem.value)
+    )
+    upstream = problem.upstream[0][paths].clone()
+    upstream[:, : problem.workload.prompt] /= problem.workload.candidates
+
+    def step() -> Outputs:
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=_grouped(problem)
+        ).transpose(1, 2)
+        made = torch.autograd.grad(out, (query, key, value), upstream)
+        return dict(zip(("out", "dquery", "dkey", "dvalue"), (out.detach(), *made), strict=True))
+
+    return step
+
+
+def _present_rows(problem: AttentionProblem, outputs: Outputs) -> Outputs:
+    """Rows [n, ., P + R, .] back in the packed layout; the copies' gradients summed."""
+    out = torch.empty_like(problem.upstream)
+    out[0, problem.paths] = outputs["out"]
+    packed = {"out": out}
+    for name, like in (("dquery", problem.query), ("dkey", problem.key), ("dvalue", problem.value)):
+        grad = outputs[name].double().transpose(0, 1).flatten(1, 2)
+        total = torch.zeros(like.shape[1:], dtype=torch.float64, device=problem.device)
+        packed[name] = total.index_add_(1, problem.paths.reshape(-1), grad)[None]
+    return packed
+
+
+def _grouped(problem: AttentionProblem) -> bool:
+    return problem.workload.heads != problem.workload.kv_heads
+
+
+def _serves(backend: str) -> Callable[[AttentionProblem], str | None]:
+    return lambda problem: BACKENDS[backend](problem.device, problem.dtype, problem.layer)
+
+
+def auto_backend(problem: AttentionProblem) -> str:
+    """The backend that ``attention="auto"`` takes here."""
+    return choose_backend(problem.device, problem.dtype, problem.layer).name
+
+
+VARIANTS = [
+    Variant("fastrank", partial(_make_fastrank, backend="auto"), ours=True),
+    *(
+        Variant(
+            f"fastrank, {name}",
+            partial(_make_fastrank, backend=name),
+            ours=True,
+            missing=_serves(name),
+        )
+        for name in BACKENDS
+    ),
+    Variant("dense mask", _make_dense),
+    Variant("no sharing", _make_rows, present=_present_rows),
+]
