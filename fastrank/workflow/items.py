@@ -17,6 +17,7 @@ from fastrank.data import fields, formats
 from fastrank.data.fields import Prompt
 from fastrank.data.files import Place, Row, read_rows
 from fastrank.data.formats import Candidates
+from fastrank.data.identity import content_hash
 from fastrank.data.records import gather_flat
 from fastrank.errors import InputError
 
@@ -167,3 +168,9 @@ def check_distinct(source: str, option: str, output: str) -> None:
     first, second = Path(source).expanduser(), Path(output).expanduser()
     if first.exists() and second.exists() and first.samefile(second):
         raise InputError(f"--output must be another file than {option}, got {output} for both")
+
+
+def file_identity(path: str) -> str:
+    """Hash of a file's content; of a folder or a Hub name, the name."""
+    local = Path(path).expanduser()
+    return content_hash(local) if local.is_file() else path

@@ -17,8 +17,7 @@ from typing import Any, Literal
 
 from fastrank.data.write import atomic_path, check_output
 from fastrank.errors import InputError
-from fastrank.workflow.fingerprint import file_fingerprint, model_fingerprint
-from fastrank.workflow.items import Item, as_line, check_distinct, read_items
+from fastrank.workflow.items import Item, as_line, check_distinct, file_identity, read_items
 from fastrank.workflow.journal import Journal
 from fastrank.workflow.options import ModelOptions
 from fastrank.workflow.reward_function import RewardFunction, is_function
@@ -79,16 +78,24 @@ def reward_file(options: RewardOptions, loading: ModelOptions) -> dict[str, Any]
     """
     from tqdm import tqdm
 
+    from fastrank.modeling.identity import model_identity
+
     target = check_output(options.output, "--output")
     check_distinct(options.data, "--data", options.output)
     function = is_function(options.reward)
-    fingerprint = file_fingerprint if function else model_fingerprint
+    identity = file_identity if function else model_identity
     reward = options.reward.rpartition(":")[0] if function else options.reward
     next(read_items(options.data, format=options.format))  # before a model is loaded
-    scorer, kind = load_reward(options, loading)
+    scorer, kind = load_reward(
+        options.reward,
+        options.reward_kind,
+        loading,
+        batch_size=options.batch_size,
+        as_chat=options.as_chat,
+    )
     plan = {
-        "data file": [file_fingerprint(options.data), options.format],
-        "reward": [options.reward, fingerprint(reward), kind, options.as_chat, loading.dtype],
+        "data file": [file_identity(options.data), options.format],
+        "reward": [options.reward, identity(reward), kind, options.as_chat, loading.dtype],
     }
     began = time.perf_counter()
     with ExitStack() as stack:
@@ -128,22 +135,47 @@ def reward_file(options: RewardOptions, loading: ModelOptions) -> dict[str, Any]
     }
 
 
-def load_reward(options: RewardOptions, loading: ModelOptions) -> tuple[Scorer, str]:
+def load_reward(
+    reward: str,
+    kind: str,
+    loading: ModelOptions,
+    *,
+    batch_size: int,
+    as_chat: bool = False,
+) -> tuple[Scorer, str]:
     """What scores responses, and its kind: "function", "classifier" or "logprob".
+
+    Args:
+        reward: ``FILE.py:function``, a model folder or a Hub name.
+        kind: of a model: "classifier", "logprob", or "auto" by its architecture.
+        loading: device and type of a model's weights.
+        batch_size: responses at once in a classifier.
+        as_chat: a text prompt is one user message.
 
     Raises:
         InputError: it is not there, or not of its kind.
     """
-    if is_function(options.reward):
-        return _function_scorer(RewardFunction(options.reward)), "function"
+    if is_function(reward):
+        return _function_scorer(RewardFunction(reward)), "function"
     from fastrank.workflow.reward_model import ClassifierReward, LogprobReward, reward_kind
 
-    kind = options.reward_kind
     if kind == "auto":
-        kind = reward_kind(options.reward, loading)  # type: ignore[assignment]
+        kind = reward_kind(reward, loading)
     model = ClassifierReward if kind == "classifier" else LogprobReward
-    scorer = model(options.reward, loading, batch_size=options.batch_size, as_chat=options.as_chat)
-    return scorer, kind
+    return model(reward, loading, batch_size=batch_size, as_chat=as_chat), kind
+
+
+def check_reward(reward: str, kind: str, loading: ModelOptions) -> None:
+    """Raise `InputError` for a reward that is not there, without loading a model's weights."""
+    if is_function(reward):
+        RewardFunction(reward)
+        return
+    from fastrank.modeling.load import check_model_path
+    from fastrank.workflow.reward_model import reward_kind
+
+    check_model_path(reward, needed="tokenizer_config.json")
+    if kind == "auto":
+        reward_kind(reward, loading)
 
 
 def _function_scorer(function: RewardFunction) -> Scorer:

@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 from fastrank.data.write import atomic_path, check_output
 from fastrank.errors import InputError
-from fastrank.workflow.fingerprint import file_fingerprint, model_fingerprint
-from fastrank.workflow.items import Item, as_line, check_distinct, read_items
+from fastrank.workflow.items import Item, as_line, check_distinct, file_identity, read_items
 from fastrank.workflow.journal import Journal
 from fastrank.workflow.mixture import MixtureCounts, add_responses
 from fastrank.workflow.options import DecodingOptions, ModelOptions
@@ -54,6 +53,7 @@ def sample_file(
     from tqdm import tqdm
 
     from fastrank.modeling.device import choose_device
+    from fastrank.modeling.identity import model_identity
     from fastrank.modeling.load import check_model_path
 
     if not options.model:
@@ -66,8 +66,8 @@ def sample_file(
         check_model_path(model, needed="tokenizer_config.json")
     items = list(read_items(options.prompts, format=options.format))
     plan = {
-        "prompts file": [file_fingerprint(options.prompts), options.format],
-        "set of models": [model_fingerprint(model) for model in options.model],
+        "prompts file": [file_identity(options.prompts), options.format],
+        "set of models": [model_identity(model) for model in options.model],
         "way of decoding": [asdict(drawing.decoding), drawing.as_chat],
         "seed": drawing.seed,
         "batch size": drawing.batch_size,

@@ -1,0 +1,208 @@
+"""What the papers report about a policy: reward, perplexity, ranking accuracy, BLEU, wins.
+
+Everything here works on loaded models and on samples in memory; `fastrank.workflow.evaluate` is
+the command around it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrank.data.load import fit_context
+from fastrank.data.packing import Group
+from fastrank.data.records import Record
+from fastrank.data.report import Report
+from fastrank.data.tokenize import TokenizeOptions, encode_record, truncate
+from fastrank.metrics import ranking_metrics
+from fastrank.modeling.context import context_length
+from fastrank.modeling.score import score
+from fastrank.workflow.items import Item
+from fastrank.workflow.options import DecodingOptions
+from fastrank.workflow.policy import draw_all
+
+_PACK_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Fresh responses to prompts, in the prompts' order.
+
+    Attributes:
+        items: each prompt with its responses; an empty response is kept, it counts.
+        ended: whether the model ended each response, or was cut at ``max_new_tokens``.
+        num_tokens: tokens generated.
+    """
+
+    items: list[Item]
+    ended: list[list[bool]]
+    num_tokens: int
+
+    @property
+    def num_responses(self) -> int:
+        return sum(len(item.responses) for item in self.items)
+
+
+def sample_items(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    drawing: DecodingOptions,
+    *,
+    source: str,
+    progress: Callable[[int], Any] = lambda done: None,
+) -> Samples:
+    """Draw fresh responses; those that the items have are left aside.
+
+    Two policies drawn with the same options get the same seeds, batch by batch.
+    """
+    found = draw_all(
+        model,
+        tokenizer,
+        [item.prompt for item in items],
+        drawing.decoding,
+        batch_size=drawing.batch_size,
+        seed=drawing.seed,
+        as_chat=drawing.as_chat,
+        progress=progress,
+    )
+    drawn, ended = [], []
+    for item, responses in zip(items, found, strict=True):
+        bare = drawing.as_chat or not isinstance(item.prompt, str)
+        texts = [r.text.strip() if bare else r.text for r in responses]
+        unknown: list[float | None] = [None] * len(texts)
+        drawn.append(replace(item, responses=texts, scores=unknown, sources=[source] * len(texts)))
+        ended.append([r.ended for r in responses])
+    return Samples(drawn, ended, sum(r.num_tokens for row in found for r in row))
+
+
+@dataclass(frozen=True)
+class MeanReward:
+    """Mean over prompts of a prompt's mean reward, with the standard error of that mean."""
+
+    mean: float
+    standard_error: float
+    num_prompts: int
+
+
+def mean_reward(rewards: Sequence[Sequence[float | None]]) -> MeanReward:
+    """The mean reward of samples; prompts without a reward are left out, none at all gives NaN."""
+    means = [mean for mean in prompt_means(rewards) if mean is not None]
+    if not means:
+        return MeanReward(math.nan, math.nan, 0)
+    spread = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return MeanReward(statistics.fmean(means), spread, len(means))
+
+
+def prompt_means(rewards: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """A prompt's mean reward, None where nothing was scored."""
+    known = [[value for value in row if value is not None] for row in rewards]
+    return [statistics.fmean(row) if row else None for row in known]
+
+
+def compare_rewards(
+    first: Sequence[Sequence[float | None]], second: Sequence[Sequence[float | None]]
+) -> dict[str, int]:
+    """On how many prompts the first mean reward is above (win), equal to or below the second.
+
+    >>> compare_rewards([[1.0], [2.0, 0.0], [0.0]], [[0.0], [1.0], [3.0]])
+    {'win': 1, 'tie': 1, 'lose': 1}
+    """
+    counts = {"win": 0, "tie": 0, "lose": 0}
+    for a, b in zip(prompt_means(first), prompt_means(second), strict=True):
+        if a is not None and b is not None:
+            counts["win" if a > b else "lose" if a < b else "tie"] += 1
+    return counts
+
+
+def perplexity(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Samples,
+    *,
+    as_chat: bool = False,
+) -> float:
+    """exp of the mean negative log-probability of the samples' tokens under a causal model.
+
+    The mean is over all tokens of all responses, given their prompts. The end of turn counts where
+    the policy itself ended the response, not where it was cut off.
+
+    Args:
+        model: a transformers causal language model, prepared or not.
+        tokenizer: its tokenizer, which may differ from the policy's.
+        samples: what was drawn.
+        as_chat: text prompts are one user message.
+    """
+    limit = fit_context(TokenizeOptions(as_chat=as_chat), context_length(model.config))  # type: ignore[arg-type]
+    groups = []
+    for item, ended in zip(samples.items, samples.ended, strict=True):
+        group = _group_of(item, ended, tokenizer, limit)
+        if group is not None:
+            groups.append(group)
+    if not groups:
+        return math.nan
+    largest = max(group.num_candidates * group.longest_path for group in groups)
+    found = score(model, groups, max_tokens=max(_PACK_TOKENS, largest), normalize="sum")
+    total = math.fsum(float(values.double().sum()) for values in found)
+    tokens = sum(group.num_response_tokens for group in groups)
+    return math.exp(min(-total / tokens, 700.0))
+
+
+def _group_of(
+    item: Item, ended: Sequence[bool], tokenizer: PreTrainedTokenizerBase, limit: TokenizeOptions
+) -> Group | None:
+    if not item.responses:
+        return None
+    record = Record(item.prompt, list(item.responses), [0.0] * len(item.responses), item.place.line)
+    encoded = encode_record(record, tokenizer, Report(), as_chat=limit.as_chat)
+    if encoded is None:
+        return None
+    prompt, responses = encoded
+    eos = tokenizer.eos_token_id
+    kept = []
+    for ids, whole in zip(responses, ended, strict=True):
+        if not whole and ids and ids[-1] == eos:
+            ids = ids[:-1]
+        if ids:
+            kept.append(ids)
+    if not kept:
+        return None
+    prompt, kept = truncate((prompt, kept), tokenizer, limit, Report(), item.place.line)
+    return Group(prompt, tuple(kept), [0.0] * len(kept))  # type: ignore[arg-type]
+
+
+def ranking_accuracy(model: nn.Module, groups: Sequence[Group]) -> dict[str, float]:
+    """How well the model's scores order ranked groups: `fastrank.metrics.ranking_metrics`."""
+    largest = max(group.num_candidates * group.longest_path for group in groups)
+    found = score(model, groups, max_tokens=max(_PACK_TOKENS, largest))
+    return ranking_metrics(found, [group.rewards for group in groups])
+
+
+def bleu(samples: Samples, references: Sequence[Sequence[str]]) -> float:
+    """Corpus BLEU of every response against its prompt's references, by sacrebleu (0 to 100).
+
+    Args:
+        samples: what was drawn.
+        references: of each prompt; responses to a prompt without any are left out.
+
+    Raises:
+        ModuleNotFoundError: sacrebleu is not installed (``pip install 'fastrank[eval]'``).
+    """
+    from sacrebleu import corpus_bleu
+
+    hypotheses, beside = [], []
+    for item, own in zip(samples.items, references, strict=True):
+        for response in item.responses if own else ():
+            hypotheses.append(response)
+            beside.append(own)
+    if not hypotheses:
+        return math.nan
+    most = max(map(len, beside))
+    streams = [[own[k] if k < len(own) else None for own in beside] for k in range(most)]
+    return float(corpus_bleu(hypotheses, streams).score)
