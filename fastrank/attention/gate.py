@@ -60,8 +60,6 @@ def trunk(causal_lm: PreTrainedModel) -> nn.Module:
 
 
 def _refused_by_config(config: PretrainedConfig) -> str | None:
-    if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder model"
     if not getattr(config, "is_causal", True):
         return "its attention is not causal (config.is_causal is False)"
     position_type = getattr(config, "position_embedding_type", None)

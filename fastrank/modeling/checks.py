@@ -52,22 +52,33 @@ def check_head(
     return measure_head(model, hidden[0], logits[0])
 
 
+def check_causal(model: PreTrainedModel, hidden_states: Callable[..., Tensor]) -> None:
+    """Padded rows need that nothing on its right changes a token; raise InputError otherwise."""
+    group = probe_group(model)
+    row = torch.cat((group.prompt_ids, *group.response_ids))[None].to(model.device)
+    cut = len(group.prompt_ids) + len(group.response_ids[0])
+    found = _disagreement(
+        hidden_states(input_ids=row)[0, :cut], hidden_states(input_ids=row[:, :cut])[0]
+    )
+    if found is not None:
+        raise InputError(
+            f"{type(model).__name__} is not causal: a token's hidden state depends on those after "
+            f"it (relative error {found:.1e}); expected a causal language model"
+        )
+
+
 def check_sharing(
     model: PreTrainedModel,
     pack_hidden: Callable[..., Tensor],
     hidden_states: Callable[..., Tensor],
 ) -> None:
-    """Compare a shared pack with rows of their own; raise InputError where they differ.
-
-    In float32 every token is compared; in lower precisions the median, because single tokens may
-    flip an expert of a mixture.
-    """
+    """Compare a shared pack with rows of their own; raise InputError where they differ."""
     group = probe_group(model)
     shared = pack(
         [group, Group(group.response_ids[1], group.response_ids, group.rewards)], max_tokens=64
     )[0].to(model.device)
     try:
-        packed = pack_hidden(shared)[0].double()
+        packed = pack_hidden(shared)[0]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         # Architectures that compute with the mask themselves stumble over the layout in its place.
         raise InputError(
@@ -75,20 +86,31 @@ def check_sharing(
             f"({type(error).__name__}: {first_line(error)}); use shared_prompts=False"
         ) from error
     assert shared.segments is not None
-    errors = []
+    together, alone = [], []
     for span in shared.segments.groups:
         prompt = shared.input_ids[0, span.prompt.start : span.prompt.stop]
         for response in span.responses:
             own = shared.input_ids[0, response.start : response.stop]
-            alone = hidden_states(input_ids=torch.cat((prompt, own))[None])[0, len(prompt) :]
-            difference = packed[response.start : response.stop] - alone.double()
-            errors.append(difference.norm(dim=-1) / alone.double().norm(dim=-1))
-    relative = torch.cat(errors)
-    wide = packed.new_empty((), dtype=next(model.parameters()).dtype).element_size() >= 4
-    found = float(relative.max() if wide else relative.median())
-    if not found < (3e-3 if wide else 0.1):
+            together.append(packed[response.start : response.stop])
+            path = torch.cat((prompt, own))[None]
+            alone.append(hidden_states(input_ids=path)[0, len(prompt) :])
+    found = _disagreement(torch.cat(together), torch.cat(alone))
+    if found is not None:
         raise InputError(
             f"{type(model).__name__} cannot share prompts: a response's hidden states in a pack "
             f"differ from those in a row of its own (relative error {found:.1e}); use "
             "shared_prompts=False"
         )
+
+
+def _disagreement(found: Tensor, expected: Tensor) -> float | None:
+    """The relative error of hidden states [S, D] if it is more than rounding, else None.
+
+    In float32 the worst token decides; in lower precisions the median, because a single token may
+    flip an expert of a mixture.
+    """
+    wide = found.element_size() >= 4
+    difference = (found.double() - expected.double()).norm(dim=-1)
+    relative = difference / expected.double().norm(dim=-1)
+    error = float(relative.max() if wide else relative.median())
+    return None if error < (3e-3 if wide else 0.1) else error

@@ -28,7 +28,7 @@ from fastrank.errors import InputError
 from fastrank.linear_loss import linear_ranking_loss
 from fastrank.logprobs import sequence_scores, token_logprobs
 from fastrank.losses import Loss
-from fastrank.modeling.checks import check_head, check_sharing
+from fastrank.modeling.checks import check_causal, check_head, check_sharing
 from fastrank.modeling.context import check_paths
 from fastrank.modeling.heads import Head
 from fastrank.modeling.logits import model_logprobs, ranking_from_logprobs
@@ -256,3 +256,5 @@ def _check(model: nn.Module, state: Prepared) -> None:
         state.head = check_head(lm, _inner(model), hidden_states)
         if state.shared_prompts:
             check_sharing(lm, functools.partial(_pack_hidden, lm, state), hidden_states)
+        else:
+            check_causal(lm, hidden_states)

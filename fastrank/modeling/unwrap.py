@@ -30,6 +30,10 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
             "model must be a transformers causal language model, PEFT-wrapped or not, got "
             f"{type(inner).__name__}"
         )
+    if getattr(inner.config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{type(inner).__name__} is an encoder-decoder model; expected a causal language model"
+        )
     if inner.get_output_embeddings() is None or trunk(inner) is inner:
         raise InputError(
             f"{type(inner).__name__} has no language-model head; expected a causal language model"
