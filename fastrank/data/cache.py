@@ -135,6 +135,7 @@ def _build(
     num_groups = 0
     try:
         with _writing(entry.parent):
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a build that was killed
             unfinished.mkdir()
             sink = pa.OSFile(str(unfinished / GROUPS_FILE), "wb")
             writer = pa.ipc.new_stream(sink, SCHEMA)

@@ -1,0 +1,130 @@
+"""The mapped table of groups behaves as the list of them does."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from fastrank import Group
+from fastrank.data.columns import group_sizes, largest_ids, prompt_key, prompt_keys, select
+from fastrank.data.table import SCHEMA, GroupTable, record_batch
+from fastrank.data.tokenized import TokenizedGroups
+
+
+@pytest.fixture(scope="module")
+def encoded() -> list[tuple[list[int], list[list[int]], list[float], int]]:
+    rng = np.random.default_rng(0)
+
+    def ids(longest: int) -> list[int]:
+        return rng.integers(0, 1000, rng.integers(1, longest)).tolist()
+
+    out = []
+    for i in range(57):
+        n = int(rng.integers(1, 7))
+        out.append((ids(9), [ids(12) for _ in range(n)], rng.normal(size=n).tolist(), 3 * i + 1))
+    out[50] = (out[3][0], *out[50][1:])  # a prompt twice
+    return out
+
+
+@pytest.fixture
+def table(encoded, tmp_path: Path) -> GroupTable:
+    path = tmp_path / "groups.arrow"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        for start in range(0, len(encoded), 10):  # the last batch is a short one
+            prompts, responses, rewards, lines = zip(*encoded[start : start + 10], strict=True)
+            pairs = list(zip(prompts, responses, strict=True))
+            writer.write_batch(
+                record_batch(TokenizedGroups.from_encoded(pairs, rewards, lines))  # type: ignore[arg-type]
+            )
+    return GroupTable.open(path, "file")
+
+
+@pytest.fixture
+def plain(encoded) -> list[Group]:
+    return [Group(p, r, w, name=f"file:{line}") for p, r, w, line in encoded]
+
+
+def same(a: Group, b: Group) -> bool:
+    texts = zip((a.prompt_ids, *a.response_ids), (b.prompt_ids, *b.response_ids), strict=True)
+    return (
+        all(x.equal(y) and x.dtype == y.dtype == torch.int64 for x, y in texts)
+        and a.rewards.equal(b.rewards)
+        and a.name == b.name
+        and a.reference_scores is b.reference_scores is None
+    )
+
+
+def test_items_slices_and_iteration(table: GroupTable, plain: list[Group]) -> None:
+    assert len(table) == len(plain) == 57
+    assert all(map(same, table, plain))
+    for i in (0, 9, 10, 56, -1, -57):
+        assert same(table[i], plain[i])
+    for i in (57, -58):
+        with pytest.raises(IndexError):
+            table[i]
+    for part in (slice(5, 30, 7), slice(None, None, -1), slice(60, 90), slice(-3, None)):
+        assert len(table[part]) == len(plain[part])
+        assert all(map(same, table[part], plain[part]))
+    assert same(table[np.int64(4)], plain[4])  # type: ignore[call-overload]
+
+
+def test_a_group_owns_its_numbers(table: GroupTable, plain: list[Group]) -> None:
+    table[2].prompt_ids.zero_()
+    table[2].rewards.zero_()
+    assert same(table[2], plain[2])
+
+
+def test_views_of_views(table: GroupTable, plain: list[Group]) -> None:
+    first = table.select([40, 3, 3, 50, 11])
+    second = first.select(np.array([3, 0]))
+    assert [g.name for g in second] == [plain[50].name, plain[40].name]
+    assert second.file is table.file
+    assert len(table.select([])) == 0 and list(table.select(range(0))) == []
+    for wrong in ([5], [-1]):
+        with pytest.raises(IndexError, match=r"must lie in \[0, 5\)"):
+            first.select(wrong)
+
+
+def test_columns_are_those_of_the_groups(table: GroupTable, plain: list[Group]) -> None:
+    for chosen in (range(57), [50, 3, 7, 7]):
+        mapped, listed = select(table, chosen), select(plain, chosen)
+        assert isinstance(mapped, GroupTable) and isinstance(listed, list)
+        a, b = group_sizes(mapped), group_sizes(listed)
+        for name in ("num_candidates", "num_tokens", "longest_path"):
+            assert getattr(a, name).tolist() == getattr(b, name).tolist()
+            assert getattr(a, name).dtype == getattr(b, name).dtype == np.int64
+        for shared in (False, True):
+            assert a.pack_tokens(shared).tolist() == b.pack_tokens(shared).tolist()
+        assert largest_ids(mapped).tolist() == largest_ids(listed).tolist()
+        assert prompt_keys(mapped).tolist() == prompt_keys(listed).tolist()
+    keys = prompt_keys(table)
+    assert keys[3] == keys[50] and len(set(keys.tolist())) == 56
+    assert prompt_key(np.array([1, 2])) != prompt_key(np.array([2, 1]))
+
+
+def test_nothing_is_a_table_too(table: GroupTable) -> None:
+    none = table.select([])
+    assert len(group_sizes(none)) == len(group_sizes([])) == 0
+    assert len(largest_ids(none)) == len(largest_ids([])) == len(prompt_keys([])) == 0
+
+
+def test_other_processes_open_the_file(table: GroupTable, plain: list[Group]) -> None:
+    view = table.select([8, 2])
+    assert len(pickle.dumps(view)) < 1000
+    assert [g.name for g in pickle.loads(pickle.dumps(view))] == [plain[8].name, plain[2].name]
+    loader = DataLoader(table, batch_size=None, num_workers=1)  # type: ignore[arg-type]
+    assert all(map(same, loader, plain))
+
+
+def test_a_file_that_is_not_whole_is_no_table(table: GroupTable, tmp_path: Path) -> None:
+    raw = table.file.path.read_bytes()
+    path = tmp_path / "cut.arrow"
+    path.write_bytes(raw[: len(raw) * 2 // 3])
+    with pytest.raises((OSError, pa.ArrowInvalid)):
+        GroupTable.open(path, "file")
