@@ -22,6 +22,7 @@ import numpy as np
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from fastrank.data.bins import best_fit, fill_padded
+from fastrank.data.columns import GroupSizes, group_sizes
 from fastrank.data.packing import Group, Pack, pack
 
 
@@ -145,7 +146,7 @@ class StepCutter:
     def build(self, groups: Sequence[Group], members: Sequence[int]) -> tuple[Pack, float]:
         """The pack of these members and its weight: the smallest group with weight 0 for none."""
         chosen = list(members) or [
-            min(range(len(groups)), key=lambda i: group_tokens(groups[i], self.shared_prompts))
+            int(group_sizes(groups).pack_tokens(self.shared_prompts).argmin())
         ]
         (whole,) = pack(
             [groups[i] for i in chosen],
@@ -160,9 +161,9 @@ class PackDataset(Dataset):
     """One process's packs of an evaluation: a `StepBatch` of one pack each, built when asked."""
 
     def __init__(self, groups: Sequence[Group], cutter: StepCutter) -> None:
-        self.groups = list(groups)
+        self.groups = groups
         self.cutter = cutter
-        self.plan = cutter.plan(self.groups)
+        self.plan = cutter.plan(groups)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -186,52 +187,52 @@ def plan_step(
     Raises:
         ValueError: a group is larger than ``max_tokens``.
     """
-    sizes = [group_tokens(group, shared_prompts) for group in groups]
-    for group, size in zip(groups, sizes, strict=True):
-        if size > max_tokens:
-            raise ValueError(too_large(group, size, max_tokens))
+    sizes = group_sizes(groups)
+    tokens = sizes.pack_tokens(shared_prompts)
+    for i in np.flatnonzero(tokens > max_tokens)[:1].tolist():
+        raise ValueError(too_large(groups[i], int(tokens[i]), max_tokens))
     if shared_prompts:
-        fewest = best_fit(sizes, max_tokens)
+        fewest = best_fit(tokens.tolist(), max_tokens)
     else:
-        shapes = [(group.num_candidates, group.longest_path) for group in groups]
-        fewest = fill_padded(shapes, max_tokens)
+        shapes = zip(sizes.num_candidates.tolist(), sizes.longest_path.tolist(), strict=True)
+        fewest = fill_padded(list(shapes), max_tokens)
     most_rounds = math.ceil(len(fewest) / world_size)
-    for rounds in range(math.ceil(sum(sizes) / (max_tokens * world_size)), most_rounds + 1):
-        bins = _spread(groups, sizes, rounds * world_size, shared_prompts)
-        if max(_load(groups, members, shared_prompts) for members in bins) <= max_tokens:
+    fewest_rounds = math.ceil(int(tokens.sum()) / (max_tokens * world_size))
+    for rounds in range(fewest_rounds, most_rounds + 1):
+        bins = _spread(sizes, rounds * world_size, shared_prompts)
+        if max(_load(sizes, members, shared_prompts) for members in bins) <= max_tokens:
             break
     else:
         bins = fewest + [[] for _ in range(most_rounds * world_size - len(fewest))]
     # The packs of one round run side by side: let them be of like size.
-    return sorted(bins, key=lambda members: -_load(groups, members, shared_prompts))
+    return sorted(bins, key=lambda members: -_load(sizes, members, shared_prompts))
 
 
-def _spread(
-    groups: Sequence[Group], sizes: list[int], num_bins: int, shared_prompts: bool
-) -> list[list[int]]:
+def _spread(sizes: GroupSizes, num_bins: int, shared_prompts: bool) -> list[list[int]]:
     bins: list[list[int]] = [[] for _ in range(num_bins)]
+    tokens = sizes.pack_tokens(shared_prompts).tolist()
     if not shared_prompts:
         # Padding makes rows of like length cheap together: fill by length, in equal shares of rows.
-        order = sorted(range(len(groups)), key=lambda i: -groups[i].longest_path)
-        share = sum(sizes) / num_bins
+        share = sum(tokens) / num_bins
         filled = 0.0
-        for i in order:
+        for i in np.argsort(-sizes.longest_path, kind="stable").tolist():
             bins[min(int(filled / share), num_bins - 1)].append(i)
-            filled += sizes[i]
+            filled += tokens[i]
         return bins
     emptiest = [(0, number) for number in range(num_bins)]
-    for i in sorted(range(len(groups)), key=lambda i: -sizes[i]):
+    for i in np.argsort(-sizes.num_tokens, kind="stable").tolist():
         load, number = heapq.heappop(emptiest)
         bins[number].append(i)
-        heapq.heappush(emptiest, (load + sizes[i], number))
+        heapq.heappush(emptiest, (load + tokens[i], number))
     return bins
 
 
-def _load(groups: Sequence[Group], members: Sequence[int], shared_prompts: bool) -> int:
+def _load(sizes: GroupSizes, members: list[int], shared_prompts: bool) -> int:
+    if not members:
+        return 0
     if shared_prompts:
-        return sum(groups[i].num_tokens_shared for i in members)
-    rows = sum(groups[i].num_candidates for i in members)
-    return rows * max((groups[i].longest_path for i in members), default=0)
+        return int(sizes.num_tokens[members].sum())
+    return int(sizes.num_candidates[members].sum() * sizes.longest_path[members].max())
 
 
 def group_tokens(group: Group, shared_prompts: bool) -> int:

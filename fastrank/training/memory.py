@@ -7,12 +7,13 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from fastrank.data.columns import group_sizes
 from fastrank.data.packing import Group, Pack, pack
 from fastrank.losses import Loss
-from fastrank.training.batching import group_tokens
 from fastrank.training.config import RankConfig
 from fastrank.training.failures import TrainingStopped
 
@@ -98,7 +99,7 @@ def largest_fitting(
     Raises:
         TrainingStopped: not even the largest group fits.
     """
-    smallest = max(group_tokens(group, args.shared_prompts) for group in groups)
+    smallest = int(group_sizes(groups).pack_tokens(args.shared_prompts).max())
     packs: dict[int, Pack] = {}
 
     def fits(budget: int) -> bool:
@@ -140,18 +141,17 @@ def _trains(
 
 def fullest(groups: Sequence[Group], max_tokens: int, shared_prompts: bool) -> list[Group]:
     """Groups that together come close to a budget: the largest that still fits, again and again."""
-    chosen: list[Group] = []
+    sizes = group_sizes(groups)
+    chosen: list[int] = []
     rows = length = used = 0
-    for group in sorted(groups, key=lambda g: -group_tokens(g, shared_prompts)):
-        if shared_prompts:
-            after = used + group.num_tokens_shared
-        else:
-            after = (rows + group.num_candidates) * max(length, group.longest_path)
+    for i in np.argsort(-sizes.pack_tokens(shared_prompts), kind="stable").tolist():
+        wider = rows + int(sizes.num_candidates[i])
+        longer = max(length, int(sizes.longest_path[i]))
+        after = used + int(sizes.num_tokens[i]) if shared_prompts else wider * longer
         if after <= max_tokens:
-            chosen.append(group)
-            used = after
-            rows, length = rows + group.num_candidates, max(length, group.longest_path)
-    return chosen
+            chosen.append(i)
+            used, rows, length = after, wider, longer
+    return [groups[i] for i in chosen]
 
 
 def release() -> None:

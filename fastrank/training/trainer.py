@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from fastrank.data.columns import group_sizes, largest_ids
 from fastrank.data.packing import Group
 from fastrank.errors import InputError
 from fastrank.modeling.dropout import disable_dropout
@@ -43,7 +45,6 @@ from fastrank.training.batching import (
     StepCutter,
     StepLoader,
     StepSampler,
-    group_tokens,
     too_large,
 )
 from fastrank.training.config import RankConfig
@@ -123,20 +124,22 @@ class RankTrainer(GuardedTrainer):
         if not len(groups):
             raise InputError(f"{name} must hold at least one group, got none")
         vocab_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        for group in groups:
-            size = group_tokens(group, args.shared_prompts)
-            if size > args.max_tokens:
-                raise InputError(too_large(group, size, args.max_tokens))
-            largest = max(int(ids.max()) for ids in (group.prompt_ids, *group.response_ids))
-            if largest >= vocab_size:
-                raise InputError(
-                    f"{group.name or name}: token ids must be below the model's {vocab_size}, "
-                    f"got {largest}; is this the model's own tokenizer?"
-                )
-            if self.loss.uses_reference and group.reference_scores is None:
-                raise InputError(
-                    f"{group.name or name}: the loss {args.loss} needs reference_scores, got none"
-                )
+        sizes = group_sizes(groups).pack_tokens(args.shared_prompts)
+        for i in np.flatnonzero(sizes > args.max_tokens)[:1]:
+            raise InputError(too_large(groups[i], int(sizes[i]), args.max_tokens))
+        largest = largest_ids(groups)
+        for i in np.flatnonzero(largest >= vocab_size)[:1]:
+            raise InputError(
+                f"{groups[i].name or name}: token ids must be below the model's {vocab_size}, "
+                f"got {largest[i]}; is this the model's own tokenizer?"
+            )
+        if self.loss.uses_reference:
+            for group in groups:
+                if group.reference_scores is None:
+                    raise InputError(
+                        f"{group.name or name}: the loss {args.loss} needs reference_scores, "
+                        "got none"
+                    )
 
     def run_plan(self) -> dict[str, Any]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
