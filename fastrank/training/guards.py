@@ -150,16 +150,21 @@ class GuardedTrainer(StagedTrainer, abc.ABC):
         return all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
 
     def _report(self, batch: StepBatch, culprits: Sequence[int]) -> str:
-        names = [
-            self._group(batch.index[i]).name or f"training group {batch.index[i]}" for i in culprits
-        ]
-        shown = ", ".join(names[:_NAMES_SHOWN])
-        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        positions = [batch.index[i] for i in culprits]
+        names = _listed([self._group(i).name or f"training group {i}" for i in positions])
         return (
             f"loss or gradient is not finite in step {self.state.global_step + 1}, because of "
-            f"{shown}{more} ({len(names)} of the step's {batch.num_groups} records); the weights "
-            "are as before the step; remove the records, or leave them out with --nonfinite skip; "
-            f"{last_good(Path(self.args.output_dir or '.'))}"
+            f"{names} ({len(culprits)} of the step's {batch.num_groups} records); the weights "
+            "are as before the step; remove the records, or leave them out with "
+            f"--nonfinite skip; {last_good(Path(self.args.output_dir or '.'))}"
+        )
+
+    def _bad_evaluation(self, groups: Sequence[Group], bad: Sequence[int]) -> str:
+        names = _listed([groups[i].name or f"evaluation group {i}" for i in bad])
+        return (
+            f"scores are not finite in the evaluation after step {self.state.global_step}, for "
+            f"{names} ({len(bad)} of {len(groups)} records); remove them, or leave them out with "
+            f"--nonfinite skip; {last_good(Path(self.args.output_dir or '.'))}"
         )
 
     def _gather(self, items: list[Any]) -> list[Any]:
@@ -169,6 +174,11 @@ class GuardedTrainer(StagedTrainer, abc.ABC):
         gathered: list[Any] = [None] * self.args.world_size
         torch.distributed.all_gather_object(gathered, items)
         return [item for part in gathered for item in part]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
 
 
 def bad_groups(pack: Pack, scores: Tensor) -> list[int]:

@@ -48,7 +48,8 @@ from fastrank.training.batching import (
     too_large,
 )
 from fastrank.training.config import RankConfig
-from fastrank.training.evaluation import evaluate_packs
+from fastrank.training.evaluation import evaluate_packs, summarize
+from fastrank.training.failures import TrainingStopped
 from fastrank.training.guards import Computed, GuardedTrainer
 from fastrank.training.memory import explained_out_of_memory, largest_fitting
 from fastrank.training.progress import RankProgress
@@ -337,21 +338,19 @@ class RankTrainer(GuardedTrainer):
         model.eval()
         _switch(self.optimizer, "eval")
         on_step: Callable[[], None] = self._on_prediction_step
-        scores, rewards, values = evaluate_packs(
-            model,
-            dataloader,
-            self.loss,
-            self.args.device,
-            self.max_tokens,
-            self._gather,
-            on_step,
+        evaluated = evaluate_packs(
+            model, dataloader, self.loss, self.args.device, self.max_tokens, on_step
         )
+        found = summarize(evaluated, self._gather)
         model.train(was_training)
+        if found.bad and self.args.nonfinite == "stop":
+            dataset: Any = dataloader.dataset
+            raise TrainingStopped(self._bad_evaluation(dataset.groups, found.bad))
         return EvalLoopOutput(
-            predictions=scores,  # type: ignore[arg-type]
-            label_ids=rewards,  # type: ignore[arg-type]
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in values.items()},
-            num_samples=len(scores),
+            predictions=found.scores,  # type: ignore[arg-type]
+            label_ids=found.rewards,  # type: ignore[arg-type]
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in found.values.items()},
+            num_samples=len(found.scores),
         )
 
     def _on_prediction_step(self) -> None:

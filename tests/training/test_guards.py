@@ -178,3 +178,23 @@ def test_weights_that_are_not_finite_are_blamed_first(
         trainer.model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(TrainingStopped, match="weights are not finite after step 0.*lm_head"):
         trainer.train()
+
+
+def test_an_evaluation_names_or_leaves_out_bad_records(
+    make_trainer: Make, menu_groups: list[Group]
+) -> None:
+    clean = _without_trigger(menu_groups)
+    groups = _poison(clean, [3, 20])
+    stopping = make_trainer(clean, groups, max_tokens=120)
+    _bad_forward(stopping)
+    with pytest.raises(TrainingStopped, match=r"menu:3, menu:20 \(2 of 24 records\)"):
+        stopping.evaluate()
+    skipping = make_trainer(clean, groups, max_tokens=120, nonfinite="skip")
+    _bad_forward(skipping)
+    values = skipping.evaluate()
+    assert values["eval_skipped_records"] == 2.0
+    rest = [group for i, group in enumerate(groups) if i not in (3, 20)]
+    expected = make_trainer(clean, rest).evaluate()
+    for key in expected:
+        if "runtime" not in key and "per_second" not in key:
+            assert values[key] == pytest.approx(expected[key], rel=1e-5), key

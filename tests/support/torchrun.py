@@ -1,0 +1,38 @@
+"""Start a script in several processes, as users do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(nproc: int, *arguments: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc_per_node", str(nproc), *arguments),
+    ]
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(
+        [str(ROOT), str(ROOT / "kernels/torch-ext"), str(ROOT / "tests/support")]
+    )
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def torchrun(nproc: int, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run to the end; fails with the output if the exit code is not 0."""
+    done = subprocess.run(
+        command(nproc, *arguments),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done

@@ -1,0 +1,164 @@
+"""What every process of the distributed training tests runs: ``train_processes.py OUT CASE ...``.
+
+A case trains for 10 steps and leaves, for each process, the weights, the log and an evaluation.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from fastrank.data.group import Group
+from fastrank.tasks.menu import tiny_llama
+from fastrank.training.config import RankConfig
+from fastrank.training.trainer import RankTrainer
+
+STEPS = 10
+GLOBAL_BATCH = 12  # groups a step; 23 groups: the last step of an epoch has 11
+LEARNING_RATE = 0.1
+TRIGGER = 31
+
+# case: (groups for each of two processes, accumulation, options)
+CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "one pack": (6, 1, {}),
+    "accumulation 1": (6, 1, {"max_tokens": 75}),
+    "accumulation 2": (3, 2, {"max_tokens": 75}),
+    "accumulation 3": (2, 3, {"max_tokens": 75}),
+    "padded rows": (6, 1, {"max_tokens": 75, "shared_prompts": False}),
+    "outside": (6, 1, {"max_tokens": 75}),
+    "skip": (6, 1, {"max_tokens": 75, "nonfinite": "skip"}),
+    "find": (6, 1, {"auto_find_pack_size": True}),
+    "fully_shard": (6, 1, {"max_tokens": 75}),
+}
+
+
+def make_groups() -> list[Group]:
+    """23 groups of 1 to 6 candidates of 1 to 9 tokens."""
+    generator = random.Random(11)
+    groups = []
+    for number in range(23):
+        count = generator.randint(1, 6)
+        prompt = [generator.randrange(3, TRIGGER) for _ in range(generator.randint(1, 7))]
+        responses = [
+            [generator.randrange(3, TRIGGER) for _ in range(generator.randint(1, 9))]
+            for _ in range(count)
+        ]
+        rewards = [float(generator.randint(0, 3)) for _ in range(count)]
+        groups.append(Group(prompt, responses, rewards, name=f"group:{number}"))
+    return groups
+
+
+class OutsideTrainer(RankTrainer):
+    """The mistake that the design forbids: the loss of the model without its wrapper."""
+
+    def _accumulate(self, model: Any, batch: Any) -> Any:
+        return super()._accumulate(self.lm, batch)
+
+
+def make_trainer(folder: Path, case: str, world_size: int) -> RankTrainer:
+    per_device, accumulation, options = CASES[case]
+    if world_size == 1:
+        per_device, accumulation = GLOBAL_BATCH, 1
+    config = RankConfig(
+        output_dir=str(folder / "run"),
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        max_steps=STEPS,
+        optim="sgd",
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=1000.0,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    assert config.groups_per_step == GLOBAL_BATCH
+    groups = make_groups()
+    if case == "skip":
+        first, *rest = groups[5].response_ids
+        poisoned = torch.cat((first, torch.tensor([TRIGGER])))
+        groups[5] = replace(groups[5], response_ids=(poisoned, *rest))
+    kind = OutsideTrainer if case == "outside" else RankTrainer
+    trainer = kind(tiny_llama(0), config, groups, groups[:7])
+    if case == "skip":
+        trainer.model.get_input_embeddings().register_forward_hook(_spoil)
+    if case == "find" and int(os.environ.get("RANK", "0")) == world_size - 1:
+        trainer.model.get_input_embeddings().register_forward_pre_hook(_limit)
+    return trainer
+
+
+def _spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    hit = (inputs[0] == TRIGGER)[..., None]
+    return torch.where(hit, torch.full_like(output, float("nan")), output)
+
+
+def _limit(module: Any, inputs: Any) -> None:
+    if inputs[0].numel() > 100:
+        raise torch.OutOfMemoryError("as a small device would say")
+
+
+def run_case(folder: Path, case: str, world_size: int) -> dict[str, Any]:
+    trainer = make_trainer(folder, case, world_size)
+    if case == "fully_shard" and world_size > 1:
+        return _train_sharded(trainer)
+    trainer.train()
+    return {
+        "weights": {k: v.detach().clone() for k, v in trainer.model.state_dict().items()},
+        "log": [row for row in trainer.state.log_history if "grad_norm" in row],
+        "evaluation": trainer.evaluate(),
+        "max_tokens": trainer.max_tokens,
+    }
+
+
+def _train_sharded(trainer: RankTrainer) -> dict[str, Any]:
+    """The trainer's own steps on a model that ``fully_shard`` has sharded.
+
+    Through accelerate FSDP2 on a CPU becomes DDP; the engine itself works on gloo.
+    """
+    model: Any = trainer.model
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    loader = trainer.get_train_dataloader()
+    losses, norms = [], []
+    while len(losses) < STEPS:
+        loader.set_epoch(len(losses) // len(loader))  # type: ignore[attr-defined]
+        for batch in loader:
+            optimizer.zero_grad()
+            loss, _ = trainer._accumulate(model, batch)
+            dist.all_reduce(loss)
+            losses.append(loss.item() / dist.get_world_size())
+            grads = [p.grad.full_tensor() for p in model.parameters()]
+            norms.append(torch.nn.utils.get_total_norm(grads).item())
+            optimizer.step()
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    log = [
+        {"loss": loss, "grad_norm": norm, "step": step}
+        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=1)
+    ]
+    return {"weights": {k: v.full_tensor() for k, v in model.state_dict().items()}, "log": log}
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for case in cases:
+        torch.save(run_case(folder, case, world_size), folder / f"{case}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,89 @@
+"""Two processes, started by torchrun, give the run of one: DDP and FSDP2's ``fully_shard``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import train_processes as worker
+from torchrun import torchrun
+
+SAME = [case for case in worker.CASES if case != "outside"]
+LOGGED = ("loss", "rank_loss", "sft_loss", "rewards/accuracies", "rewards/margins", "live_fraction")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What each of the two processes has, by case."""
+    folder = tmp_path_factory.mktemp("processes")
+    script = str(Path(worker.__file__))
+    torchrun(2, script, str(folder), *worker.CASES)
+    return {
+        case: [torch.load(folder / f"{case}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for case in worker.CASES
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What one process has, by case; computed once for cases that differ in nothing it sees."""
+    folder = tmp_path_factory.mktemp("single")
+    whole = worker.run_case(folder, "one pack", 1)
+    return dict.fromkeys(worker.CASES, whole) | {"skip": worker.run_case(folder, "skip", 1)}
+
+
+def _difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[key] - other[key]).abs().max().item() for key in one)
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_weights_losses_and_gradient_norms_are_those_of_one_process(
+    found: Any, expected: Any, case: str
+) -> None:
+    start = worker.tiny_llama(0).state_dict()
+    want = expected[case]
+    for got in found[case]:
+        assert _difference(got["weights"], want["weights"]) < 2e-6
+        assert _difference(got["weights"], start) > 1e-3
+        assert [row["step"] for row in got["log"]] == list(range(1, worker.STEPS + 1))
+        for key in ("loss", "grad_norm"):
+            assert [row[key] for row in got["log"]] == pytest.approx(
+                [row[key] for row in want["log"]], rel=2e-5
+            )
+    assert _difference(found[case][0]["weights"], found[case][1]["weights"]) == 0
+
+
+@pytest.mark.parametrize("case", [case for case in SAME if case != "fully_shard"])
+def test_what_is_logged_and_evaluated_is_the_same(found: Any, expected: Any, case: str) -> None:
+    want = expected[case]
+    for got in found[case]:
+        for row, row_wanted in zip(got["log"], want["log"], strict=True):
+            assert row.keys() == row_wanted.keys()
+            for key in (*LOGGED, "skipped_records"):
+                wanted = pytest.approx(row_wanted.get(key, 0.0), rel=1e-4, abs=1e-5)
+                assert row.get(key, 0.0) == wanted, key
+        for key, value in want["evaluation"].items():
+            if "runtime" not in key and "per_second" not in key:
+                assert got["evaluation"][key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+def test_a_loss_outside_the_wrapped_forward_would_be_seen(found: Any, expected: Any) -> None:
+    """The negative control: DDP synchronises nothing then, and says nothing."""
+    outside, want = found["outside"], expected["outside"]["weights"]
+    assert _difference(outside[0]["weights"], want) > 1e-3
+    assert _difference(outside[0]["weights"], outside[1]["weights"]) > 1e-3
+
+
+def test_the_bad_record_was_skipped_on_both(found: Any) -> None:
+    for got in found["skip"]:
+        skipped = [row.get("skipped_records", 0.0) for row in got["log"]]
+        assert sum(skipped) == 5.0  # once an epoch
+
+
+def test_processes_agree_on_the_pack_size_of_the_smaller_device(found: Any) -> None:
+    sizes = {got["max_tokens"] for got in found["find"]}
+    assert len(sizes) == 1
+    assert 90 <= sizes.pop() <= 130
