@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -255,6 +255,8 @@ def _check(model: nn.Module, state: Prepared) -> None:
     with torch.no_grad(), evaluation_mode(model):
         state.head = check_head(lm, _inner(model), hidden_states)
         if state.shared_prompts:
-            check_sharing(lm, functools.partial(_pack_hidden, lm, state), hidden_states)
+            # By paths: the wiring is checked, and no kernel compiled that training may not use.
+            by_paths = replace(state, attention="paths")
+            check_sharing(lm, functools.partial(_pack_hidden, lm, by_paths), hidden_states)
         else:
             check_causal(lm, hidden_states)

@@ -141,8 +141,9 @@ def test_unknown_backends_and_backends_that_do_not_serve():
     model = build("llama", SHAREABLE["llama"])
     with pytest.raises(ValueError, match="attention must be one of auto, cpu, varlen, flex, paths"):
         fastrank.prepare_model(model, attention="magic")
-    with pytest.raises(InputError, match="attention='flex' cannot serve a full layer"):
-        fastrank.prepare_model(model, attention="flex")
+    fastrank.prepare_model(model, attention="flex")
+    with pytest.raises(ValueError, match="attention='flex' cannot serve a full layer .* on cpu"):
+        model(pack=one_pack())
 
 
 @pytest.mark.parametrize("attention", ["cpu", "paths"])

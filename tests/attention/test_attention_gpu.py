@@ -1,0 +1,156 @@
+"""The CUDA backends against the paths reference, and prepared models on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import SHAREABLE, build
+from pack_cases import RAGGED, gradients, random_groups, separate_scores
+from torch import Tensor
+
+import fastrank
+from fastrank.attention.adapter import attend
+from fastrank.attention.backends import LayerProperties, choose_backend
+from fastrank.attention.gather import gather_keys, key_index
+from fastrank.attention.paths import path_attention
+from fastrank.attention.segments import SegmentTable
+from fastrank.attention.varlen import flash_attn_installed
+from fastrank.attention.visibility import FULL, Visibility
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+LAYOUTS = {
+    "ragged": [(5, [3, 1, 7]), (1, [2, 9]), (17, [1])],
+    "long": [(300, [128, 131, 5, 257]), (130, [300]), (3, [2, 2]), (513, [64] * 9)],
+}
+VISIBILITIES = [
+    FULL,
+    Visibility("sliding", 4),
+    Visibility("sliding", 150),
+    Visibility("chunked", 96),
+]
+
+
+def make(segments: SegmentTable, heads: int, kv_heads: int, size: int, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(1, segments.num_tokens, h, size, generator=generator, dtype=torch.float64)
+        .to(CUDA, dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+        for h in (heads, kv_heads, kv_heads)
+    ]
+
+
+def compare(inputs: list[Tensor], segments: SegmentTable, backend: str, **options: object) -> None:
+    """Value and gradients: no further from float64 than twice the paths in the same dtype."""
+    dtype = inputs[0].dtype
+    exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
+    exact_options = {
+        k: v.detach().double() if isinstance(v, Tensor) else v for k, v in options.items()
+    }
+    exact = path_attention(*exact_inputs, segments, fused=False, **exact_options)
+    upstream = torch.randn_like(exact) * torch.rand_like(exact[..., :1]) * 2
+    expected = [exact, *torch.autograd.grad(exact, exact_inputs, upstream)]
+
+    def run(function) -> list[Tensor]:
+        out = function()
+        return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
+
+    plain = run(lambda: path_attention(*inputs, segments, **options))
+    found = run(lambda: attend(*inputs, segments, backend=backend, **options))
+    for ours, theirs, reference in zip(found, plain, expected, strict=True):
+        assert ours.dtype == dtype and ours.shape == reference.shape
+        own = (ours.double() - reference).norm()
+        assert own <= 2 * (theirs.double() - reference).norm() + 1e-6 * reference.norm()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("visibility", VISIBILITIES[:3], ids=str)
+@pytest.mark.parametrize("heads", [(8, 8, 64), (8, 2, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_varlen(layout, visibility, heads, dtype):
+    segments = SegmentTable.from_lengths(LAYOUTS[layout])
+    compare(make(segments, *heads, dtype), segments, "varlen", visibility=visibility)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_flex(layout, visibility, dtype):
+    segments = SegmentTable.from_lengths(LAYOUTS[layout])
+    compare(make(segments, 8, 2, 64, dtype), segments, "flex", visibility=visibility)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_flex_with_softcap_and_with_sinks(layout):
+    segments = SegmentTable.from_lengths(LAYOUTS[layout])
+    inputs = make(segments, 8, 2, 64, torch.bfloat16)
+    compare(inputs, segments, "flex", visibility=FULL, softcap=2.0)
+    sinks = torch.linspace(-1, 2, 8, device=CUDA)
+    compare(inputs, segments, "flex", visibility=Visibility("sliding", 4), sinks=sinks)
+
+
+def test_flex_compiles_once_for_packs_of_changing_length():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        lengths = torch.randint(1, 300, (4,), generator=generator).tolist()
+        segments = SegmentTable.from_lengths([(lengths[0], lengths[1:])])
+        inputs = make(segments, 4, 2, 64, torch.bfloat16)
+        attend(*inputs, segments, visibility=FULL, backend="flex").sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.skipif(not flash_attn_installed(), reason="flash-attn is not installed")
+def test_flash_attn_with_softcap():
+    segments = SegmentTable.from_lengths(LAYOUTS["long"])
+    inputs = make(segments, 8, 2, 64, torch.bfloat16)
+    compare(inputs, segments, "varlen", visibility=FULL, softcap=5.0)
+
+
+def test_auto_takes_varlen_in_bfloat16():
+    layer = LayerProperties.of(FULL, 100)
+    assert choose_backend(CUDA, torch.bfloat16, layer).name == "varlen"
+
+
+def test_gathered_gradients_are_deterministic():
+    segments = SegmentTable.from_lengths(LAYOUTS["long"])
+    rows = make(segments, 8, 2, 64, torch.bfloat16)[1][0].transpose(0, 1)
+    index = key_index(segments, rows.device)
+    upstream = torch.randn_like(gather_keys(rows, index))
+    first, *others = (
+        torch.autograd.grad(gather_keys(rows, index), rows, upstream)[0] for _ in range(5)
+    )
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_by_auto(model_type, dtype):
+    fields = {**SHAREABLE[model_type], "head_dim": 16}
+    model = build(model_type, fields).to(CUDA, dtype)
+    exact = build(model_type, fields)
+    groups = random_groups(RAGGED)
+    expected = separate_scores(exact, groups)
+    weights = torch.linspace(-1.5, 2.0, len(expected))
+    reference = gradients(exact, expected, weights)
+    own = separate_scores(model, groups)
+    own_gradients = gradients(model, own, weights.to(CUDA))
+    fastrank.prepare_model(model)
+    (pack,) = fastrank.pack(groups, max_tokens=4096)
+    scores = model(pack=pack.to(CUDA)).scores
+    found = gradients(model, scores, weights.to(CUDA))
+
+    def error(values: Tensor, target: Tensor) -> float:
+        return float((values.detach().cpu().double() - target.double()).norm())
+
+    slack = 1e-5 if dtype == torch.float32 else 2e-2
+    wanted = expected.detach()
+    assert error(scores, wanted) <= 2 * error(own, wanted) + slack * float(wanted.norm())
+    total = sum(error(found[n], g) ** 2 for n, g in reference.items()) ** 0.5
+    plain = sum(error(own_gradients[n], g) ** 2 for n, g in reference.items()) ** 0.5
+    size = sum(float(g.norm()) ** 2 for g in reference.values()) ** 0.5
+    assert total <= 2 * plain + slack * size
