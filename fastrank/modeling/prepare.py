@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import MethodType
@@ -35,6 +36,8 @@ from fastrank.modeling.logits import model_logprobs, ranking_from_logprobs
 from fastrank.modeling.outputs import ScoreOutput
 from fastrank.modeling.unwrap import causal_lm, evaluation_mode, is_materialized, model_configs
 from fastrank.outputs import RankingOutput
+
+logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -80,6 +83,11 @@ def prepare_model(model: ModelT, *, attention: str = "auto", shared_prompts: boo
         expected = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"attention must be one of {expected}, got {attention!r}")
     lm = causal_lm(model)
+    if getattr(lm.config.get_text_config(), "output_router_logits", False):
+        logger.warning(
+            "the auxiliary load-balancing loss (output_router_logits=True) is not added to the "
+            "ranking loss of packs"
+        )
     if shared_prompts:
         check_shareable(lm)
     release_model(model)

@@ -173,3 +173,15 @@ def test_disable_dropout_says_what_it_changed():
     assert "transformer.drop: 0.2" in changed
     assert any("attn_dropout: 0.1" in line for line in changed)
     assert disable_dropout(model) == []
+
+
+def test_the_auxiliary_loss_of_experts_is_said_to_be_left_out(caplog):
+    model = build("qwen3_moe", {**SHAREABLE["qwen3_moe"], "output_router_logits": True})
+    fastrank.prepare_model(model)
+    assert "auxiliary load-balancing loss" in caplog.text
+    groups = random_groups(RAGGED)
+    expected = separate_scores(model, groups).detach()
+    torch.testing.assert_close(model(pack=one_pack()).scores, expected, atol=1e-5, rtol=0)
+    caplog.clear()
+    fastrank.prepare_model(build("qwen3_moe", SHAREABLE["qwen3_moe"]))
+    assert "auxiliary" not in caplog.text
