@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
-from fastrank.attention.backends import LayerProperties, check_backend, choose_backend
-from fastrank.attention.cpu import merged_attention
-from fastrank.attention.paths import path_attention
+from fastrank.attention.attend import attend
+from fastrank.attention.operator import opaque_attention
 from fastrank.attention.segments import SegmentTable
 from fastrank.attention.temperature import correct_temperature
-from fastrank.attention.varlen import varlen_attention
-from fastrank.attention.visibility import Visibility, classify
+from fastrank.attention.visibility import Visibility, ask, recognise
 
 IMPLEMENTATION = "fastrank"
 
@@ -51,10 +48,16 @@ class AttentionLayout:
     """Stands in the place of ``attention_mask`` on its way through the model."""
 
     context: PackContext
-    visibility: Visibility
+    mask_answers: Tensor
+    """What the mask says on a few positions, on the host; see `fastrank.attention.visibility`."""
+    local_size: int | None
+    visibility: Visibility | None
+    """None while a compiler traces the model: it cannot branch on the mask's answers."""
 
 
-_active: ContextVar[PackContext | None] = ContextVar("fastrank_pack", default=None)
+# Where a model's configs hold the pack during a forward. A context variable would be the usual
+# place; a compiler cannot read one.
+_PACK = "_fastrank_pack"
 
 
 @contextmanager
@@ -63,16 +66,18 @@ def shared_prompt_attention(
 ) -> Iterator[PackContext]:
     """Let the models with these configs attend along the paths of ``segments``."""
     context = PackContext(segments, backend)
-    token = _active.set(context)
-    previous = [config._attn_implementation for config in configs]
+    previous = [(config._attn_implementation, config.__dict__.get(_PACK)) for config in configs]
     try:
         for config in configs:
             config._attn_implementation_internal = IMPLEMENTATION
+            config.__dict__[_PACK] = context
         yield context
     finally:
-        for config, name in zip(configs, previous, strict=True):
+        for config, (name, pack) in zip(configs, previous, strict=True):
             config._attn_implementation_internal = name
-        _active.reset(token)
+            config.__dict__[_PACK] = pack
+            if pack is None:
+                del config.__dict__[_PACK]
 
 
 def layout_mask(
@@ -80,17 +85,20 @@ def layout_mask(
     mask_function: Any = None,
     local_size: int | None = None,
     attention_mask: Tensor | None = None,
+    config: Any = None,
     **kwargs: Any,
 ) -> AttentionLayout:
     """transformers' mask function of this implementation; see `AttentionLayout`."""
-    context = _active.get()
+    context = getattr(config, _PACK, None)
     if context is None:
         raise RuntimeError(
             f"attention implementation {IMPLEMENTATION!r} serves packs only: call the model that "
             "prepare_model returned with pack=..."
         )
     where = torch.device("cpu") if attention_mask is None else attention_mask.device
-    return AttentionLayout(context, classify(mask_function, local_size, where))
+    answers = ask(mask_function, local_size, where)
+    visibility = None if torch.compiler.is_compiling() else recognise(answers, local_size)
+    return AttentionLayout(context, answers, local_size, visibility)
 
 
 def layout_attention(
@@ -125,64 +133,21 @@ def layout_attention(
             )
     context = attention_mask.context
     context.calls += 1
-    out = attend(
-        correct_temperature(module, query, context.segments),
-        key,
-        value,
-        context.segments,
-        visibility=attention_mask.visibility,
-        scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-        backend=context.backend,
-    )
-    return out, None
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: SegmentTable,
-    *,
-    visibility: Visibility,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Shared-prompt attention by the backend named, or by the one that fits (``"auto"``).
-
-    query [1, H, N, D], key [1, H_kv, N, D], value [1, H_kv, N, D_v] -> [1, N, H, D_v]. Under
-    autocast all three are cast to its type, as for PyTorch's own attention: rotary embeddings leave
-    queries and keys wider than values.
-    """
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    layer = LayerProperties.of(
-        visibility,
-        segments.longest_path,
-        softcap=softcap is not None,
-        sinks=sinks is not None,
-        head_size=query.shape[-1],
-        value_size=value.shape[-1],
-    )
-    if backend == "auto":
-        backend = choose_backend(query.device, query.dtype, layer).name
-    else:
-        check_backend(backend, query.device, query.dtype, layer)
-    if backend == "cpu":
-        return merged_attention(query, key, value, segments, scale=scale, sinks=sinks)
-    options: dict[str, Any] = {"visibility": visibility, "scale": scale, "softcap": softcap}
-    if backend == "varlen":
-        return varlen_attention(query, key, value, segments, **options)
-    if backend == "flex":
-        from fastrank.attention.flex import flex_attention_on_pack
-
-        return flex_attention_on_pack(query, key, value, segments, sinks=sinks, **options)
-    return path_attention(query, key, value, segments, sinks=sinks, **options)
+    query = correct_temperature(module, query, context.segments)
+    options: dict[str, Any] = {
+        "scale": scaling,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "backend": context.backend,
+    }
+    if attention_mask.visibility is None:
+        options |= {
+            "mask_answers": attention_mask.mask_answers,
+            "local_size": attention_mask.local_size,
+        }
+        return opaque_attention(query, key, value, context.segments, **options), None
+    options["visibility"] = attention_mask.visibility
+    return attend(query, key, value, context.segments, **options), None
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -201,8 +166,9 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     """In a recomputation the model's own implementation is set again: switch for this call."""
     if any(isinstance(value, AttentionLayout) for value in (*args, *kwargs.values())):
         config: Any = module.config
-        module.__dict__["_fastrank_implementation"] = config._attn_implementation
-        config._attn_implementation_internal = IMPLEMENTATION
+        if config._attn_implementation != IMPLEMENTATION:
+            module.__dict__["_fastrank_implementation"] = config._attn_implementation
+            config._attn_implementation_internal = IMPLEMENTATION
 
 
 def _after_attention(module: nn.Module, args: Any, output: Any) -> None:

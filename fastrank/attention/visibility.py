@@ -61,28 +61,49 @@ def classify(
     compared with it on positions around every border that they have, so that a mask of another
     shape (bidirectional, blockwise, user-made) raises ValueError and is not taken for causal.
     """
-    candidates = (
-        (FULL,)
-        if local_size is None
-        else (Visibility("sliding", local_size), Visibility("chunked", local_size))
-    )
-    size = local_size or 8
-    border = sorted({0, 1, 2, size - 1, size, size + 1, 2 * size - 1, 2 * size, 3 * size + 1})
-    query, key = (
-        grid.reshape(-1) for grid in torch.meshgrid(*[torch.tensor(border)] * 2, indexing="ij")
-    )
+    return recognise(ask(mask_function, local_size, device), local_size)
+
+
+def ask(mask_function: Callable[..., Any], local_size: int | None, device: torch.device) -> Tensor:
+    """The mask's answers on pairs of positions around every border, bool on the host.
+
+    Tensor operations only: a compiler can trace them.
+    """
+    query, key = _borders(local_size)
     zero = torch.zeros((), dtype=torch.long, device=device)
     try:
-        asked = mask_function(zero, zero, query.to(device), key.to(device)).cpu()
+        asked: Tensor = mask_function(zero, zero, query.to(device), key.to(device)).cpu()
     except (IndexError, TypeError, RuntimeError) as error:
         raise ValueError(
             "attention mask must be causal, sliding or chunked on the positions of one row, got a "
             f"mask that cannot be evaluated there ({error})"
         ) from error
+    return asked.expand(query.shape)
+
+
+def recognise(answers: Tensor, local_size: int | None) -> Visibility:
+    """The visibility whose mask gives these answers.
+
+    Raises:
+        ValueError: none does.
+    """
+    query, key = _borders(local_size)
+    candidates = (
+        (FULL,)
+        if local_size is None
+        else (Visibility("sliding", local_size), Visibility("chunked", local_size))
+    )
     for candidate in candidates:
-        if torch.equal(asked.expand(query.shape), candidate.mask(query, key)):
+        if torch.equal(answers, candidate.mask(query, key)):
             return candidate
     raise ValueError(
         "attention mask must be causal, sliding or chunked on the positions of one row, got "
         "another pattern"
     )
+
+
+def _borders(local_size: int | None) -> tuple[Tensor, Tensor]:
+    size = local_size or 8
+    border = sorted({0, 1, 2, size - 1, size, size + 1, 2 * size - 1, 2 * size, 3 * size + 1})
+    query, key = torch.meshgrid(*[torch.tensor(border)] * 2, indexing="ij")
+    return query.reshape(-1), key.reshape(-1)
