@@ -61,6 +61,7 @@ def interleave(
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
+    gc.freeze()  # a collection between rounds then looks at what the rounds left, not at all modules
     try:
         for name in names:  # one round of warm-up
             sample(steps[name], inner)
@@ -74,6 +75,7 @@ def interleave(
                 samples[name].append(elapsed / inner / repeats.get(name, 1))
             gc.collect()
     finally:
+        gc.unfreeze()
         if collecting:
             gc.enable()
     return {name: Timing(tuple(values)) for name, values in samples.items()}

@@ -116,6 +116,20 @@ def build(workload: Workload, device: torch.device) -> Problem:
     return problem
 
 
+_VARIANTS = {
+    "loss": "loss_peers",
+    "rank": "rank_suite",
+    "attention": "attention_suite",
+    "step": "step_peers",
+}
+
+
+def variant_names(suite: str) -> list[str]:
+    """The names of a suite's variants, fastrank first."""
+    module = importlib.import_module(f".{_VARIANTS[suite]}", __package__)
+    return list(dict.fromkeys(variant.name for variant in module.VARIANTS))
+
+
 def rewards_with_accuracy(strength: Tensor, accuracy: float, generator: torch.Generator) -> Tensor:
     """Rewards [G, n], a permutation of 0 to n - 1 in each group, that agree with the order of
     ``strength`` [G, n] in about the share ``accuracy`` of the pairs: 0 is the opposite order, 1/2
@@ -124,7 +138,7 @@ def rewards_with_accuracy(strength: Tensor, accuracy: float, generator: torch.Ge
     ranks = _ranks(strength)
     if accuracy < 0.5:
         ranks, accuracy = strength.shape[1] - 1 - ranks, 1.0 - accuracy
-    low, high = 0.0, 8.0 * strength.shape[1]
+    low, high = 0.0, 1000.0 * strength.shape[1]
     for _ in range(40):
         middle = (low + high) / 2
         good = _agreement(_ranks(ranks + middle * noise), ranks) >= accuracy

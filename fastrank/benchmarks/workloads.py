@@ -37,8 +37,8 @@ class Workload:
     loss: str = "rrhf"
     frozen_head: bool = False
     accuracy: float = 0.0
-    """Pairwise accuracy of the scores before the step. 0, every pair the wrong way round, leaves no
-    row without a gradient: the hardest case for what drops such rows."""
+    """Pairwise accuracy of the scores before the step. At 0, every pair the wrong way round, RRHF
+    leaves no row without a gradient (n even): the hardest case for what drops such rows."""
     model: str = ""
     """Step suite: the shape of the model, a name in `models.SHAPES`."""
     heads: int = 0
@@ -149,6 +149,15 @@ WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in _ALL}
 """Every workload by its name."""
 
 
+_COMMON = ("groups", "candidates", "dtype", "loss", "seed")
+_RESIZABLE = {
+    "loss": (*_COMMON, "tokens", "response", "prompt", "vocab", "hidden", "accuracy"),
+    "rank": (*_COMMON, "accuracy"),
+    "attention": ("candidates", "dtype", "seed", "response", "prompt"),
+    "step": (*_COMMON, "tokens", "response", "prompt", "model"),
+}
+
+
 def select(suite: str, device: str, names: list[str] | None = None) -> list[Workload]:
     """The workloads of a suite: those named, or the device's own.
 
@@ -171,10 +180,16 @@ def resize(workload: Workload, *, tokens: int | None = None, **sizes: Any) -> Wo
     groups.
 
     Raises:
-        InputError: a size that is not positive, or tokens that are no whole number of groups.
+        InputError: a size that the suite does not have or that is not positive, or tokens that are
+            no whole number of groups.
     """
     given = {name: value for name, value in sizes.items() if value is not None}
-    for name, value in given.items():
+    known = _RESIZABLE[workload.suite]
+    for name, value in {**given, **({} if tokens is None else {"tokens": tokens})}.items():
+        if name not in known:
+            raise InputError(
+                f"--{name} is no size of suite {workload.suite}, which has {', '.join(known)}"
+            )
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:
             raise InputError(f"--{name} must be at least 1, got {value}")
     if not 0.0 <= given.get("accuracy", 0.0) <= 1.0:
@@ -182,7 +197,7 @@ def resize(workload: Workload, *, tokens: int | None = None, **sizes: Any) -> Wo
     workload = dataclasses.replace(workload, **given)
     if tokens is not None:
         group = workload.candidates * workload.response
-        if tokens < 1 or tokens % group:
+        if tokens % group:
             raise InputError(
                 f"--tokens must be a multiple of candidates x response = {group}, got {tokens}"
             )

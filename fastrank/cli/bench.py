@@ -83,6 +83,8 @@ def bench(options: BenchOptions, sizes: dict[str, Any]) -> int:
     workloads = [resize(workload, **sizes) for workload in names]
     if options.seconds < 0:
         raise InputError(f"--seconds must not be negative, got {options.seconds}")
+    if options.threads is not None and options.threads < 1:
+        raise InputError(f"--threads must be at least 1, got {options.threads}")
     output = None if options.output is None else Path(options.output)
     if output is not None and output.exists() and not output.is_dir():
         raise InputError(f"--output must be a folder, got the file {output}")
@@ -91,11 +93,16 @@ def bench(options: BenchOptions, sizes: dict[str, Any]) -> int:
     from tqdm import tqdm
 
     from fastrank.benchmarks import report
+    from fastrank.benchmarks.problem import variant_names
     from fastrank.benchmarks.runner import Row, own_is_right, run_workload
 
     device = torch.device(options.device or _default_device())
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda expected a CUDA device, found none")
+    known = variant_names(options.suite)
+    for name in options.variant or ():
+        if name not in known:
+            raise InputError(f"--variant must be one of {', '.join(known)}, got {name}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     rows: list[Row] = []

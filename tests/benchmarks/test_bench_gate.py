@@ -1,0 +1,132 @@
+"""The correctness gate: a wrong result gets no time, and while fastrank's own is wrong nothing is
+compared with it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastrank.benchmarks import gate, report
+from fastrank.benchmarks.problem import Outputs, Problem, Step, Variant
+from fastrank.benchmarks.runner import FAILED, MISSING, OK, WRONG, own_is_right, run_workload
+from fastrank.benchmarks.workloads import WORKLOADS
+
+CPU = torch.device("cpu")
+
+
+class Squares(Problem):
+    """A problem of four numbers: the sum of squares and its gradient."""
+
+    inner = 1
+
+    def __init__(self, variants: list[Variant]) -> None:
+        super().__init__(WORKLOADS["R1-64x8"], CPU)
+        self.x = torch.tensor([1.0, -2.0, 3.0, 0.5])
+        self._variants = variants
+        self.has_memory = False
+
+    def variants(self) -> list[Variant]:
+        return self._variants
+
+    def compute_reference(self, target: str) -> Outputs:
+        x = self.x.double()
+        return {"loss": x.square().sum(), "dx": 2 * x}
+
+
+def right(problem: Squares) -> Step:
+    return lambda: {"loss": problem.x.square().sum(), "dx": 2 * problem.x}
+
+
+def wrong(problem: Squares) -> Step:
+    """Right value, wrong gradient: one element in four."""
+    gradient = 2 * problem.x
+    gradient[2] = 0.0
+    return lambda: {"loss": problem.x.square().sum(), "dx": gradient}
+
+
+def broken(problem: Squares) -> Step:
+    raise RuntimeError("no such kernel\nand a second line")
+
+
+def rows_of(*variants: Variant):
+    problem = Squares(list(variants))
+    return run_workload(problem.workload, CPU, seconds=0.0, problem=problem)
+
+
+def test_a_wrong_peer_gets_no_time():
+    rows = rows_of(
+        Variant("fastrank", right, ours=True), Variant("honest", right), Variant("liar", wrong)
+    )
+    own, honest, liar = rows
+    assert (own.status, honest.status, liar.status) == (OK, OK, WRONG)
+    assert own.timed and honest.timed and honest.ratio is not None
+    assert not liar.timed and liar.ratio is None and liar.samples_ms == ""
+    assert "dx is off by" in liar.reason
+    text = report.table(rows)
+    assert "wrong: liar: dx is off by" in text
+    assert not [line for line in text.splitlines() if line.startswith("  liar")]
+
+
+def test_nothing_is_compared_with_a_wrong_result_of_our_own():
+    rows = rows_of(Variant("fastrank", wrong, ours=True), Variant("honest", right))
+    assert not own_is_right(rows)
+    assert not rows[0].timed and all(row.ratio is None for row in rows)
+    text = report.table(rows)
+    assert "x fastrank" not in text
+    assert "own results are wrong" in text
+
+
+def test_a_second_result_of_our_own_that_is_wrong_hides_the_ratios():
+    rows = rows_of(
+        Variant("fastrank", right, ours=True),
+        Variant("fastrank, otherwise", wrong, ours=True),
+        Variant("honest", right),
+    )
+    assert not own_is_right(rows)
+    assert "x fastrank" not in report.table(rows)
+
+
+def test_what_cannot_run_is_listed_with_its_reason():
+    rows = rows_of(
+        Variant("fastrank", right, ours=True),
+        Variant("absent", right, missing=lambda problem: "package x is not installed"),
+        Variant("broken", broken),
+    )
+    assert [row.status for row in rows] == [OK, MISSING, FAILED]
+    text = report.table(rows)
+    assert "not run: absent: package x is not installed" in text
+    assert "failed: broken: RuntimeError: no such kernel" in text
+    assert "second line" not in text
+    assert own_is_right(rows)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "error"),
+    [
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]).double(), 0.0),
+        (torch.tensor([3.0, 4.0]), torch.tensor([3.0, 5.0]).double(), 1 / math.sqrt(34)),
+        (torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 2.0]).double(), math.inf),
+        (torch.tensor([1.0]), torch.tensor([1.0, 2.0]).double(), math.inf),
+        (torch.tensor([0.5, 0.0]), torch.tensor([0.0, 0.0]).double(), 0.5),
+        (torch.tensor([float("inf")]), torch.tensor([1.0]).double(), math.inf),
+    ],
+)
+def test_relative_error(value: Tensor, expected: Tensor, error: float):
+    assert gate.relative_error(value, expected) == pytest.approx(error)
+
+
+def test_relative_error_over_several_chunks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gate, "_CHUNK", 3)
+    expected = torch.arange(1.0, 11.0).double()
+    value = expected.clone()
+    value[9] += 1.0
+    assert gate.relative_error(value, expected) == pytest.approx(1 / expected.norm().item())
+
+
+def test_an_absent_result_is_wrong():
+    verdict = gate.judge({"loss": torch.tensor(1.0)}, {"loss": torch.tensor(1.0).double(),
+                         "dx": torch.ones(2).double()}, 1e-4)  # fmt: skip
+    assert verdict.wrong is not None and "dx" in verdict.wrong

@@ -1,0 +1,130 @@
+"""Each suite on tiny sizes: every variant that runs here passes its gate and gets a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastrank.benchmarks import products
+from fastrank.benchmarks.problem import build
+from fastrank.benchmarks.runner import MISSING, OK, run_workload
+from fastrank.benchmarks.workloads import WORKLOADS, resize
+
+CPU = torch.device("cpu")
+COMPILED = "torch.compile of plain"
+LOSS = {"groups": 2, "candidates": 4, "response": 5, "vocab": 203, "hidden": 24}
+
+
+def measured(name: str, **sizes: object):
+    workload = resize(WORKLOADS[name], **sizes)
+    problem = build(workload, CPU)
+    names = [v.name for v in problem.variants() if v.name != COMPILED]
+    rows = run_workload(workload, CPU, seconds=0.0, only=names, with_memory=False, problem=problem)
+    return {row.variant: row for row in rows}
+
+
+def check(rows, *expected: str) -> None:
+    for name in expected:
+        row = rows[name]
+        assert row.status == OK, row.reason
+        assert row.median_ms is not None and row.median_ms > 0
+        assert row.ratio is not None and row.error is not None
+    for name, row in rows.items():
+        assert row.status in (OK, MISSING), (name, row.reason)
+        assert row.reason or row.status == OK
+
+
+@pytest.mark.parametrize("loss", ["rrhf", "pro"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loss_suite(loss: str, dtype: str):
+    rows = measured("K5", **LOSS, loss=loss, dtype=dtype, prompt=4)
+    check(rows, "fastrank", "fastrank.token_logprobs", "plain PyTorch", "published loop")
+    assert rows["liger fused CE"].reason == "needs CUDA"
+
+
+def test_loss_suite_with_a_frozen_head():
+    rows = measured("K2", **LOSS, dtype="float32")
+    check(rows, "fastrank", "plain PyTorch", "published loop")
+    assert "dweight" not in rows["fastrank"].errors
+
+
+def test_dead_rows_are_dropped_and_left():
+    rows = measured("K5-85", **{**LOSS, "groups": 4, "candidates": 6})
+    check(rows, "fastrank", "fastrank, every row")
+    assert rows["fastrank"].products < rows["fastrank, every row"].products == pytest.approx(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("R1-64x8", {"groups": 5}), ("R1-64x8-pro", {"groups": 3, "candidates": 4})]
+)
+def test_rank_suite(name: str, sizes: dict[str, int]):
+    check(measured(name, **sizes), "fastrank", "plain PyTorch", "published loop")
+
+
+def test_attention_suite():
+    rows = measured("A1-512-cpu", prompt=19, candidates=3, response=7)
+    check(rows, "fastrank", "fastrank, cpu", "fastrank, paths", "dense mask", "no sharing")
+
+
+def test_attention_suite_with_grouped_heads():
+    workload = resize(WORKLOADS["A1-256"], prompt=9, candidates=2, response=5, dtype="float32")
+    rows = {row.variant: row for row in run_workload(workload, CPU, seconds=0, with_memory=False)}
+    check(rows, "fastrank", "dense mask", "no sharing")
+
+
+@pytest.mark.parametrize("loss", ["rrhf", "pro"])
+def test_step_suite(loss: str):
+    rows = measured(
+        "S2", model="llama-2x32", groups=2, candidates=3, prompt=11, response=6, loss=loss
+    )
+    check(
+        rows,
+        "fastrank",
+        "no sharing, padding-free",
+        "dense mask",
+        "padded, responses projected",
+        "published loop",
+    )
+
+
+def test_step_suite_in_bfloat16():
+    rows = measured(
+        "S2", model="llama-2x32", candidates=4, prompt=11, response=16, dtype="bfloat16"
+    )
+    check(rows, "fastrank", "padded, responses projected", "published loop")
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "expected"),
+    [
+        ("K5", "plain PyTorch", 3),
+        ("K5", "fastrank", 3),
+        ("K2", "plain PyTorch", 2),
+        ("K2", "fastrank", 2),
+    ],
+)
+def test_products_are_counted(name: str, variant: str, expected: int):
+    problem = build(resize(WORKLOADS[name], **LOSS, dtype="float32"), CPU)
+    step = next(v for v in problem.variants() if v.name == variant).make(problem)
+    assert products.count(step, problem.product_flops()) == pytest.approx(expected)
+
+
+def test_no_product_is_not_zero_products():
+    assert products.count(lambda: torch.ones(3).sum(), 100) is None
+
+
+def test_the_same_workload_gives_the_same_inputs():
+    workload = resize(WORKLOADS["K5"], **LOSS)
+    first, second = build(workload, CPU), build(workload, CPU)
+    assert torch.equal(first.hidden, second.hidden) and torch.equal(first.rewards, second.rewards)
+
+
+def test_scores_lie_far_apart_and_every_row_is_live():
+    """No dtype's rounding decides a pair, and nothing is saved by dropping rows."""
+    problem = build(resize(WORKLOADS["K5"], **{**LOSS, "response": 64}), CPU)
+    logits = problem.hidden.detach() @ problem.weight.detach().t()
+    logp = torch.log_softmax(logits, -1).gather(1, problem.labels[:, None])
+    scores = logp.view(problem.shape).mean(-1)
+    gaps = (scores[:, :, None] - scores[:, None, :]).abs() + torch.eye(4) * 9
+    assert gaps.min() > 0.1
+    assert torch.equal(scores.argsort(1), problem.rewards.argsort(1, descending=True))

@@ -1,0 +1,180 @@
+"""Timing, memory, workloads and the CSV."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+
+import pytest
+import torch
+
+from fastrank.benchmarks import measure, memory, report
+from fastrank.benchmarks.problem import rewards_with_accuracy
+from fastrank.benchmarks.runner import MISSING, Row, run_workload
+from fastrank.benchmarks.workloads import SUITES, WORKLOADS, Workload, resize, select
+from fastrank.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def test_variants_take_turns_and_the_order_alternates():
+    calls: list[str] = []
+    steps = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    timings = measure.interleave(steps, CPU, seconds=0.0, min_rounds=3)
+    assert calls == list("abc" + "abc" + "cba" + "abc")
+    assert all(len(timing.samples) == 3 for timing in timings.values())
+
+
+def test_a_sample_is_divided_by_the_runs_in_it():
+    def step() -> None:
+        time.sleep(0.004)
+
+    timings = measure.interleave(
+        {"one": step, "four": step}, CPU, seconds=0.0, inner=2, repeats={"four": 4}
+    )
+    assert 4.0 <= timings["one"].median < 20.0
+    assert timings["four"].median < timings["one"].median / 2
+
+
+def test_rounds_end_with_the_time_and_at_the_limit():
+    def step() -> None:
+        time.sleep(0.002)
+
+    assert len(measure.interleave({"a": step}, CPU, seconds=1.0)["a"].samples) > 5
+    few = measure.interleave({"a": step}, CPU, seconds=9.0, max_rounds=7)
+    assert len(few["a"].samples) == 7
+
+
+def test_median_and_spread():
+    timing = measure.Timing((4.0, 1.0, 2.0, 3.0, 100.0))
+    assert timing.median == 3.0
+    assert timing.spread == pytest.approx((4.0 - 2.0) / 2 / 3.0)
+    assert measure.Timing((5.0,)).spread == 0.0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux")
+def test_peak_memory_is_that_of_the_run():
+    size = 64 << 20
+
+    def step() -> dict[str, torch.Tensor]:
+        torch.ones(size // 4).sum()  # freed before the end
+        return {"kept": torch.ones(size // 4, dtype=torch.uint8)}
+
+    assert memory.own_peak(step) == pytest.approx(size, rel=0.1)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux")
+def test_peak_memory_in_a_process_of_its_own():
+    """Plain PyTorch holds the logits and their gradients; fastrank some groups of them."""
+    sizes = {"groups": 16, "candidates": 4, "response": 16, "vocab": 8192, "hidden": 16}
+    workload = resize(WORKLOADS["K5"], **sizes)
+    logits = workload.tokens * workload.vocab * 4
+    plain = memory.cpu_peak(workload, "plain PyTorch")
+    fused = memory.cpu_peak(workload, "fastrank")
+    assert plain is not None and fused is not None
+    assert 1.9 * logits < plain < 4 * logits
+    assert 0 < fused < plain / 1.5
+
+
+def test_saved_activations_leave_parameters_out():
+    weight = torch.randn(64, 64, requires_grad=True)
+    x = torch.randn(32, 64)
+
+    def step() -> None:
+        y = x @ weight  # keeps x (and weight)
+        torch.exp(y).sum().backward()  # keeps its result
+
+    assert memory.saved_for_backward(step, [weight]) == 2 * 32 * 64 * 4
+
+
+def test_the_workloads_of_the_design():
+    assert WORKLOADS["K1"].tokens == WORKLOADS["K2"].tokens == 8192
+    assert WORKLOADS["K3"].tokens == 6144
+    assert WORKLOADS["K4"].tokens == 16384
+    assert WORKLOADS["K5"].tokens == WORKLOADS["K5-bf16"].tokens == 2048
+    assert WORKLOADS["K2"].frozen_head and not WORKLOADS["K1"].frozen_head
+    assert [w.vocab for w in select("loss", "cuda")] == [128256, 128256, 32000, 151936]
+    assert [w.name for w in select("step", "cpu")] == ["S2", "S2-1024", "S2-256"]
+    assert {w.suite for w in WORKLOADS.values()} == set(SUITES)
+
+
+def test_a_workload_survives_the_way_to_another_process():
+    for workload in WORKLOADS.values():
+        assert Workload.from_dict(workload.as_dict()) == workload
+
+
+def test_sizes_can_be_replaced():
+    workload = resize(WORKLOADS["K5"], tokens=1024, vocab=77, candidates=None)
+    assert (workload.groups, workload.tokens, workload.vocab) == (2, 1024, 77)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tokens": 100}, "--tokens must be a multiple of candidates x response = 512, got 100"),
+        ({"tokens": 0}, "--tokens must be at least 1, got 0"),
+        ({"vocab": 0}, "--vocab must be at least 1, got 0"),
+        ({"accuracy": 1.5}, "--accuracy must lie between 0 and 1, got 1.5"),
+    ],
+)
+def test_wrong_sizes(sizes: dict[str, float], message: str):
+    with pytest.raises(InputError, match=message):
+        resize(WORKLOADS["K5"], **sizes)
+
+
+def test_a_size_of_another_suite_is_refused():
+    with pytest.raises(InputError, match="--vocab is no size of suite rank, which has groups"):
+        resize(WORKLOADS["R1-64x8"], vocab=5)
+
+
+def test_an_unknown_workload_is_named():
+    with pytest.raises(InputError, match="--workload of suite loss must be one of K1, .*got S2"):
+        select("loss", "cpu", ["S2"])
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.15, 0.5, 0.85, 1.0])
+def test_rewards_have_the_accuracy_asked_for(accuracy: float):
+    generator = torch.Generator().manual_seed(0)
+    strength = torch.rand(200, 6, generator=generator)
+    rewards = rewards_with_accuracy(strength, accuracy, generator)
+    assert torch.equal(rewards.sort(1).values, torch.arange(6.0).expand(200, 6))
+    upper = torch.triu(torch.ones(6, 6, dtype=torch.bool), 1)
+    same = (rewards[:, :, None] > rewards[:, None, :]) == (
+        strength[:, :, None] > strength[:, None, :]
+    )
+    assert same[:, upper].float().mean().item() == pytest.approx(accuracy, abs=0.03)
+
+
+def a_row(**fields: object) -> Row:
+    sizes = dict.fromkeys(
+        ["tokens", "groups", "candidates", "response", "prompt", "vocab", "hidden"], 3
+    )
+    text = dict.fromkeys(["suite", "workload", "sizes", "device", "dtype", "loss"], "x")
+    return Row(**{**sizes, **text, "variant": "v", "ours": False, **fields})
+
+
+def test_the_csv_gives_back_its_rows(tmp_path):
+    rows = [
+        a_row(median_ms=1.5, spread=0.25, ratio=2.0, error=1e-7, samples_ms="1 2", ours=True),
+        a_row(status=MISSING, reason='needs "x", and\nmore'),
+    ]
+    path = tmp_path / "loss_cpu.csv"
+    report.write_csv(rows, path)
+    assert report.read_csv(path) == rows
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_table_leaves_empty_columns_out():
+    text = report.table([a_row(median_ms=123.4, spread=0.1, ratio=1.0, error=1e-7)])
+    assert text.splitlines()[1].split() == ["variant", "ms", "±", "x", "fastrank", "error"]
+    assert text.splitlines()[2].split() == ["v", "123", "10%", "1.00", "1.0e-07"]
+
+
+def test_every_row_says_where_it_was_measured():
+    workload = dataclasses.replace(WORKLOADS["R1-64x8"], groups=2, candidates=2)
+    (row,) = run_workload(workload, CPU, seconds=0.0, only=["plain PyTorch"])
+    assert row.device_name and "torch=" in row.versions and len(row.date) == 16
+    assert row.ratio is None  # fastrank did not run: nothing to compare with
+    assert row.median_ms is not None and math.isfinite(row.median_ms)
