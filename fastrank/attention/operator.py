@@ -12,6 +12,8 @@ step; the eager path does not pay it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -67,8 +69,7 @@ def _attention(
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    _, heads, tokens, _ = query.shape
-    return query.new_empty(1, tokens, heads, value.shape[-1])
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
 
 
 @torch.library.custom_op("fastrank::shared_prompt_attention_backward", mutates_args=())
@@ -90,21 +91,34 @@ def _attention_backward(
     options = _options(offsets, parents, mask_answers, local_size, scale, softcap, backend)
     given = [query, key, value] + ([] if sinks is None else [sinks])
     leaves = [tensor.detach().requires_grad_() for tensor in given]
-    with torch.enable_grad():
-        out = attend(*leaves[:3], sinks=leaves[3] if sinks is not None else None, **options)
-    found = [found.contiguous() for found in torch.autograd.grad(out, leaves, grad)]
+    sink_leaf = None if sinks is None else leaves[3]
+    with _recording():
+        out = attend(leaves[0], leaves[1], leaves[2], sinks=sink_leaf, **options)
+        found = [made.contiguous() for made in torch.autograd.grad(out, leaves, grad)]
     if sinks is None:
         found.append(query.new_empty(0))
     return found[0], found[1], found[2], found[3]
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd inside an operator: the dispatcher has switched it off there, beyond what
+    ``torch.enable_grad`` switches on."""
+    keys = torch._C.DispatchKey
+    with ExitStack() as stack:
+        for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 @_attention_backward.register_fake
 def _(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = [query, key, value, query.new_empty(0) if sinks is None else sinks]
-    first, second, third, fourth = (tensor.new_empty(tensor.shape) for tensor in given)
-    return first, second, third, fourth
+    given = (query, key, value, query.new_empty(0) if sinks is None else sinks)
+    made = [tensor.new_empty(tensor.shape) for tensor in given]
+    return made[0], made[1], made[2], made[3]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

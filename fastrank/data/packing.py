@@ -47,6 +47,8 @@ class Pack:
         group_index: the positions of the groups in the list given to `pack`.
         segments: which token belongs to which prompt and response; None without shared prompts.
         path_lengths: tokens of every [prompt; response], one a candidate.
+        longest_path, shortest_path: their extremes, as plain numbers: a compiled model checks them
+            in every forward and would be bound to a whole tuple.
         names: the groups' names, for messages.
     """
 
@@ -63,6 +65,8 @@ class Pack:
     group_index: tuple[int, ...]
     segments: SegmentTable | None
     path_lengths: tuple[int, ...]
+    longest_path: int
+    shortest_path: int
     names: tuple[str | None, ...] = field(default=())
 
     @property
@@ -237,6 +241,9 @@ def _assemble(
     references = [g.reference_scores for g in groups if g.reference_scores is not None]
     cu_responses = _offsets([len(ids) for ids in responses])
     cu_groups = _offsets([group.num_candidates for group in groups])
+    path_lengths = tuple(
+        len(group.prompt_ids) + len(ids) for group in groups for ids in group.response_ids
+    )
     return Pack(
         input_ids=input_ids,
         position_ids=position_ids,
@@ -250,9 +257,9 @@ def _assemble(
         cu_groups_device=cu_groups,
         group_index=group_index,
         segments=segments,
-        path_lengths=tuple(
-            len(group.prompt_ids) + len(ids) for group in groups for ids in group.response_ids
-        ),
+        path_lengths=path_lengths,
+        longest_path=max(path_lengths),
+        shortest_path=min(path_lengths),
         names=tuple(group.name for group in groups),
     )
 

@@ -31,7 +31,7 @@ def rope_boundary(config: PretrainedConfig) -> int | None:
 def check_paths(pack: Pack, config: PretrainedConfig) -> None:
     """Raise ValueError if a path of the pack is too long, or if paths cannot share frequencies."""
     limit = context_length(config)
-    longest, shortest = max(pack.path_lengths), min(pack.path_lengths)
+    longest, shortest = pack.longest_path, pack.shortest_path
     if limit is not None and longest > limit:
         raise ValueError(
             f"{_name(pack, longest)}: prompt and response must fit into the model's context of "
