@@ -1,8 +1,8 @@
 """``metrics.jsonl``: one line a log entry, in the order of the run, also across interruptions.
 
-A run that is killed has logged steps that its last checkpoint does not know; resumed, it
-repeats them. The file is therefore cut back to the checkpoint's step first, so that it reads as
-if nothing had happened.
+A run that is killed has logged entries that its last checkpoint does not know; resumed, it makes
+them again. The file is therefore written anew from the checkpoint's own history first, so that it
+reads as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 METRICS_FILE = "metrics.jsonl"
-_FROM_THE_END = ("train_runtime", "total_flos")  # logged once, when training ends
 
 
 class MetricsFile(TrainerCallback):
@@ -30,11 +29,10 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        resumed = state.global_step
-        kept = [row for row in read_metrics(self.path) if resumed and _belongs(row, resumed)]
+        known = [{"step": row["step"], **row} for row in state.log_history]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+        partial.write_text("".join(_line(row) for row in known), encoding="utf-8")
         partial.replace(self.path)
 
     def on_log(
@@ -61,10 +59,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def _belongs(row: dict[str, Any], resumed: int) -> bool:
-    return row.get("step", 0) <= resumed and not any(key in row for key in _FROM_THE_END)
 
 
 def _line(row: dict[str, Any]) -> str:

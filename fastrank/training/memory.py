@@ -145,12 +145,16 @@ def fullest(groups: Sequence[Group], max_tokens: int, shared_prompts: bool) -> l
     chosen: list[int] = []
     rows = length = used = 0
     for i in np.argsort(-sizes.pack_tokens(shared_prompts), kind="stable").tolist():
-        wider = rows + int(sizes.num_candidates[i])
-        longer = max(length, int(sizes.longest_path[i]))
-        after = used + int(sizes.num_tokens[i]) if shared_prompts else wider * longer
+        if shared_prompts:
+            after = used + int(sizes.num_tokens[i])
+        else:
+            longest = max(length, int(sizes.longest_path[i]))
+            after = (rows + int(sizes.num_candidates[i])) * longest
         if after <= max_tokens:
             chosen.append(i)
-            used, rows, length = after, wider, longer
+            used = after
+            rows += int(sizes.num_candidates[i])
+            length = max(length, int(sizes.longest_path[i]))
     return [groups[i] for i in chosen]
 
 

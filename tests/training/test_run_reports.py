@@ -71,6 +71,7 @@ def test_another_process_is_silent(capsys: Any, tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_continues_the_metrics_file(tmp_path: Path) -> None:
+    """The checkpoint of step 2 knows of an evaluation there, not of one made after it was saved."""
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
     state = TrainerState(is_world_process_zero=True)
     file = MetricsFile(tmp_path)
@@ -78,14 +79,17 @@ def test_a_resumed_run_continues_the_metrics_file(tmp_path: Path) -> None:
     for step in (0, 1, 2, 3):
         state.global_step = step
         file.on_log(args, state, TrainerControl(), logs={"loss": float(step)})
+    first = file.path.read_text().splitlines(keepends=True)
     file.on_log(args, state, TrainerControl(), logs={"train_runtime": 1.0})
     with file.path.open("a") as handle:
         handle.write('{"step": 4, "lo')  # killed while writing
-    state.global_step = 2
-    MetricsFile(tmp_path).on_train_begin(args, state, TrainerControl())
-    assert [row["step"] for row in read_metrics(file.path)] == [0, 1, 2]
-    state.global_step = 0  # a new run
-    MetricsFile(tmp_path).on_train_begin(args, state, TrainerControl())
+    assert len(read_metrics(file.path)) == 5
+    history = [{"loss": float(step), "step": step} for step in (0, 1, 2)]
+    resumed = TrainerState(is_world_process_zero=True, global_step=2, log_history=history)
+    MetricsFile(tmp_path).on_train_begin(args, resumed, TrainerControl())
+    assert file.path.read_text() == "".join(first[:3])
+    new = TrainerState(is_world_process_zero=True)
+    MetricsFile(tmp_path).on_train_begin(args, new, TrainerControl())
     assert file.path.read_text() == ""
     assert read_metrics(tmp_path / "absent.jsonl") == []
 

@@ -1,0 +1,101 @@
+"""SIGKILL at random moments: every run resumes to the same weights and losses, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import kill_training
+import pytest
+from torchrun import command, environment, torchrun
+
+from fastrank.training.checkpoint import find_checkpoints, incomplete
+from fastrank.training.history import read_metrics
+
+pytestmark = pytest.mark.slow
+
+TIMED = ("tokens_per_second", "runtime", "per_second")
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in row.items() if not any(word in key for word in TIMED)}
+        for row in read_metrics(run / "metrics.jsonl")
+        if "train_runtime" not in row
+    ]
+
+
+def _assert_same_run(run: Path, whole: Path) -> None:
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert _rows(run) == _rows(whole)
+    assert not (run / ".staging").exists() and not (run / ".discarded").exists()
+    names = [path.name for path in find_checkpoints(run)]
+    assert names == [path.name for path in find_checkpoints(whole)]
+    assert all(incomplete(path) is None for path in find_checkpoints(run))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_twenty_kills(tmp_path: Path) -> None:
+    script = str(Path(kill_training.__file__))
+    done = subprocess.run(
+        [sys.executable, script, str(tmp_path), "1", "20"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["kills"] >= 20
+    assert set(result["codes"]) == {0, -signal.SIGKILL}
+    whole = tmp_path / "whole"
+    steps = [row["step"] for row in _rows(whole) if "grad_norm" in row]
+    assert steps == list(range(1, kill_training.STEPS + 1))
+    for number in range(result["runs"]):
+        _assert_same_run(tmp_path / f"run-{number}", whole)
+    print(f"kills at {result['at']} of the run, {result['in_a_save']} during a save")
+
+
+def _kill_at(arguments: list[str], metrics: Path, step: int, delay: float) -> None:
+    """Start two processes; kill them and their launcher ``delay`` seconds after a step's log."""
+    process = subprocess.Popen(
+        command(2, *arguments),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        end = time.monotonic() + 240
+        while not any(row["step"] >= step for row in read_metrics(metrics)):
+            assert process.poll() is None, f"ended with {process.returncode} before step {step}"
+            assert time.monotonic() < end, f"did not come to step {step}"
+            time.sleep(0.005)
+        time.sleep(delay)
+        assert process.poll() is None, "ended before the kill"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_three_kills_of_two_processes(tmp_path: Path) -> None:
+    def arguments(run: Path) -> list[str]:
+        return ["-m", "fastrank.cli.main", *kill_training.options(run)]
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    torchrun(2, *arguments(whole))
+    generator = random.Random(4)
+    for first in (1, 4, 7):  # steps of 12
+        step = generator.randint(first, first + 2)
+        _kill_at(arguments(run), run / "metrics.jsonl", step, generator.uniform(0, 0.2))
+    torchrun(2, *arguments(run))
+    _assert_same_run(run, whole)
