@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, safe_globals
 
+from fastrank.errors import InputError
 from fastrank.training import checkpoint
 from fastrank.training.failures import TrainingStopped
 
@@ -56,7 +58,12 @@ class StagedTrainer(Trainer):
             checkpoint.clean_staging(run_dir)
         self.accelerator.wait_for_everyone()
         self.before_training(None if found is None else checkpoint.read_notes(found))
-        return super().train(None if found is None else str(found), *args, **kwargs)
+        if found is None:
+            return super().train(None, *args, **kwargs)
+        try:
+            return super().train(str(found), *args, **kwargs)
+        except pickle.UnpicklingError as error:  # torch loads tensors and plain values only
+            raise InputError(f"{found} cannot be loaded: {_unpicklable(found)}") from error
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Resumed from a checkpoint of the last step, transformers would train one step more.
@@ -191,6 +198,16 @@ def last_good(run_dir: Path) -> str:
     if found is None:
         return "there is no earlier checkpoint"
     return f"the last good checkpoint is {os.fspath(found)} (--resume_from_checkpoint true)"
+
+
+def _unpicklable(folder: Path) -> str:
+    for file in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"))):
+        try:
+            with safe_globals():
+                torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            return f"{file.name} holds other things than tensors and plain values"
+    return "a file holds other things than tensors and plain values"
 
 
 def _all_finite(parameter: torch.Tensor) -> bool:

@@ -43,8 +43,11 @@ def data_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-def test_the_built_in_task_is_learnt(tmp_path: Path, capsys: Any) -> None:
+def test_the_built_in_task_is_learnt(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A shortened run of what ``make train`` does; the full one is measured by a slow test."""
+    monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     arguments = ["train", "--output_dir", str(run), "--max_steps", "120", "--json", *QUICK]
     assert main(arguments) == 0
@@ -63,6 +66,7 @@ def test_the_built_in_task_is_learnt(tmp_path: Path, capsys: Any) -> None:
     assert AutoTokenizer.from_pretrained(run).eos_token == "<eos>"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"] == result["after"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing beside the output folder
 
 
 @pytest.mark.parametrize("loss", ["rrhf", "pro"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -277,6 +278,62 @@ def test_a_failing_disk_leaves_the_last_good_checkpoint(
     again = make_trainer(menu_groups, save_strategy="steps", save_steps=1)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4
+
+
+@pytest.mark.parametrize("limit", [100_000, 400_000], ids=["weights", "optimizer"])
+def test_a_write_that_really_fails(
+    make_trainer: Make, menu_groups: list[Group], tmp_path: Path, limit: int
+) -> None:
+    """The kernel refuses bytes beyond a limit: in the safetensors file, or in torch's archive."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Limit(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+    options = {"save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(menu_groups, callbacks=[Limit()], **options)
+    try:
+        with pytest.raises(TrainingStopped) as caught:
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "checkpoint-2 could not be saved" in str(caught.value)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1")
+    again = make_trainer(menu_groups, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+
+
+class _Payload:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_can_execute_nothing(
+    make_trainer: Make, menu_groups: list[Group], tmp_path: Path, name: str
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3}
+    make_trainer(menu_groups, **(options | {"max_steps": 2})).train()
+    folder = tmp_path / "run" / "checkpoint-2"
+    torch.save(_Payload(tmp_path / "executed"), folder / name)
+    (folder / "training_args.bin").write_bytes(pickle.dumps(_Payload(tmp_path / "executed")))
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest["files"][name] = (folder / name).stat().st_size
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=f"checkpoint-2 cannot be loaded: .*{name}") as caught:
+        make_trainer(menu_groups, **options).train(resume_from_checkpoint=True)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_leftovers_of_a_kill_are_removed(
