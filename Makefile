@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 .PHONY: train test test-slow check format clean
 
 train: $(VENV)/.train  ## a small model learns to rank on the built-in task
-	$(BIN)/fastrank train --output_dir runs/built-in
+	$(BIN)/fastrank train --output_dir runs/built-in --overwrite_output_dir
 
 test: $(VENV)/.dev check  ## formatting, types, and every test that is neither slow nor for a GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal

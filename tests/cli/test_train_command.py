@@ -155,7 +155,7 @@ WRONG: list[tuple[list[str], str]] = [
     ),
     (["--model", "MODEL", "--data", "DATA", "--max_tokens", "10"], "must fit into max_tokens=10"),
     (["--model", "MODEL", "--data", "DATA", "--eval_fraction", "1.5"], "eval_fraction"),
-    (["--model", "MODEL", "--data", "DATA", "--loss", "dpo"], "reference_scores"),
+    (["--nonfinite", "ignore"], "nonfinite must be one of stop, skip"),
     (["--model", "MODEL", "--data", "BROKEN"], "broken.jsonl, line 2: malformed JSON"),
     (["--resume_from_checkpoint", "absent"], "absent is no folder; expected a checkpoint or true"),
     (["--lerning_rate", "1"], "did you mean --learning_rate"),
