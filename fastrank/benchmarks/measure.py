@@ -61,7 +61,7 @@ def interleave(
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
-    gc.freeze()  # a collection between rounds then looks at what the rounds left, not at all modules
+    gc.freeze()  # a collection between rounds then looks at what the rounds left, at no module
     try:
         for name in names:  # one round of warm-up
             sample(steps[name], inner)

@@ -36,6 +36,7 @@ SHAPES = {
     "qwen2.5-0.5b": Shape("qwen2", 151936, 896, 24, 14, 2, 64, 4864, True),
     "llama-3.2-1b": Shape("llama", 128256, 2048, 16, 32, 8, 64, 8192, True),
     "llama-6x256": Shape("llama", 32000, 256, 6, 8, 8, 32, 1024, False),
+    "llama-4x128": Shape("llama", 8192, 128, 4, 4, 4, 32, 512, False),
     "llama-2x32": Shape("llama", 512, 32, 2, 4, 2, 8, 64, False),
 }
 

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-# The profiler's library announces every start on stderr unless told not to before it is loaded.
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")
-
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
+from torch.profiler import ProfilerActivity, profile
 
 _FIRST_MATRIX = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
 
 
 def count(step: Callable[[], Any], product_flops: int) -> float | None:
     """Operations of the run's matrix products over those of one; None if there were none."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        step()
+    with _without_announcements():
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+            step()
     total = 0
     for event in profiler.events() or []:
         first = _FIRST_MATRIX.get(event.name)
@@ -40,3 +41,23 @@ def _inside_product(event: Any) -> bool:
             return True
         parent = parent.cpu_parent
     return False
+
+
+@contextmanager
+def _without_announcements() -> Iterator[None]:
+    """Take the lines in which the profiler's library announces its starts and stops out of stderr;
+    everything else that is written there meanwhile follows at the end."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
+            caught.seek(0)
+            for line in caught:
+                if not line.startswith(b"USDT:"):
+                    os.write(2, line)

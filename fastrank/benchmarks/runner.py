@@ -7,6 +7,7 @@ compared with it.
 from __future__ import annotations
 
 import dataclasses
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,8 +77,11 @@ def run_workload(
     device: torch.device,
     *,
     seconds: float = 20.0,
+    min_rounds: int = 5,
+    deadline: float | None = None,
     only: Sequence[str] | None = None,
     with_memory: bool = True,
+    with_products: bool = True,
     tick: Callable[[str], None] = lambda what: None,
     problem: Problem | None = None,
 ) -> list[Row]:
@@ -86,9 +90,12 @@ def run_workload(
     Args:
         workload: the sizes.
         device: where.
-        seconds: how long the timing rounds go on, about (five rounds at least).
+        seconds: how long the timing rounds go on, about.
+        min_rounds: how many rounds there are at least.
+        deadline: a time of `time.monotonic` after which no further variant is begun.
         only: names of variants; None for all.
         with_memory: also measure peak memory (on a CPU a process for each variant).
+        with_products: also count matrix products (one more run of each variant).
         tick: told what goes on.
         problem: the inputs, where the caller has built them.
     """
@@ -104,6 +111,8 @@ def run_workload(
         row = _row(workload, device, variant, where)
         rows.append(row)
         reason = variant.missing(problem)
+        if reason is None and deadline is not None and time.monotonic() > deadline:
+            reason = "no time left"
         if reason is not None:
             row.status, row.reason = MISSING, reason
             continue
@@ -115,10 +124,26 @@ def run_workload(
     problem.forget_references()
     for row in rows:
         if row.variant in steps:
-            tick(f"memory of {row.variant}")
-            _measure_use(problem, row, steps[row.variant], with_memory)
+            tick(f"memory and products of {row.variant}")
+            if with_products and problem.product_flops():
+                row.products = products.count(steps[row.variant], problem.product_flops())
+            if with_memory and problem.has_memory:
+                _measure_memory(problem, row, steps[row.variant])
     tick("timing")
-    _time(problem, rows, steps, repeats, seconds, tick)
+    floor = problem.floor()
+    timed = dict(steps)
+    if floor is not None and steps:
+        timed[floor.name] = floor.step
+    timings = measure.interleave(
+        timed,
+        device,
+        seconds=seconds,
+        min_rounds=min_rounds,
+        inner=problem.inner,
+        repeats=repeats,
+        tick=tick,
+    )
+    _enter(problem, rows, timings, floor)
     return rows
 
 
@@ -158,12 +183,7 @@ def _check(problem: Problem, variant: Variant, row: Row) -> Step | None:
     return step
 
 
-def _measure_use(problem: Problem, row: Row, step: Step, with_memory: bool) -> None:
-    flops = problem.product_flops()
-    if flops:
-        row.products = products.count(step, flops)
-    if not (with_memory and problem.has_memory):
-        return
+def _measure_memory(problem: Problem, row: Row, step: Step) -> None:
     parameters = problem.parameters()
     if parameters is not None:
         row.saved_mib = memory.saved_for_backward(step, parameters) / 2**20
@@ -174,27 +194,14 @@ def _measure_use(problem: Problem, row: Row, step: Step, with_memory: bool) -> N
     row.peak_mib = None if peak is None else peak / 2**20
 
 
-def _time(
-    problem: Problem,
-    rows: list[Row],
-    steps: dict[str, Step],
-    repeats: dict[str, int],
-    seconds: float,
-    tick: Callable[[str], None],
+def _enter(
+    problem: Problem, rows: list[Row], timings: dict[str, measure.Timing], floor: Floor | None
 ) -> None:
-    if not steps:
-        return
-    floor: Floor | None = problem.floor()
-    timed = dict(steps)
-    if floor is not None:
-        timed[floor.name] = floor.step
-    timings = measure.interleave(
-        timed, problem.device, seconds=seconds, inner=problem.inner, repeats=repeats, tick=tick
-    )
-    traffic = None
-    if floor is not None and floor.traffic_bytes:
-        traffic = floor.traffic_bytes / measure.copy_bandwidth(problem.device) * 1e3
+    """Write the timings into the rows."""
     own = timings.get(FASTRANK)
+    traffic = None
+    if floor is not None and floor.traffic_bytes and timings:
+        traffic = floor.traffic_bytes / measure.copy_bandwidth(problem.device) * 1e3
     for row in rows:
         timing = timings.get(row.variant)
         if timing is None:

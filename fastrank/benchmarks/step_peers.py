@@ -7,7 +7,7 @@ loop project response rows only, and go on in plain PyTorch.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +20,23 @@ from .problem import Outputs, Step, Variant
 from .step_suite import StepProblem, present
 
 
-def _one_pack(problem: StepProblem, *, repeat_prompts: bool = False) -> fastrank.Pack:
+def _one_pack(
+    problem: StepProblem,
+    *,
+    repeat_prompts: bool = False,
+    shared_prompts: bool | Literal["auto"] = True,
+) -> fastrank.Pack:
     groups = problem.groups(repeat_prompts=repeat_prompts)
-    (pack,) = fastrank.pack(groups, max_tokens=sum(g.num_tokens_shared for g in groups))
+    everything = sum(g.num_candidates * g.longest_path for g in groups)
+    (pack,) = fastrank.pack(groups, max_tokens=everything, shared_prompts=shared_prompts)
     assert pack.group_index == tuple(range(len(groups))), "equal groups keep their order"
     return pack.to(problem.device)
 
 
-def _make_fastrank(problem: StepProblem) -> Step:
+def _make_fastrank(problem: StepProblem, shared_prompts: bool | Literal["auto"] = True) -> Step:
+    """``shared_prompts`` as `fastrank.pack` takes it: the layout is what is compared."""
     model = fastrank.prepare_model(problem.model)
-    pack = _one_pack(problem)
+    pack = _one_pack(problem, shared_prompts=shared_prompts)
 
     def step() -> Outputs:
         return problem.gradients(model(pack=pack, loss=problem.loss).loss)
@@ -152,6 +159,18 @@ def _make_published_pro(problem: StepProblem) -> Step:
 
 VARIANTS = [
     Variant("fastrank", _make_fastrank, present=present, ours=True),
+    Variant(
+        "fastrank, padded rows",
+        partial(_make_fastrank, shared_prompts=False),
+        present=present,
+        ours=True,
+    ),
+    Variant(
+        "fastrank, layout by auto",
+        partial(_make_fastrank, shared_prompts="auto"),
+        present=present,
+        ours=True,
+    ),
     Variant("no sharing, padding-free", _make_repeated, present=present, ours=True),
     Variant("dense mask", _make_dense, present=present),
     Variant("padded, responses projected", _make_padded, present=present),
