@@ -10,27 +10,31 @@ In a distributed run every process scores its share of the groups.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import overload
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastrank.attention.gate import refusal
+from fastrank.data.columns import GroupSizes, group_sizes, largest_ids, prompt_keys, select
 from fastrank.data.packing import Group
 from fastrank.data.write import atomic_path
 from fastrank.errors import InputError
 from fastrank.modeling.identity import model_identity
 from fastrank.modeling.load import load_model
-from fastrank.modeling.prepare import prepare_model
+from fastrank.modeling.prepare import prepare_model, prepared_state, release_model
 from fastrank.modeling.score import score
+from fastrank.modeling.unwrap import causal_lm, evaluation_mode
 
 #: Groups that are scored before the bar moves: enough to fill packs well.
 _PORTION = 256
@@ -42,31 +46,63 @@ class ReferenceGroups(Sequence[Group]):
     Args:
         groups: without reference scores; any sequence.
         scores: float32 [C] of all candidates, group after group.
-        sizes: candidates of each group.
+        cu_groups: int64 [G+1], offsets of the groups into ``scores``.
+        index: int64, the scores' group for each of ``groups``; None: the same.
     """
 
-    def __init__(self, groups: Sequence[Group], scores: Tensor, sizes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        scores: Tensor,
+        cu_groups: NDArray[np.int64],
+        index: NDArray[np.int64] | None = None,
+    ) -> None:
         self._groups = groups
-        self._scores = scores.split(list(sizes))
+        self._scores = scores
+        self._cu_groups = cu_groups
+        self._index = np.arange(len(groups)) if index is None else index
 
     def __len__(self) -> int:
         return len(self._groups)
 
     @overload
-    def __getitem__(self, index: int) -> Group: ...
+    def __getitem__(self, item: int) -> Group: ...
 
     @overload
-    def __getitem__(self, index: slice) -> list[Group]: ...
+    def __getitem__(self, item: slice) -> ReferenceGroups: ...
 
-    def __getitem__(self, index: int | slice) -> Group | list[Group]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return dataclasses.replace(self._groups[index], reference_scores=self._scores[index])
+    def __getitem__(self, item: int | slice) -> Group | ReferenceGroups:
+        if isinstance(item, slice):
+            return self.select(range(*item.indices(len(self))))
+        row = int(self._index[item])
+        scores = self._scores[self._cu_groups[row] : self._cu_groups[row + 1]]
+        return dataclasses.replace(self._groups[item], reference_scores=scores)
+
+    def select(self, index: Iterable[int]) -> ReferenceGroups:
+        """The groups at these positions, in this order."""
+        chosen = np.fromiter(index, dtype=np.int64)
+        groups = select(self._groups, chosen)
+        return ReferenceGroups(groups, self._scores, self._cu_groups, self._index[chosen])
+
+    @cached_property
+    def sizes(self) -> GroupSizes:
+        """See `fastrank.data.columns.group_sizes`."""
+        return group_sizes(self._groups)
+
+    @cached_property
+    def largest_ids(self) -> NDArray[np.int64]:
+        """See `fastrank.data.columns.largest_ids`."""
+        return largest_ids(self._groups)
+
+    @cached_property
+    def prompt_keys(self) -> NDArray[np.uint64]:
+        """See `fastrank.data.columns.prompt_keys`."""
+        return prompt_keys(self._groups)
 
 
 def with_reference_scores(
     groups: Sequence[Group],
-    path: str | Path,
+    model: str | Path | nn.Module,
     *,
     normalize: str,
     cache_dir: str | Path | None = None,
@@ -79,45 +115,50 @@ def with_reference_scores(
 
     Args:
         groups: tokenised candidates, by the reference model's tokenizer.
-        path: the reference model, a folder or a Hub name.
+        model: the reference model, a folder or a Hub name; or a loaded one, whose scores are not
+            kept, and which is left on ``device``.
         normalize: "sum" or "mean" of a response's token log-probabilities; the loss's own.
         cache_dir: where scores are kept, in a file named after the groups' tokens and the model's
             content; None keeps none.
         max_tokens: of a pack; a larger group gets a pack of its own size.
-        dtype: of the reference model's weights.
+        dtype: of the weights of a model that is loaded here.
         device: where it runs.
         trust_remote_code: run code that comes with the model.
 
     Raises:
         InputError: the model cannot be loaded, or does not go with the groups' tokens.
     """
-    sizes = []
-    about = f"{model_identity(path)} {normalize} {dtype}"
-    digest = hashlib.blake2b(about.encode(), digest_size=16)
-    for group in groups:
-        sizes.append(group.num_candidates)
-        for ids in (group.prompt_ids, *group.response_ids):
-            digest.update(len(ids).to_bytes(8, "little") + ids.numpy().tobytes())
-    cache = None
-    if cache_dir is not None:
-        cache = Path(cache_dir) / f"reference-{digest.hexdigest()}.safetensors"
-    scores = _read(cache, sum(sizes))
+    if isinstance(model, nn.Module):
+        cache, path = None, "the model"
+    else:
+        path = str(model)
+        about = f"{model_identity(path)} {normalize} {dtype}"
+        cache = None if cache_dir is None else Path(cache_dir) / _cache_name(groups, about)
+    sizes = group_sizes(groups).num_candidates
+    cu_groups = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
+    scores = _read(cache, int(cu_groups[-1]))
     if not _on_every_process(scores is not None):
-        model = load_model(path, dtype, trust_remote_code=trust_remote_code)
-        torch.nn.Module.to(model, device)
-        prepare_model(model, shared_prompts=refusal(model) is None)
+        if not isinstance(model, nn.Module):
+            model = load_model(path, dtype, trust_remote_code=trust_remote_code)
+        model.to(device)
         try:
-            scores = _score(model, groups, sizes, normalize, max_tokens)
+            scores = _score(model, groups, normalize, max_tokens)
         except ValueError as error:  # another tokenizer's ids, a group beyond the context, ...
             raise InputError(f"{path}: as reference model: {error}") from error
-        del model
-        gc.collect()
         if cache is not None and _rank() == 0:
             os.makedirs(cache.parent, exist_ok=True)
             with atomic_path(cache) as file:
                 save_file({"scores": scores}, file)
     assert scores is not None
-    return ReferenceGroups(groups, scores, sizes)
+    return ReferenceGroups(groups, scores, cu_groups)
+
+
+def _cache_name(groups: Sequence[Group], about: str) -> str:
+    digest = hashlib.blake2b(about.encode(), digest_size=16)
+    for group in groups:
+        for ids in (group.prompt_ids, *group.response_ids):
+            digest.update(len(ids).to_bytes(8, "little") + ids.numpy().tobytes())
+    return f"reference-{digest.hexdigest()}.safetensors"
 
 
 def _read(cache: Path | None, num_candidates: int) -> Tensor | None:
@@ -131,16 +172,14 @@ def _read(cache: Path | None, num_candidates: int) -> Tensor | None:
     return scores if scores is not None and scores.shape == (num_candidates,) else None
 
 
-def _score(
-    model: nn.Module,
-    groups: Sequence[Group],
-    sizes: Sequence[int],
-    normalize: str,
-    max_tokens: int,
-) -> Tensor:
+def _score(model: nn.Module, groups: Sequence[Group], normalize: str, max_tokens: int) -> Tensor:
     """float32 [C], every process its share of the groups."""
     from tqdm import tqdm
 
+    prepared = prepared_state(model) is not None
+    if not prepared:
+        with evaluation_mode(model):
+            prepare_model(model, shared_prompts=refusal(causal_lm(model)) is None)
     rank, world = _rank(), _world()
     mine = range(rank, len(groups), world)
     parts: list[Tensor] = []
@@ -150,13 +189,13 @@ def _score(
             largest = max(group.num_candidates * group.longest_path for group in chosen)
             parts += score(model, chosen, max_tokens=max(max_tokens, largest), normalize=normalize)
             bar.update(len(portion))
+    if not prepared:
+        release_model(model)
     shares: list[list[Tensor]] = [parts]
     if world > 1:
         shares = [[] for _ in range(world)]
         dist.all_gather_object(shares, parts)
-    found = [shares[i % world][i // world] for i in range(len(groups))]
-    assert [len(values) for values in found] == list(sizes)
-    return torch.cat(found)
+    return torch.cat([shares[i % world][i // world] for i in range(len(groups))])
 
 
 def _portions(numbers: range) -> Iterator[range]:

@@ -54,6 +54,13 @@ class TrainOptions:
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Processes that tokenise (default: one a core)."}
     )
+    reference_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reference of DPO-like losses (default: --model as it is before training); its "
+            "scores are computed once and kept."
+        },
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that comes with the weights."}
     )
@@ -68,8 +75,9 @@ class TrainOptions:
         if (self.model is None) != (self.data is None):
             given, absent = ("model", "data") if self.data is None else ("data", "model")
             raise InputError(f"--{given} needs --{absent} too (without both: the built-in task)")
-        if self.built_in and self.eval_data is not None:
-            raise InputError("--eval_data needs --model and --data, got neither")
+        for name in ("eval_data", "reference_model"):
+            if self.built_in and getattr(self, name) is not None:
+                raise InputError(f"--{name} needs --model and --data, got neither")
         if not 0 <= self.eval_fraction < 1:
             raise InputError(
                 f"eval_fraction must be at least 0 and below 1, got {self.eval_fraction}"

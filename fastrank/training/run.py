@@ -35,6 +35,7 @@ from fastrank.training.config import RankConfig
 from fastrank.training.history import METRICS_FILE, MetricsFile, read_metrics
 from fastrank.training.options import TrainOptions
 from fastrank.training.plot import plot_metrics
+from fastrank.training.references import attach_references, check_reference
 from fastrank.training.splits import sample, shared_prompts, split_by_prompt
 from fastrank.training.summary import summary_table
 from fastrank.training.trainer import RankTrainer
@@ -65,10 +66,14 @@ def train(options: TrainOptions, config: RankConfig) -> dict[str, Any]:
     output_dir = Path(config.output_dir or "")
     check_output_dir(output_dir, config, options.overwrite_output_dir)
     resume = resolve_resume(config.resume_from_checkpoint, output_dir)
+    check_reference(options, config)
     job = built_in_job(config) if options.built_in else load_job(options, config)
     say = _speaker(config)
     for report in job.reports:
         say(report.as_text())
+    job.train, job.heldout = attach_references(
+        (job.train, job.heldout), options, config, job.model, job.tokenizer
+    )
     splits = {TRAINING: sample(job.train, options.eval_groups, seed=config.seed)}
     if len(job.heldout):
         splits = {HELD_OUT: job.heldout, **splits}

@@ -49,6 +49,22 @@ def test_scores_are_the_models_log_probabilities(model_path, normalize):
         assert torch.equal(new.rewards, group.rewards)
     assert len(found) == 7 and len(found[2:5]) == 3
     assert torch.equal(found[-1].reference_scores, found[6].reference_scores)
+    turned = found.select([5, 0, 3])[1:]
+    for got, row in zip(turned, (0, 3), strict=True):
+        assert torch.equal(got.reference_scores, found[row].reference_scores)
+        assert torch.equal(got.prompt_ids, groups[row].prompt_ids)
+    assert turned.sizes.num_candidates.tolist() == [1, 4]
+
+
+def test_a_loaded_model_is_asked_as_it_is_and_released(model_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    before = dict(model.__dict__)
+    groups = worker.make_groups()
+    found = with_reference_scores(groups, model, normalize="sum")
+    expected = with_reference_scores(groups, model_path, normalize="sum")
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.reference_scores, b.reference_scores)
+    assert set(model.__dict__) == set(before)
 
 
 def test_a_second_run_reads_the_scores_and_loads_no_model(model_path, tmp_path, monkeypatch):
