@@ -217,9 +217,13 @@ VARIANTS = [
     Variant("torch.compile of plain", _make_compiled),
     _peer("F.linear_cross_entropy", _torch_chunked, _needs_torch_function),
     _peer("F.linear_cross_entropy, whole logits", _torch_whole, _needs_torch_function),
-    _peer("liger fused CE", _liger_fused, needs("liger_kernel", device="cuda")),
+    _peer("TRL ChunkedLogProb", _trl, needs("trl")),
     _peer("liger scaled CE, generic", _liger_scaled_generic, needs("liger_kernel")),
     _peer("liger scaled CE, Hopper", _liger_scaled, _needs_hopper),
+    _peer("liger fused CE", _liger_fused, needs("liger_kernel", device="cuda")),
+    Variant("published loop", _make_published, target="published rrhf"),
+    Variant("published loop", _make_published, target="published pro"),
+    # Last, because they tune or compile for longest: a run with a deadline loses these.
     _peer("cut-cross-entropy", _cut, needs("cut_cross_entropy", device="cuda")),
     _peer(
         "cut-cross-entropy, no filter",
@@ -231,8 +235,14 @@ VARIANTS = [
         partial(_cut, impl="torch_compile"),
         needs("cut_cross_entropy"),
     ),
-    _peer("TRL ChunkedLogProb", _trl, needs("trl")),
-    Variant("published loop", _make_published, target="published rrhf"),
-    Variant("published loop", _make_published, target="published pro"),
 ]
 """fastrank first. The published loops compute another function and have references of their own."""
+
+HOLDS_ALL_LOGITS = (
+    "plain PyTorch",
+    "torch.compile of plain",
+    "F.linear_cross_entropy, whole logits",
+    "cut-cross-entropy, torch_compile",
+    "published loop",
+)
+"""Peers for which the logits of all tokens (of one prompt, for the loop) exist at once."""

@@ -6,6 +6,7 @@ Each variant is checked against float64 before it is timed; a wrong one is liste
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,10 @@ class BenchOptions:
     seconds: float = field(
         default=20.0, metadata={"help": "Time for the rounds of a workload, about."}
     )
+    time_limit: float | None = field(
+        default=None,
+        metadata={"help": "Seconds after which no further variant is begun; the rest is listed."},
+    )
     memory: bool = field(default=True, metadata={"help": "Also measure peak memory."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
     json: bool = field(default=False, metadata={"help": "End with one JSON object of all rows."})
@@ -59,6 +64,9 @@ class SizeOptions:
         default=None, metadata={"help": "Of inputs and parameters."}
     )
     loss: Literal["rrhf", "pro"] | None = field(default=None, metadata={"help": "Ranking loss."})
+    model: str | None = field(
+        default=None, metadata={"help": "Shape of the step suite's model, e.g. llama-6x256."}
+    )
     accuracy: float | None = field(
         default=None, metadata={"help": "Ranking accuracy before the step (0.5: random)."}
     )
@@ -99,12 +107,19 @@ def bench(options: BenchOptions, sizes: dict[str, Any]) -> int:
     device = torch.device(options.device or _default_device())
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda expected a CUDA device, found none")
+    if sizes.get("model") is not None:
+        from fastrank.benchmarks.models import SHAPES
+
+        if sizes["model"] not in SHAPES:
+            raise InputError(f"--model must be one of {', '.join(SHAPES)}, got {sizes['model']}")
     known = variant_names(options.suite)
     for name in options.variant or ():
         if name not in known:
             raise InputError(f"--variant must be one of {', '.join(known)}, got {name}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    started = time.monotonic()
+    deadline = None if options.time_limit is None else started + options.time_limit
     rows: list[Row] = []
     bar = tqdm(workloads, unit="workload", file=sys.stderr, disable=None)
     for workload in bar:
@@ -116,6 +131,7 @@ def bench(options: BenchOptions, sizes: dict[str, Any]) -> int:
             workload,
             device,
             seconds=options.seconds,
+            deadline=deadline,
             only=options.variant,
             with_memory=options.memory,
             tick=tick,
