@@ -178,8 +178,7 @@ def prepare_staged(
             # A stage without a strictly worse candidate is a constant: it has nothing to teach.
             active = active & (own > 0.0)
         loss += tl.where(active, lse - own * u, 0.0)
-        # +inf is the mark of a skipped stage, so a stage that overflowed says NaN.
-        lse = tl.where(lse == float("inf"), float("nan"), lse)
+        # +inf marks a skipped stage; no other can have it: with an infinite score its sum is NaN.
         lse = tl.where(active, lse, float("inf"))
         tl.store(scratch + group[0] + place, lse, mask=place < size)
     return tl.sum(loss, 0)

@@ -221,6 +221,19 @@ def test_large_differences_and_large_rewards_do_not_overflow(device) -> None:
         assert_close(actual, groups.ranked(reference, FORMS[form], wide=True), tolerance=2e-3)
 
 
+def test_the_logistic_loss_keeps_its_digits_where_it_is_small(device) -> None:
+    """At a difference of 15 the loss is 3e-7, less than a rounding of ``1 + exp(-15)``."""
+    differences = torch.linspace(1, 25, 13, device=device)
+    scores = torch.stack([differences, torch.zeros_like(differences)], 1).reshape(-1)
+    rewards = torch.tensor([1.0, 0.0], device=device).repeat(13)
+    groups = torch.arange(0, 27, 2, dtype=torch.int32)
+    spec = RankSpec("pairwise", "logistic")
+    loss, grads = triton_backend.rank_scores(scores, rewards, groups, None, spec)
+    exact = reference.rank_scores(scores.double(), rewards.double(), groups, None, spec)
+    torch.testing.assert_close(loss.double(), exact[0], rtol=5e-6, atol=0)
+    torch.testing.assert_close(grads.double(), exact[1], rtol=5e-6, atol=0)
+
+
 def test_long_responses_and_a_group_of_tokens_of_one_candidate(device, poisoned) -> None:
     groups = Groups([2, 1, 3], device, longest=1)
     lengths = [3001, 1, 700, 5, 2048, 257]
