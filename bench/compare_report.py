@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,7 +91,8 @@ def _with_spread(rows: Sequence[Row], name: str, digits: int) -> str:
         digits = 0
     if len(values) < 2:
         return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    spread = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
 def claims(rows: Sequence[Row]) -> list[tuple[str, bool]]:
