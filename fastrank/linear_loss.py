@@ -19,7 +19,7 @@ from .arguments import check_choice, check_tensor
 from .logprobs import check_head, compute_dtype, sequence_scores, token_logprobs
 from .losses import Loss
 from .outputs import RankingOutput
-from .ranking import check_loss
+from .ranking import check_loss, reduce_groups
 
 
 def linear_ranking_loss(
@@ -96,8 +96,7 @@ def linear_ranking_loss(
             backend=backend,
         )
         return _per_group(logprobs, rewards, cu_responses, cu_groups, loss, reference_scores)
-    groups = cu_groups.shape[0] - 1
-    scale = 1.0 / max(1, groups) if reduction == "mean" else 1.0
+    scale = None if reduction == "mean" else 1.0
     total, rank_loss, sft_loss, scores, logprobs = fastrank_kernels.linear_ranking(
         hidden,
         weight,
@@ -117,7 +116,8 @@ def linear_ranking_loss(
         validate=validate,
         backend=backend or "",
     )
-    return RankingOutput(total, rank_loss.sum() * scale, sft_loss.sum() * scale, scores, logprobs)
+    rank_loss, sft_loss = reduce_groups(rank_loss, reduction), reduce_groups(sft_loss, reduction)
+    return RankingOutput(total, rank_loss, sft_loss, scores, logprobs)
 
 
 def _per_group(

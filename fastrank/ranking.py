@@ -85,7 +85,7 @@ def reduce_groups(values: Tensor, reduction: str) -> Tensor:
     """[G] by ``reduction``; the mean over no group is 0."""
     if reduction == "none":
         return values
-    return values.sum() if reduction == "sum" else values.sum() / max(1, values.shape[0])
+    return values.sum() if reduction == "sum" else values.sum() / torch.sym_max(values.shape[0], 1)
 
 
 def check_loss(loss: object) -> None:

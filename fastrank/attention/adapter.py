@@ -132,7 +132,8 @@ def layout_attention(
                 "use shared_prompts=False"
             )
     context = attention_mask.context
-    context.calls += 1
+    if attention_mask.visibility is not None:
+        context.calls += 1  # what is traced may not change; start-up checks have counted before
     query = correct_temperature(module, query, context.segments)
     options: dict[str, Any] = {
         "scale": scaling,

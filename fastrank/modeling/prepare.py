@@ -241,7 +241,7 @@ def _run(
             position_ids=pack.position_ids,
             attention_mask=torch.ones_like(pack.input_ids),
         )
-    if context.calls < state.num_attention_modules:
+    if context.calls < state.num_attention_modules and not torch.compiler.is_compiling():
         raise InputError(
             f"{type(lm).__name__} cannot share prompts: {context.calls} of "
             f"{state.num_attention_modules} attention layers took the pack's layout; use "

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .reference import segment_index
+from .reference import group_scale, segment_index
 from .spec import RankSpec
 
 
@@ -79,7 +79,7 @@ def linear_ranking(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     compute_dtype: torch.dtype | None = None,
-    scale: float = 1.0,
+    scale: float | None = 1.0,
     drop_dead_rows: bool = True,
     logits_memory: int = 0,
     validate: bool = False,
@@ -87,9 +87,10 @@ def linear_ranking(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(loss, rank_loss [G], sft_loss [G], scores [C], token_logprobs [T])``.
 
-    ``loss`` is the scalar ``scale · Σ_g (rank_loss + sft_loss)_g``, differentiable in ``hidden``,
-    ``weight`` and ``bias``; the rest is detached. Shapes as in `linear.Inputs` and
-    `linear.Ranking`; ``compute_dtype`` (default: hidden's) is what the products are made in.
+    ``loss`` is the scalar ``scale · Σ_g (rank_loss + sft_loss)_g`` (``scale=None``: the mean over
+    groups), differentiable in ``hidden``, ``weight`` and ``bias``; the rest is detached. Shapes as
+    in `linear.Inputs` and `linear.Ranking`; ``compute_dtype`` (default: hidden's) is what the
+    products are made in.
     """
     return _LinearRanking.apply(
         hidden, weight, bias, labels, rewards, cu_responses, cu_groups, rows, reference_scores,
@@ -116,7 +117,7 @@ class _LinearRanking(torch.autograd.Function):
         softcap: float | None,
         compute_dtype: torch.dtype,
         spec: RankSpec,
-        scale: float,
+        scale: float | None,
         needs: tuple[bool, bool, bool],
         drop_dead_rows: bool,
         logits_memory: int,
@@ -128,7 +129,7 @@ class _LinearRanking(torch.autograd.Function):
             reference_scores, logit_scale, softcap, compute_dtype, *spec, scale, *needs,
             drop_dead_rows, logits_memory, validate, backend,
         )  # fmt: skip
-        loss = (rank_loss + sft_loss).sum() * scale
+        loss = (rank_loss + sft_loss).sum() * group_scale(scale, cu_groups)
         ctx.save_for_backward(*grads)
         ctx.needs = needs
         bias_dtype = hidden.dtype if bias is None else bias.dtype

@@ -22,7 +22,7 @@ from . import linear
 from .checks import check_offsets, check_range
 from .linear import Gradients, Inputs, Ranking, logits_dtype
 from .planner import Plan, default_logits_memory, plan_logprobs, plan_ranking
-from .reference import RankResult, accumulation_dtype, segment_index
+from .reference import RankResult, accumulation_dtype, group_scale, segment_index
 from .spec import RankSpec
 
 BACKENDS = ("torch", "triton")
@@ -166,7 +166,7 @@ def linear_ranking(
     sft_growth: str,
     sft_reduction: str,
     normalize: str,
-    scale: float,
+    scale: float | None,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -176,7 +176,8 @@ def linear_ranking(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fused ranking loss: ``(rank_loss [G], sft_loss [G], scores [C], token_logprobs [T], dh,
-    dW, db)``, the gradients being of ``scale · Σ_g (rank_loss + sft_loss)_g``.
+    dW, db)``, the gradients being of ``scale · Σ_g (rank_loss + sft_loss)_g``; None is 1 / G, which
+    as a number would bind a compiled graph to one number of groups.
 
     ``logits_memory`` is the budget in bytes, 0 for the device's default. A gradient that was not
     asked for is an empty tensor; for float16 they are float32.
@@ -206,7 +207,7 @@ def linear_ranking(
         cu_groups=cu_groups.to(hidden.device, non_blocking=True),
         reference_scores=reference_scores,
         spec=spec,
-        scale=scale,
+        scale=group_scale(scale, cu_groups),
         drop_dead_rows=drop_dead_rows and spec.leaves_rows_dead,
     )
     result, logp, grads = _RANKING[plan.strategy](

@@ -131,6 +131,13 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     return sums.to(accumulation_dtype(values.dtype))
 
 
+def group_scale(scale: float | None, cu_groups: Tensor) -> float:
+    """``scale``, or for None that of a mean over groups; symbolic under a compiler."""
+    if scale is not None:
+        return scale
+    return 1.0 / torch.sym_max(cu_groups.shape[0] - 1, 1)
+
+
 def segment_index(offsets: Tensor, total: int) -> Tensor:
     """int64 [total]: which segment each element belongs to."""
     lengths = (offsets[1:] - offsets[:-1]).long()
