@@ -16,7 +16,14 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-_FIRST_MATRIX = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1}
+_FIRST_MATRIX = {
+    "aten::mm": 0,
+    "aten::bmm": 0,
+    "aten::addmm": 1,
+    "aten::addmm_": 1,
+    "aten::baddbmm": 1,
+    "aten::baddbmm_": 1,
+}
 
 
 def count(step: Callable[[], Any], product_flops: int) -> float | None:
