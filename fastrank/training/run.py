@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,20 @@ class Job:
     source: str = ""
 
 
-def train(options: TrainOptions, config: RankConfig) -> dict[str, Any]:
+def train(
+    options: TrainOptions,
+    config: RankConfig,
+    *,
+    job: Job | None = None,
+    make_trainer: Callable[..., RankTrainer] = RankTrainer,
+) -> dict[str, Any]:
     """Run it; returns the result as a dictionary that JSON can hold.
+
+    Args:
+        options, config: what was asked for.
+        job: what to work on, if not what ``options`` name. Without a training set
+            ``make_trainer`` brings its own, which is not evaluated.
+        make_trainer: called as `RankTrainer` is.
 
     Raises:
         InputError: something the user gave cannot be used; nothing has been written.
@@ -66,19 +78,18 @@ def train(options: TrainOptions, config: RankConfig) -> dict[str, Any]:
     output_dir = Path(config.output_dir or "")
     check_output_dir(output_dir, config, options.overwrite_output_dir)
     resume = resolve_resume(config.resume_from_checkpoint, output_dir)
-    check_reference(options, config)
-    job = built_in_job(config) if options.built_in else load_job(options, config)
+    if job is None:
+        job = _load(options, config)
     say = _speaker(config)
     for report in job.reports:
         say(report.as_text())
-    job.train, job.heldout = attach_references(
-        (job.train, job.heldout), options, config, job.model, job.tokenizer
-    )
-    splits = {TRAINING: sample(job.train, options.eval_groups, seed=config.seed)}
+    splits: dict[str, Sequence[Group]] = {}
+    if len(job.train):
+        splits = {TRAINING: sample(job.train, options.eval_groups, seed=config.seed)}
     if len(job.heldout):
         splits = {HELD_OUT: job.heldout, **splits}
     before = StartEvaluation(splits)
-    trainer = RankTrainer(
+    trainer = make_trainer(
         job.model,
         config,
         train_dataset=job.train,
@@ -100,19 +111,35 @@ def train(options: TrainOptions, config: RankConfig) -> dict[str, Any]:
         "output_dir": str(output_dir),
         "loss": config.loss,
         "steps": trainer.state.global_step,
-        "train_prompts": len(job.train),
+        "train_prompts": len(_prompts(trainer)),
         "heldout_prompts": len(job.heldout),
         "seconds": round(seconds, 2),
     }
     if config.should_save:
         result |= _finish(output_dir, job, splits, after, config)
-        say("")
-        say(result.pop("table"))
+        table = result.pop("table")
+        if splits:
+            say(f"\n{table}")
         say(
             f"{trainer.state.global_step} steps in {seconds:.1f} s; "
             f"model in {output_dir}, curves in {result['plot']}"
         )
     return result
+
+
+def _load(options: TrainOptions, config: RankConfig) -> Job:
+    """The built-in task or the user's files, with reference scores where the loss wants them."""
+    check_reference(options, config)
+    job = built_in_job(config) if options.built_in else load_job(options, config)
+    job.train, job.heldout = attach_references(
+        (job.train, job.heldout), options, config, job.model, job.tokenizer
+    )
+    return job
+
+
+def _prompts(trainer: RankTrainer) -> Sequence[Group]:
+    groups: Any = trainer.train_dataset
+    return groups
 
 
 def check_output_dir(output_dir: Path, config: RankConfig, overwrite: bool) -> None:
@@ -195,16 +222,17 @@ def describe(
     """What is about to happen, a line for each choice."""
     config = trainer.args
     parameters = sum(p.numel() for p in job.model.parameters())
-    overlap = shared_prompts(job.train, job.heldout)
+    groups = _prompts(trainer)
+    overlap = shared_prompts(groups, job.heldout)
     held = f"{len(job.heldout)} held out" + (f" ({overlap} of them known!)" if overlap else "")
-    evaluated = len(splits[TRAINING])
-    if evaluated < len(job.train):
+    evaluated = len(splits.get(TRAINING, groups))
+    if evaluated < len(groups):
         held += f"; training split evaluated on {evaluated} of them"
     dropout = trainer.disabled_dropout
     off = f"{len(dropout)} set to 0: {', '.join(dropout)}" if dropout else "none in the model"
-    steps = -(-len(job.train) // trainer.groups_per_step)
+    steps = -(-len(groups) // trainer.groups_per_step)
     return [
-        f"data: {job.source}: {len(job.train)} prompts to train on, {held}",
+        f"data: {job.source}: {len(groups)} prompts to train on, {held}",
         f"model: {type(job.model).__name__}, {parameters:,} parameters, "
         f"context {context_length(job.model.config)}",
         f"loss: {trainer.loss}",

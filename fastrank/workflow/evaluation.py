@@ -17,12 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrank.data.load import fit_context
 from fastrank.data.packing import Group
-from fastrank.data.records import Record
-from fastrank.data.report import Report
-from fastrank.data.tokenize import TokenizeOptions, encode_record, truncate
+from fastrank.data.tokenize import TokenizeOptions
 from fastrank.metrics import ranking_metrics
 from fastrank.modeling.context import context_length
 from fastrank.modeling.score import score
+from fastrank.workflow.groups import group_of_item
 from fastrank.workflow.items import Item
 from fastrank.workflow.options import DecodingOptions
 from fastrank.workflow.policy import draw_all
@@ -142,7 +141,7 @@ def perplexity(
     limit = fit_context(TokenizeOptions(as_chat=as_chat), context_length(model.config))  # type: ignore[arg-type]
     groups = []
     for item, ended in zip(samples.items, samples.ended, strict=True):
-        group = _group_of(item, ended, tokenizer, limit)
+        group = group_of_item(item, ended, tokenizer, limit)
         if group is not None:
             groups.append(group)
     if not groups:
@@ -152,29 +151,6 @@ def perplexity(
     total = math.fsum(float(values.double().sum()) for values in found)
     tokens = sum(group.num_response_tokens for group in groups)
     return math.exp(min(-total / tokens, 700.0))
-
-
-def _group_of(
-    item: Item, ended: Sequence[bool], tokenizer: PreTrainedTokenizerBase, limit: TokenizeOptions
-) -> Group | None:
-    if not item.responses:
-        return None
-    record = Record(item.prompt, list(item.responses), [0.0] * len(item.responses), item.place.line)
-    encoded = encode_record(record, tokenizer, Report(), as_chat=limit.as_chat)
-    if encoded is None:
-        return None
-    prompt, responses = encoded
-    eos = tokenizer.eos_token_id
-    kept = []
-    for ids, whole in zip(responses, ended, strict=True):
-        if not whole and ids and ids[-1] == eos:
-            ids = ids[:-1]
-        if ids:
-            kept.append(ids)
-    if not kept:
-        return None
-    prompt, kept = truncate((prompt, kept), tokenizer, limit, Report(), item.place.line)
-    return Group(prompt, tuple(kept), [0.0] * len(kept))  # type: ignore[arg-type]
 
 
 def ranking_accuracy(model: nn.Module, groups: Sequence[Group]) -> dict[str, float]:
@@ -204,5 +180,6 @@ def bleu(samples: Samples, references: Sequence[Sequence[str]]) -> float:
     if not hypotheses:
         return math.nan
     most = max(map(len, beside))
-    streams = [[own[k] if k < len(own) else None for own in beside] for k in range(most)]
+    # sacrebleu takes None for a reference that is not there.
+    streams: Any = [[own[k] if k < len(own) else None for own in beside] for k in range(most)]
     return float(corpus_bleu(hypotheses, streams).score)

@@ -1,0 +1,108 @@
+"""``fastrank train --online_every``: a whole run of online training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastrank.attention.gate import refusal
+from fastrank.data.load import fit_context, load_groups
+from fastrank.data.tokenize import TokenizeOptions
+from fastrank.errors import InputError
+from fastrank.modeling.context import context_length
+from fastrank.modeling.load import check_model_path, load_model, load_tokenizer
+from fastrank.modeling.prepare import prepare_model
+from fastrank.training.config import RankConfig
+from fastrank.training.history import METRICS_FILE, read_metrics
+from fastrank.training.run import Job, train
+from fastrank.workflow.items import read_items
+from fastrank.workflow.online_options import OnlineTrainOptions
+from fastrank.workflow.online_plot import plot_online
+from fastrank.workflow.online_round import RoundMaker
+from fastrank.workflow.online_trainer import OnlineTrainer
+from fastrank.workflow.options import ModelOptions
+from fastrank.workflow.policy import encode_prompts
+from fastrank.workflow.reward import check_reward, load_reward
+
+
+def train_online(options: OnlineTrainOptions, config: RankConfig) -> dict[str, Any]:
+    """Run it; returns the result as a dictionary that JSON can hold.
+
+    Raises:
+        InputError: something the user gave cannot be used; nothing has been written.
+        TrainingStopped: training cannot go on.
+    """
+    loading = ModelOptions(device=str(config.device), trust_remote_code=options.trust_remote_code)
+    check_reward(str(options.reward), options.reward_kind, loading)
+    if options.reference_model is not None:
+        check_model_path(options.reference_model)
+        if not (options.needs_reference or config.ranking_loss.uses_reference):
+            raise InputError(
+                "--reference_model is for --kl_weight, --online_perplexity or a loss that uses a "
+                "reference, got none of them"
+            )
+    job, maker = _load(options, config, loading)
+
+    def make_trainer(model: nn.Module, args: RankConfig, **kwargs: Any) -> OnlineTrainer:
+        kwargs.pop("train_dataset")
+        return OnlineTrainer(model, args, maker, **kwargs)
+
+    result = train(options, config, job=job, make_trainer=make_trainer)
+    if config.should_save:
+        folder = Path(str(result["output_dir"]))
+        plot = plot_online(read_metrics(folder / METRICS_FILE), folder / "online.png")
+        result["online_plot"] = str(plot)
+    return result
+
+
+def _load(
+    options: OnlineTrainOptions, config: RankConfig, loading: ModelOptions
+) -> tuple[Job, RoundMaker]:
+    """Model, prompts, reward, reference and evaluation data."""
+    path = str(options.model)
+    trust = options.trust_remote_code
+    items = list(read_items(str(options.online_prompts), format=options.format))
+    tokenizer = load_tokenizer(path, trust_remote_code=trust)
+    model = load_model(path, config.weights_dtype, trust_remote_code=trust)
+    context = context_length(model.config)
+    asked = TokenizeOptions(config.max_prompt_length, config.max_response_length, config.max_length)
+    limit = fit_context(asked, context)
+    encoded = encode_prompts([item.prompt for item in items], tokenizer, options.decoding, context)
+    if not any(encoded.ids):
+        raise InputError(f"{options.online_prompts}: no prompt can be sampled for")
+    scorer, _ = load_reward(
+        str(options.reward), options.reward_kind, loading, batch_size=options.reward_batch_size
+    )
+    reference = None
+    if options.needs_reference or config.ranking_loss.uses_reference:
+        reference = load_model(
+            options.reference_model or path, config.weights_dtype, trust_remote_code=trust
+        )
+        torch.nn.Module.to(reference, config.device)
+        reference.requires_grad_(False)
+        prepare_model(reference, shared_prompts=refusal(reference) is None)
+    maker = RoundMaker(
+        items=items,
+        encoded=encoded,
+        options=options,
+        tokenizer=tokenizer,
+        limit=limit,
+        scorer=scorer,
+        seed=config.seed,
+        reference=reference,
+    )
+    job = Job(model, tokenizer, [], [], source=str(options.online_prompts))
+    if options.eval_data is not None:
+        job.heldout, report = load_groups(
+            options.eval_data,
+            tokenizer,
+            options=limit,
+            score_key=options.score_key,
+            max_candidates=options.max_candidates,
+            normalize_rewards=options.normalize_rewards,
+        )
+        job.reports.append(report)
+    return job, maker

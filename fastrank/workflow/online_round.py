@@ -1,0 +1,254 @@
+"""One round of online training: fresh candidates of the present model, rewarded and penalised.
+
+The penalty is that of the RRHF paper's online rows: the reward of a response y to x becomes
+
+    r(x, y) − β · [log π(y|x) − log ρ(y|x)]
+
+with π the model as it is at the start of the round and ρ the reference, both summed over the
+response's tokens. For a fresh response, whose tokens π drew at temperature 1, the bracket is the
+one-sample, unbiased estimate of the sequence's KL(π ‖ ρ). For a stored response it is the same
+ratio, but no estimate of it. A length-normalised or a non-negative estimator would have less
+variance, but only the order of the penalised rewards inside a group matters here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrank.data.packing import Group
+from fastrank.data.records import spread
+from fastrank.data.tokenize import TokenizeOptions
+from fastrank.errors import InputError
+from fastrank.modeling.score import score
+from fastrank.workflow.generation import Response, batch_seed, generate
+from fastrank.workflow.groups import group_of_item
+from fastrank.workflow.items import Item
+from fastrank.workflow.mixture import MixtureCounts, add_responses
+from fastrank.workflow.online_data import Candidates, Round
+from fastrank.workflow.online_options import OnlineTrainOptions
+from fastrank.workflow.policy import EncodedPrompts
+from fastrank.workflow.reward import Scorer, check_finite
+
+#: The source of a response that the model drew in this round.
+FRESH = "online"
+
+Gather = Callable[[list[Any]], list[Any]]
+
+
+@dataclass
+class RoundMaker:
+    """Makes rounds; every process of a run has one and makes its share.
+
+    Attributes:
+        items: all prompts, with their stored responses.
+        encoded: the prompts as tokens.
+        options: of the run.
+        tokenizer: of the model.
+        limit: in tokens of prompt and response.
+        scorer: the reward.
+        seed: of the run.
+        reference: the reference model, prepared; None if neither penalty nor perplexity need it.
+        rank, world_size: of this process.
+        gather: every process's list, joined, on every process.
+        max_tokens: of a pack, for scoring.
+    """
+
+    items: Sequence[Item]
+    encoded: EncodedPrompts
+    options: OnlineTrainOptions
+    tokenizer: PreTrainedTokenizerBase
+    limit: TokenizeOptions
+    scorer: Scorer
+    seed: int
+    reference: nn.Module | None
+    rank: int = 0
+    world_size: int = 1
+    gather: Gather = list
+    max_tokens: int = 16384
+
+    def make(
+        self,
+        model: nn.Module,
+        policy: PreTrainedModel,
+        number: int,
+        step: int,
+        indices: Sequence[int],
+    ) -> Round:
+        """Sample, reward and penalise candidates for the prompts at ``indices``.
+
+        The batches and their seeds depend on the round and the prompts only, so any number of
+        processes draws the same.
+
+        Args:
+            model: the prepared model.
+            policy: the transformers model in it, which generates.
+            number: of the round.
+            step: at which it begins.
+            indices: prompts, in rising order; those that cannot be sampled for are left out.
+        """
+        counts = MixtureCounts()
+        mine: list[Candidates] = []
+        batches = list(self._batches(indices))
+        quiet = None if self.rank == 0 else True
+        for batch in tqdm(batches, f"round {number}", unit=" batches", leave=False, disable=quiet):
+            drawn = self._draw(policy, number, batch)
+            mine += self._score(model, batch, *self._mix(batch, drawn, counts))
+        shares = self.gather([(mine, counts.duplicates, counts.empty)])
+        candidates = [own for share, _, _ in shares for own in share]
+        return Round(
+            number,
+            step,
+            sorted(candidates, key=lambda own: own.index),
+            duplicates=sum(duplicates for _, duplicates, _ in shares),
+            empty=sum(empty for _, _, empty in shares),
+        )
+
+    def group(self, own: Candidates) -> Group:
+        """The candidates as a group to train on."""
+        item = self._item(own.index, own.responses, list(own.scores))
+        group = group_of_item(item, own.ended, self.tokenizer, self.limit)
+        assert group is not None and group.num_candidates == len(own.responses)
+        return group
+
+    def _item(self, index: int, responses: list[str], scores: list[float | None]) -> Item:
+        sources = [FRESH] * len(responses)
+        return replace(
+            self.items[index], responses=responses, scores=scores, sources=sources, num_blank=0
+        )
+
+    def _batches(self, indices: Sequence[int]) -> Iterator[_Batch]:
+        """This process's batches of a round."""
+        chosen = EncodedPrompts([self.encoded.ids[i] for i in indices])
+        members = chosen.batches(self.options.online_batch_size)
+        for number in range(self.rank, len(members), self.world_size):
+            yield _Batch(number, [indices[i] for i in members[number]])
+
+    def _draw(self, policy: PreTrainedModel, number: int, batch: _Batch) -> list[list[Response]]:
+        prompts = [self.encoded.ids[i] for i in batch.members]
+        seed = batch_seed(self.seed, FRESH, number, batch.number)
+        return generate(policy, self.tokenizer, prompts, self.options.decoding, seed)
+
+    def _mix(
+        self, batch: _Batch, drawn: list[list[Response]], counts: MixtureCounts
+    ) -> tuple[list[Item], list[list[bool]]]:
+        """Fresh responses before stored ones, blanks and duplicates left out; and which ended."""
+        items, ended = [], []
+        for index, responses in zip(batch.members, drawn, strict=True):
+            stored = self._stored(self.items[index])
+            fresh = self._item(index, [r.text for r in responses], [None] * len(responses))
+            both = replace(
+                fresh,
+                responses=fresh.responses + stored.responses,
+                scores=fresh.scores + stored.scores,
+                sources=fresh.sources + stored.sources,
+            )
+            item = add_responses(both, [], counts)
+            ends = {r.text.strip(): r.ended for r in reversed(responses)}
+            items.append(item)
+            ended.append(
+                [
+                    ends[text.strip()] if source == FRESH else True
+                    for text, source in zip(item.responses, item.sources, strict=True)
+                ]
+            )
+        return items, ended
+
+    def _stored(self, item: Item) -> Item:
+        """At most ``online_stored`` of the file's own responses; the best one first to stay."""
+        count = self.options.online_stored
+        known = [-math.inf if score is None else score for score in item.scores]
+        kept = list(range(len(known)))
+        if len(kept) > count:
+            kept = spread(known, count) if count > 1 else [known.index(max(known))][:count]
+        return replace(
+            item,
+            responses=[item.responses[i] for i in kept],
+            scores=[item.scores[i] for i in kept],
+            sources=[item.sources[i] for i in kept],
+        )
+
+    def _score(
+        self, model: nn.Module, batch: _Batch, items: list[Item], ended: list[list[bool]]
+    ) -> list[Candidates]:
+        rewards = self._rewards(items)
+        groups = [
+            group_of_item(item, ends, self.tokenizer, self.limit)
+            for item, ends in zip(items, ended, strict=True)
+        ]
+        usable = [i for i, group in enumerate(groups) if group is not None]
+        chosen = [group for group in groups if group is not None]
+        reference = self._logprobs(self.reference, chosen)
+        ratios = [[0.0] * group.num_candidates for group in chosen]
+        if self.reference is not None:
+            own = self._logprobs(model, chosen)
+            ratios = [
+                [a - b for a, b in zip(x, y, strict=True)]
+                for x, y in zip(own, reference, strict=True)
+            ]
+        found = []
+        for i, group, logprobs, ratio in zip(usable, chosen, reference, ratios, strict=True):
+            item = items[i]
+            found.append(
+                Candidates(
+                    index=batch.members[i],
+                    responses=list(item.responses),
+                    ended=ended[i],
+                    fresh=[source == FRESH for source in item.sources],
+                    rewards=rewards[i],
+                    scores=[
+                        r - self.options.kl_weight * k
+                        for r, k in zip(rewards[i], ratio, strict=True)
+                    ],
+                    log_ratios=ratio,
+                    reference_logprobs=logprobs,
+                    num_tokens=[len(ids) for ids in group.response_ids],
+                )
+            )
+        return found
+
+    def _rewards(self, items: list[Item]) -> list[list[float]]:
+        """Rewards of fresh responses, and of stored ones that have no score yet."""
+        missing = [
+            replace(
+                item,
+                responses=[
+                    r for r, s in zip(item.responses, item.scores, strict=True) if s is None
+                ],
+            )
+            for item in items
+        ]
+        made = self.scorer(missing)
+        rewards = []
+        for item, lacking, values in zip(items, missing, made, strict=True):
+            check_finite(lacking, values, str(self.options.reward))
+            rest = iter(values)
+            known = [next(rest) if score is None else score for score in item.scores]
+            if any(value is None for value in known):
+                raise InputError(f"{item.place}: {self.options.reward} gives no reward for it")
+            rewards.append([float(value) for value in known if value is not None])
+        return rewards
+
+    def _logprobs(self, model: nn.Module | None, groups: list[Group]) -> list[list[float]]:
+        """Summed log-probabilities of every candidate; zeros without a model."""
+        if model is None:
+            return [[0.0] * group.num_candidates for group in groups]
+        if not groups:
+            return []
+        largest = max(group.num_candidates * group.longest_path for group in groups)
+        found: list[Tensor] = score(
+            model, groups, max_tokens=max(self.max_tokens, largest), normalize="sum"
+        )
+        return [values.tolist() for values in found]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    number: int
+    members: list[int]
