@@ -140,6 +140,8 @@ class StagedTrainer(Trainer):
             return
         target = Path(output_dir or self.args.output_dir or ".")
         self._refuse_spoilt_weights(target)
+        if self.is_fsdp_enabled:  # shards alone would leave no model for from_pretrained
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         staging = self._begin_staging(target)
         with self._explained("the model", target):
             super().save_model(str(staging / "model"), _internal_call=True)
