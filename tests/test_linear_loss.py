@@ -313,6 +313,7 @@ T, C = OK.labels.numel(), OK.rewards.numel()
         ({"rows": moved(OK.rows, 0, 999)}, ValueError, "rows must lie in .* got 999 at index 0"),
         ({"rows": OK.rows[:-1]}, ValueError, rf"rows must have shape \[{T}\]"),
         ({"bias": OK.bias[:-1]}, ValueError, r"bias must have shape \[97\], got \[96\]"),
+        ({"rewards": OK.rewards * float("nan")}, ValueError, "rewards must be numbers, got nan"),
         ({"rewards": OK.rewards[:-1]}, ValueError, rf"rewards must have shape \[{C}\]"),
         ({"cu_responses": moved(OK.cu_responses, -1, T - 1)}, ValueError,
          rf"cu_responses must end at {T} \(number of labels\), got {T - 1}"),

@@ -201,6 +201,11 @@ S3 = torch.zeros(3)
         ({"cu_groups": torch.tensor([1, 3])}, ValueError, "cu_groups must begin at 0, got 1"),
         ({"cu_groups": torch.tensor([0, 4, 3])}, ValueError, "must not fall, got 4 then 3"),
         ({"cu_groups": torch.tensor([0.0, 3.0])}, TypeError, "cu_groups must be int32"),
+        (
+            {"rewards": torch.tensor([0.0, float("nan"), 1.0])},
+            ValueError,
+            "rewards must be numbers, got nan at index 1",
+        ),
         ({"where": torch.ones(3, dtype=torch.bool)}, ValueError, "where goes with scores"),
         ({"scores": torch.zeros(1, 1, 3)}, ValueError, r"\[C\] or \[G, n\], got \[1, 1, 3\]"),
     ],

@@ -46,3 +46,15 @@ def check_range(name: str, values: Tensor, stop: int, what: str) -> None:
     raise ValueError(
         f"{name} must lie in [0, {stop}) ({what}), got {int(values[at])} at index {at}"
     )
+
+
+def check_not_nan(name: str, values: Tensor) -> None:
+    """No one of ``values`` may be NaN: it is neither above nor below any other, and would drop
+    out of a ranking in silence.
+
+    Raises:
+        ValueError: one is; its position is named.
+    """
+    wrong = values.isnan()
+    if bool(wrong.any()):
+        raise ValueError(f"{name} must be numbers, got nan at index {int(wrong.nonzero()[0])}")

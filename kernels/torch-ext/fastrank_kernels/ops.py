@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import linear
-from .checks import check_offsets, check_range
+from .checks import check_not_nan, check_offsets, check_range
 from .linear import Gradients, Inputs, Ranking, logits_dtype
 from .planner import Plan, default_logits_memory, plan_logprobs, plan_ranking
 from .reference import RankResult, accumulation_dtype, group_scale, segment_index
@@ -99,6 +99,8 @@ def rank_scores(
     )  # fmt: skip
     if cu_groups.device.type == "cpu":
         check_offsets("cu_groups", cu_groups, scores.shape[0], "scores", allow_empty=True)
+    if rewards.device.type == "cpu":
+        check_not_nan("rewards", rewards if valid is None else rewards[valid])
     return _module(backend, scores.device).rank_scores(scores, rewards, cu_groups, valid, spec)
 
 
@@ -190,6 +192,8 @@ def linear_ranking(
     if on_host or validate:
         check_offsets("cu_responses", cu_responses, labels.shape[0], "labels", allow_empty=False)
         check_offsets("cu_groups", cu_groups, rewards.shape[0], "rewards", allow_empty=True)
+    if validate or rewards.device.type == "cpu":
+        check_not_nan("rewards", rewards)
     inputs = _inputs(
         hidden, weight, labels, rows, bias, logit_scale, softcap, compute_dtype,
         need_hidden, need_weight, need_bias, validate, backend,
