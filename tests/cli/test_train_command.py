@@ -194,12 +194,11 @@ def test_wrong_input_is_one_line_and_nothing_is_written(
 
 @pytest.mark.slow
 def test_the_built_in_task_reaches_its_goal(tmp_path: Path, capsys: Any) -> None:
-    """Held-out accuracy from about 0.5 to at least 0.9, within 90 s of training."""
+    """Held-out accuracy from about 0.5 to at least 0.9."""
     assert main(["train", "--output_dir", str(tmp_path / "run"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0.4 < result["before"]["eval"]["rewards/accuracies"] < 0.6
     assert result["after"]["eval"]["rewards/accuracies"] >= 0.9
-    assert result["seconds"] < 90
 
 
 @pytest.mark.slow
