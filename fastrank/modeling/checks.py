@@ -58,7 +58,7 @@ def check_causal(model: PreTrainedModel, hidden_states: Callable[..., Tensor]) -
     row = torch.cat((group.prompt_ids, *group.response_ids))[None].to(model.device)
     cut = len(group.prompt_ids) + len(group.response_ids[0])
     found = _disagreement(
-        hidden_states(input_ids=row)[0, :cut], hidden_states(input_ids=row[:, :cut])[0]
+        model, hidden_states(input_ids=row)[0, :cut], hidden_states(input_ids=row[:, :cut])[0]
     )
     if found is not None:
         raise InputError(
@@ -94,7 +94,7 @@ def check_sharing(
             together.append(packed[response.start : response.stop])
             path = torch.cat((prompt, own))[None]
             alone.append(hidden_states(input_ids=path)[0, len(prompt) :])
-    found = _disagreement(torch.cat(together), torch.cat(alone))
+    found = _disagreement(model, torch.cat(together), torch.cat(alone))
     if found is not None:
         raise InputError(
             f"{type(model).__name__} cannot share prompts: a response's hidden states in a pack "
@@ -103,12 +103,18 @@ def check_sharing(
         )
 
 
-def _disagreement(found: Tensor, expected: Tensor) -> float | None:
+def _disagreement(model: PreTrainedModel, found: Tensor, expected: Tensor) -> float | None:
     """The relative error of hidden states [S, D] if it is more than rounding, else None.
 
     In float32 the worst token decides; in lower precisions the median, because a single token may
-    flip an expert of a mixture.
+    flip an expert of a mixture. InputError if a plain row is not finite: then the weights are at
+    fault, and no comparison can say anything.
     """
+    if not bool(expected.isfinite().all()):
+        raise InputError(
+            f"{type(model).__name__} gives hidden states that are not finite; expected a model "
+            "whose weights are numbers"
+        )
     wide = found.element_size() >= 4
     difference = (found.double() - expected.double()).norm(dim=-1)
     relative = difference / expected.double().norm(dim=-1)

@@ -176,14 +176,18 @@ def test_a_model_that_gives_no_numbers_is_refused(
     small: Path, story_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = load_model(story_model_path, "float32")
-    with torch.no_grad():
-        model.model.norm.weight.fill_(float("nan"))
-    model.save_pretrained(tmp_path / "poisoned")
-    load_tokenizer(story_model_path).save_pretrained(tmp_path / "poisoned")
-    capsys.readouterr()
     argv = ["score", "--model", str(tmp_path / "poisoned"), "--data", str(small)]
-    assert main(argv) == 2  # the start-up check of shared prompts sees it
-    assert capsys.readouterr().err.count("\n") == 1
-    assert main([*argv, "--shared_prompts", "false"]) == 2
-    err = capsys.readouterr().err
-    assert f"{small}:1: the model's scores are not finite" in err and err.count("\n") == 1
+    load_tokenizer(story_model_path).save_pretrained(tmp_path / "poisoned")
+    end = model.config.eos_token_id
+    for weight, rows, message in (
+        (model.model.embed_tokens.weight, end, f"{small}:1: the model's scores are not finite"),
+        (model.model.norm.weight, slice(None), "gives hidden states that are not finite"),
+    ):
+        with torch.no_grad():  # the first shows at the end of a response, the second everywhere
+            weight[rows] = float("nan")
+        model.save_pretrained(tmp_path / "poisoned")
+        for shared in ("true", "false"):
+            capsys.readouterr()
+            assert main([*argv, "--shared_prompts", shared]) == 2
+            err = capsys.readouterr().err
+            assert message in err and err.count("\n") == 1, err
