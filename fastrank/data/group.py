@@ -51,6 +51,14 @@ class Group:
             )
             set_field(self, "reference_scores", scores)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By value: as tensors, every response would take a file descriptor on its way between the
+        # processes of a loader.
+        reference = None if self.reference_scores is None else self.reference_scores.numpy()
+        responses = tuple(ids.numpy() for ids in self.response_ids)
+        fields = (self.prompt_ids.numpy(), responses, self.rewards.numpy(), reference, self.name)
+        return type(self), fields
+
     @property
     def num_candidates(self) -> int:
         return len(self.response_ids)

@@ -25,6 +25,9 @@ from fastrank.data.bins import best_fit, fill_padded
 from fastrank.data.columns import GroupSizes, group_sizes
 from fastrank.data.packing import Group, Pack, pack
 
+# Packs that two-phase training and its evaluation make at a time, at most.
+_PACKS_AT_ONCE = 64
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -36,19 +39,25 @@ class StepBatch:
         num_groups: groups of the whole step, over all processes.
         index: positions in the training set of all the step's groups; ``Pack.group_index`` of
             ``packs`` are positions in it.
+        members: positions in ``index`` of this process's groups.
+        groups: those groups, where training in two phases packs their candidates later; there are
+            no packs then, and this process may have no group at all.
     """
 
     packs: list[Pack]
     weights: list[float]
     num_groups: int
     index: tuple[int, ...]
+    members: tuple[int, ...] = ()
+    groups: tuple[Group, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Tokens that this process computes for the step, fillers not counted."""
-        return sum(
+        packed = sum(
             p.num_tokens for p, weight in zip(self.packs, self.weights, strict=True) if weight
         )
+        return packed + sum(group.num_tokens_shared for group in self.groups)
 
     def pin_memory(self) -> StepBatch:
         return replace(self, packs=[pack.pin_memory() for pack in self.packs])
@@ -120,25 +129,47 @@ class NumberedGroups(Dataset):
 
 @dataclass(frozen=True)
 class StepCutter:
-    """Cuts the groups of a step into this process's packs; usable as a loader's ``collate_fn``."""
+    """Cuts the groups of a step into this process's packs; usable as a loader's ``collate_fn``.
+
+    With ``whole_groups`` it only deals out the groups, for training in two phases, which knows what
+    to pack when the candidates have been scored.
+    """
 
     max_tokens: int
     shared_prompts: bool = True
     rank: int = 0
     world_size: int = 1
+    whole_groups: bool = False
 
     def __call__(self, numbered: Sequence[tuple[int, Group]]) -> StepBatch:
         groups = [group for _, group in numbered]
-        built = [self.build(groups, members) for members in self.plan(groups)]
         index = tuple(position for position, _ in numbered)
-        return StepBatch([p for p, _ in built], [w for _, w in built], len(groups), index)
+        return self.batch(groups, self.plan(groups), index)
+
+    def batch(
+        self, groups: Sequence[Group], plan: Sequence[Sequence[int]], index: tuple[int, ...]
+    ) -> StepBatch:
+        """What is computed of these groups by a ``plan`` for this process."""
+        members = tuple(i for part in plan for i in part)
+        if self.whole_groups:
+            own = tuple(groups[i] for i in members)
+            return StepBatch([], [], len(groups), index, members, own)
+        built = [self.build(groups, part) for part in plan]
+        return StepBatch([p for p, _ in built], [w for _, w in built], len(groups), index, members)
 
     def plan(self, groups: Sequence[Group]) -> list[list[int]]:
-        """The groups of each of this process's packs; an empty list stands for a filler."""
+        """The groups of each of this process's packs; an empty list stands for a filler.
+
+        Whole groups come in parts of many packs' worth, equally many on every process.
+        """
+        budget = self.max_tokens
+        if self.whole_groups:
+            largest = int(group_sizes(groups).pack_tokens(self.shared_prompts).max())
+            budget = max(_PACKS_AT_ONCE * self.max_tokens, largest)
         plan = plan_step(
             groups,
             self.world_size,
-            max_tokens=self.max_tokens,
+            max_tokens=budget,
             shared_prompts=self.shared_prompts,
         )
         return plan[self.rank :: self.world_size]
@@ -158,7 +189,8 @@ class StepCutter:
 
 
 class PackDataset(Dataset):
-    """One process's packs of an evaluation: a `StepBatch` of one pack each, built when asked."""
+    """One process's packs of an evaluation: a `StepBatch` of one pack each (or of a part of its
+    whole groups), built when asked."""
 
     def __init__(self, groups: Sequence[Group], cutter: StepCutter) -> None:
         self.groups = groups
@@ -170,8 +202,7 @@ class PackDataset(Dataset):
 
     def __getitem__(self, number: int) -> StepBatch:
         members = self.plan[number]
-        built, weight = self.cutter.build(self.groups, members)
-        return StepBatch([built], [weight], len(self.groups), tuple(members))
+        return self.cutter.batch(self.groups, [members], tuple(members))
 
 
 def plan_step(
@@ -246,5 +277,6 @@ def too_large(group: Group, size: int, max_tokens: int) -> str:
     return (
         f"{group.name or 'a group'}: must fit into max_tokens={max_tokens}, got {size} tokens "
         f"({group.num_candidates} responses, prompt of {len(group.prompt_ids)}); raise max_tokens, "
-        "or lower max_response_length, max_prompt_length or max_candidates"
+        "lower max_response_length, max_prompt_length or max_candidates, or train with "
+        "backprop=two_phase"
     )

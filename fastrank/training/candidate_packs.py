@@ -39,6 +39,8 @@ class Candidates(NamedTuple):
     """int32 [C + 1] on the host."""
     cu_groups: Tensor
     """int32 [G + 1] on the host."""
+    group_index: tuple[int, ...]
+    """The groups' positions, by default in the list given."""
     path_lengths: tuple[int, ...]
     """Tokens of every [prompt; response], one a candidate."""
     num_tokens: int
@@ -59,6 +61,7 @@ class Candidates(NamedTuple):
             reference_scores=torch.cat(references) if references else None,
             cu_responses=_offsets(lengths),
             cu_groups=_offsets([group.num_candidates for group in groups]),
+            group_index=tuple(range(len(groups))),
             path_lengths=tuple(
                 len(group.prompt_ids) + len(ids) for group in groups for ids in group.response_ids
             ),

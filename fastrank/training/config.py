@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import IntervalStrategy, TrainingArguments
 
 from fastrank.attention.backends import BACKENDS
+from fastrank.data.columns import GroupSizes
 from fastrank.errors import InputError
 from fastrank.losses import Loss, loss_from_name
 
@@ -61,6 +64,14 @@ class RankConfig(TrainingArguments):
     auto_find_pack_size: bool = field(
         default=False,
         metadata={"help": "When a pack does not fit into memory, halve max_tokens and go on."},
+    )
+    backprop: str = field(
+        default="joint",
+        metadata={
+            "help": "joint: a group in one pack, forward and backward; two_phase: score every "
+            "candidate first, then back-propagate only those with a gradient, in memory that does "
+            "not grow with their number."
+        },
     )
     shared_prompts: bool = field(
         default=True,
@@ -157,6 +168,12 @@ class RankConfig(TrainingArguments):
             raise InputError(f"loss_kwargs must be a JSON object, got {self.loss_kwargs!r}")
         _ = self.ranking_loss  # an unknown name or option shows before anything is loaded
         _choice("nonfinite", self.nonfinite, ("stop", "skip"))
+        _choice("backprop", self.backprop, ("joint", "two_phase"))
+        if self.two_phase and self.auto_find_pack_size:
+            raise InputError(
+                "auto_find_pack_size tries packs of whole groups, got backprop=two_phase, which "
+                "splits them: set max_tokens"
+            )
         _choice("dtype", self.dtype, tuple(DTYPES))
         _choice("attention", self.attention, ("auto", *BACKENDS))
         for name in ("max_tokens", "per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -224,6 +241,15 @@ class RankConfig(TrainingArguments):
     def weights_dtype(self) -> torch.dtype:
         """The type to load weights in; transformers' own default, the file's, is often bfloat16."""
         return DTYPES[self.dtype] or torch.float32
+
+    @property
+    def two_phase(self) -> bool:
+        """Whether candidates are scored first, and only live ones back-propagated."""
+        return self.backprop == "two_phase"
+
+    def tokens_at_once(self, sizes: GroupSizes) -> NDArray[np.int64]:
+        """Tokens of every group that have to fit into one pack: int64 [N]."""
+        return sizes.longest_path if self.two_phase else sizes.pack_tokens(self.shared_prompts)
 
     @property
     def groups_per_step(self) -> int:

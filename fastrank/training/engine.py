@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from fastrank.data.packing import Pack
+
 Synchronising = Callable[[bool], contextlib.AbstractContextManager[Any]]
 
 
-def _nothing(last: bool) -> contextlib.AbstractContextManager[None]:
+def _nothing(_: object) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
@@ -35,11 +37,13 @@ class Engine:
         synchronising: gives the context of one forward and backward pass, told whether it is the
             last one, with which gradients travel.
         backward: back-propagates a scalar.
+        computing: gives the context of each pass over a pack, in either phase.
     """
 
     world_size: int = 1
     synchronising: Synchronising = _nothing
     backward: Callable[[Tensor], Any] = torch.Tensor.backward
+    computing: Callable[[Pack], contextlib.AbstractContextManager[Any]] = _nothing
 
     def everyone(self, count: int, device: torch.device) -> list[int]:
         """The ``count`` of every process; all of them must call it."""

@@ -21,18 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastrank.data.packing import Group, Pack
+from fastrank.data.packing import Group
 from fastrank.losses import Loss
 from fastrank.outputs import RankingOutput
 from fastrank.training.batching import StepBatch, StepCutter
 from fastrank.training.config import RankConfig
 from fastrank.training.failures import TrainingStopped
 from fastrank.training.saving import StagedTrainer, last_good
-from fastrank.training.step_metrics import StepWindow
+from fastrank.training.step_metrics import HasCandidates, StepWindow
+from fastrank.training.two_phase_step import is_sound
 
 _NAMES_SHOWN = 5
 
-Computed = list[tuple[Pack, RankingOutput]]
+Computed = list[tuple[HasCandidates, RankingOutput]]
 
 
 class GuardedTrainer(StagedTrainer, abc.ABC):
@@ -126,13 +127,8 @@ class GuardedTrainer(StagedTrainer, abc.ABC):
         }
         found = self._agreed(by_score)
         if not found and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            mine = [
-                i
-                for pack, weight in zip(batch.packs, batch.weights, strict=True)
-                if weight
-                for i in pack.group_index
-            ]
-            found = self._agreed({i for i in mine if not self._sound_alone(batch.index[i])})
+            bad = {i for i in batch.members if not self._sound_alone(batch.index[i])}
+            found = self._agreed(bad)
         return found or list(range(batch.num_groups))
 
     def _agreed(self, positions: set[int]) -> list[int]:
@@ -141,8 +137,10 @@ class GuardedTrainer(StagedTrainer, abc.ABC):
     def _sound_alone(self, position: int) -> bool:
         """Whether a group by itself has a finite loss and gradient. Nothing is communicated."""
         group = self._group(position)
-        pack, _ = self._cutter().build([group], [0])
         weights = [p for p in self.lm.parameters() if p.requires_grad]
+        if self.args.two_phase:
+            return is_sound(self.lm, group, self.loss, self._cutter().max_tokens, weights)
+        pack, _ = self._cutter().build([group], [0])
         output = self.lm(pack=pack.to(self.args.device), loss=self.loss, reduction="sum")
         if not bool(output.loss.isfinite()):
             return False
@@ -181,8 +179,8 @@ def _listed(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
 
 
-def bad_groups(pack: Pack, scores: Tensor) -> list[int]:
-    """The pack's groups (by `Pack.group_index`) with a score that is not finite."""
+def bad_groups(pack: HasCandidates, scores: Tensor) -> list[int]:
+    """The pack's groups (by ``group_index``) with a score that is not finite."""
     parts = scores.detach().cpu().split(pack.cu_groups.diff().tolist())
     return [
         index

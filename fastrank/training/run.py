@@ -239,7 +239,8 @@ def describe(
         f"precision: {config.dtype_reason}",
         f"dropout: {off}" if config.disable_dropout else "dropout: as the model has it",
         f"steps: {steps} an epoch of {trainer.groups_per_step} prompts on {config.world_size} "
-        f"process(es), packs of at most {trainer.max_tokens} tokens",
+        f"process(es), packs of at most {trainer.max_tokens} tokens"
+        + (", back-propagated in two phases" if config.two_phase else ""),
     ]
 
 

@@ -8,21 +8,45 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastrank import metrics
-from fastrank.data.packing import Pack
 from fastrank.losses import Loss
 from fastrank.outputs import RankingOutput
 from fastrank.ranking import ranking_loss
 
 Gather = Callable[[list[Any]], list[Any]]
 """Concatenates every process's list, in the order of processes, on every process."""
+
+
+class HasCandidates(Protocol):
+    """What a step's metrics read of a `Pack`, or of groups that were packed in parts."""
+
+    @property
+    def rewards(self) -> Tensor: ...  # [C]
+
+    @property
+    def reference_scores(self) -> Tensor | None: ...  # [C]
+
+    @property
+    def cu_responses(self) -> Tensor: ...  # int32 [C + 1] on the host
+
+    @property
+    def cu_groups(self) -> Tensor: ...  # int32 [G + 1] on the host
+
+    @property
+    def group_index(self) -> Sequence[int]: ...  # [G], positions in the step
+
+    @property
+    def path_lengths(self) -> Sequence[int]: ...  # [C]
+
+    @property
+    def num_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -40,17 +64,24 @@ class Scored:
 class StepWindow:
     """Sums over the packs of this process since the last log line."""
 
-    packs: list[tuple[Pack, Tensor]] = field(default_factory=list)  # with the scores, on device
+    packs: list[tuple[HasCandidates, Tensor]] = field(default_factory=list)  # scores on device
     losses: dict[str, Any] = field(default_factory=lambda: {"rank_loss": 0.0, "sft_loss": 0.0})
     steps: int = 0
     seconds: float = 0.0
     skipped: int = 0  # records left out because of numbers that are not finite
+    # Tokens that joint training would compute; scored; back-propagated: in two-phase training.
+    work: tuple[int, int, int] = (0, 0, 0)
 
-    def add(self, pack: Pack, output: RankingOutput, num_groups: int) -> None:
+    def add(self, pack: HasCandidates, output: RankingOutput, num_groups: int) -> None:
         """One pack of a step of ``num_groups`` groups; ``output`` holds sums over its groups."""
         self.packs.append((pack, output.scores))
         for name in self.losses:
             self.losses[name] = self.losses[name] + getattr(output, name) / num_groups
+
+    def add_work(self, joint: int, scored: int, backpropagated: int) -> None:
+        """What two-phase training computed of a step, in tokens."""
+        before = self.work
+        self.work = (before[0] + joint, before[1] + scored, before[2] + backpropagated)
 
     def add_step(self, seconds: float) -> None:
         self.steps += 1
@@ -64,6 +95,7 @@ class StepWindow:
             "tokens": sum(pack.num_tokens for pack, _ in self.packs),
             "separate": sum(sum(pack.path_lengths) for pack, _ in self.packs),
             "seconds": self.seconds,
+            "work": self.work,
         }
         everyone = gather([mine])
         scored = list(itertools.chain.from_iterable(part["scored"] for part in everyone))
@@ -79,12 +111,25 @@ class StepWindow:
         values["shared_prompt_ratio"] = (
             sum(part["separate"] for part in everyone) / tokens if tokens else math.nan
         )
+        joint, scored_tokens, backpropagated = (
+            sum(part["work"][i] for part in everyone) for i in range(3)
+        )
+        if joint:
+            values["backprop_fraction"] = backpropagated / joint
+            values["work_saved"] = work_saved(joint, scored_tokens, backpropagated)
         if self.skipped:  # the same on every process
             values["skipped_records"] = float(self.skipped)
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
-def _to_host(pack: Pack, scores: Tensor) -> Scored:
+def work_saved(joint: int, scored: int, backpropagated: int) -> float:
+    """Share of the work of joint training with gradient checkpointing (4 forward passes' worth a
+    token) that two phases saved, with 1 for a scored token and 3 for a back-propagated one;
+    negative where more work was done."""
+    return 1 - (scored + 3 * backpropagated) / (4 * joint) if joint else 0.0
+
+
+def _to_host(pack: HasCandidates, scores: Tensor) -> Scored:
     return Scored(
         scores=scores.detach().cpu(),
         rewards=pack.rewards.cpu(),

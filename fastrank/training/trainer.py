@@ -48,12 +48,15 @@ from fastrank.training.batching import (
     too_large,
 )
 from fastrank.training.config import RankConfig
+from fastrank.training.determinism import check_deterministic
 from fastrank.training.evaluation import evaluate_packs, summarize
 from fastrank.training.failures import TrainingStopped
 from fastrank.training.guards import Computed, GuardedTrainer
 from fastrank.training.memory import explained_out_of_memory, largest_fitting
 from fastrank.training.progress import RankProgress
 from fastrank.training.step_metrics import StepWindow
+from fastrank.training.two_phase import Phases
+from fastrank.training.two_phase_step import evaluate_groups, trainer_phases, two_phase_step
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +108,8 @@ class RankTrainer(GuardedTrainer):
             model = get_peft_model(model, peft_config)
         self.disabled_dropout = disable_dropout(model) if args.disable_dropout else []
         prepare_model(model, attention=args.attention, shared_prompts=args.shared_prompts)
+        if args.two_phase:
+            check_deterministic(model)
         super().__init__(
             model=model,
             args=args,
@@ -125,7 +130,7 @@ class RankTrainer(GuardedTrainer):
         if not len(groups):
             raise InputError(f"{name} must hold at least one group, got none")
         vocab_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        sizes = group_sizes(groups).pack_tokens(args.shared_prompts)
+        sizes = args.tokens_at_once(group_sizes(groups))
         for i in np.flatnonzero(sizes > args.max_tokens)[:1]:
             raise InputError(too_large(groups[i], int(sizes[i]), args.max_tokens))
         largest = largest_ids(groups)
@@ -177,6 +182,17 @@ class RankTrainer(GuardedTrainer):
             shared_prompts=self.args.shared_prompts,
             rank=self.args.process_index,
             world_size=self.args.world_size,
+            whole_groups=self.args.two_phase,
+        )
+
+    def _phases(self, model: nn.Module) -> Phases:
+        return trainer_phases(
+            model,
+            self.loss,
+            max_tokens=self.max_tokens,
+            world_size=self.args.world_size,
+            synchronising=lambda last: self._synchronising(model, last),
+            backward=self._backward,
         )
 
     def get_train_dataloader(self) -> DataLoader:
@@ -265,6 +281,9 @@ class RankTrainer(GuardedTrainer):
     def _accumulate(self, model: nn.Module, batch: StepBatch) -> tuple[Tensor, Computed]:
         model.train()
         _switch(self.optimizer, "train")
+        if self.args.two_phase:
+            with self.compute_loss_context_manager():
+                return two_phase_step(self._phases(model), batch, self._window)
         total = torch.zeros((), device=self.args.device)
         computed: Computed = []
         last = len(batch.packs) - 1
@@ -338,9 +357,12 @@ class RankTrainer(GuardedTrainer):
         model.eval()
         _switch(self.optimizer, "eval")
         on_step: Callable[[], None] = self._on_prediction_step
-        evaluated = evaluate_packs(
-            model, dataloader, self.loss, self.args.device, self.max_tokens, on_step
-        )
+        if self.args.two_phase:
+            evaluated = evaluate_groups(self._phases(model), dataloader, on_step)
+        else:
+            evaluated = evaluate_packs(
+                model, dataloader, self.loss, self.args.device, self.max_tokens, on_step
+            )
         found = summarize(evaluated, self._gather)
         model.train(was_training)
         if found.bad and self.args.nonfinite == "stop":

@@ -40,6 +40,7 @@ from fastrank.training.candidate_packs import (
 )
 from fastrank.training.determinism import check_deterministic, no_random_numbers
 from fastrank.training.engine import Engine, engine_of, unwrap
+from fastrank.training.step_metrics import work_saved
 
 
 class TwoPhaseOutput(NamedTuple):
@@ -68,12 +69,9 @@ class TwoPhaseOutput(NamedTuple):
 
     @property
     def work_saved(self) -> float:
-        """Share of the work of joint training with gradient checkpointing, 4 forward passes' worth
-        a token, that was saved: 1 for a scored token and 3 for a back-propagated one came instead.
-        Negative where more work was done."""
-        if not self.tokens_joint:
-            return 0.0
-        return 1 - (self.tokens_scored + 3 * self.tokens_backpropagated) / (4 * self.tokens_joint)
+        """Share of the work of joint training with gradient checkpointing that was saved; see
+        `fastrank.training.step_metrics.work_saved`."""
+        return work_saved(self.tokens_joint, self.tokens_scored, self.tokens_backpropagated)
 
 
 def two_phase_backward(
@@ -144,14 +142,17 @@ class Scored(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """What the loss made of the scores: sums over groups, times the scale that was asked for."""
+    """What the loss made of the scores."""
 
     rank_loss: Tensor
+    """[G], not scaled."""
     sft_loss: Tensor
+    """[G], not scaled."""
     scores: Tensor
     """[C]"""
     coefficients: Tensor
-    """[T] derivative of the loss by each log-probability."""
+    """[T] derivative of ``scale`` times the sum of the losses by each log-probability."""
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,10 @@ class Phases:
         logprobs: Tensor | None = None
         with torch.no_grad():
             for number, chosen in enumerate(self._in_step(packs)):
-                with no_random_numbers(self.model, self.device, watch=number == 0):
+                with (
+                    self.engine.computing(chosen.pack),
+                    no_random_numbers(self.model, self.device, watch=number == 0),
+                ):
                     found = self._logprobs(chosen.pack)
                 if logprobs is None:
                     logprobs = found.new_empty(candidates.num_response_tokens)
@@ -227,7 +231,7 @@ class Phases:
     def rank(self, scored: Scored, scale: float) -> Ranked:
         """The loss on the scores and its derivative by each log-probability."""
         candidates, logprobs = scored.candidates, scored.token_logprobs
-        rank_loss, sft_loss, scores, coefficients = fastrank_kernels.rank_tokens(
+        found = fastrank_kernels.rank_tokens(
             logprobs,
             candidates.rewards.to(logprobs.dtype),
             candidates.cu_responses,
@@ -237,7 +241,7 @@ class Phases:
             scale=scale,
             backend=self.backend,
         )
-        return Ranked(rank_loss.sum() * scale, sft_loss.sum() * scale, scores, coefficients)
+        return Ranked(*found, scale)
 
     def differentiate(
         self, groups: Sequence[Group], scored: Scored, ranked: Ranked
@@ -259,7 +263,8 @@ class Phases:
         # let an optimiser's momentum and decay go on.
         passes = self._in_step(packs)
         for number, chosen in enumerate(passes):
-            with self.engine.synchronising(number == len(passes) - 1):
+            last = number == len(passes) - 1
+            with self.engine.computing(chosen.pack), self.engine.synchronising(last):
                 found = self._logprobs(chosen.pack)
                 if len(chosen.tokens):
                     at = chosen.tokens.to(self.device)
@@ -270,10 +275,12 @@ class Phases:
                 with torch.autocast(self.device.type, enabled=False):
                     self.engine.backward(total)
         lengths = candidates.cu_responses.diff()
+        rank_loss = ranked.rank_loss.sum() * ranked.scale
+        sft_loss = ranked.sft_loss.sum() * ranked.scale
         return TwoPhaseOutput(
-            loss=ranked.rank_loss + ranked.sft_loss,
-            rank_loss=ranked.rank_loss,
-            sft_loss=ranked.sft_loss,
+            loss=rank_loss + sft_loss,
+            rank_loss=rank_loss,
+            sft_loss=sft_loss,
             scores=ranked.scores,
             token_logprobs=logprobs,
             live_fraction=int(lengths[live].sum()) / max(candidates.num_response_tokens, 1),

@@ -37,7 +37,9 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "outside": (6, 1, {"max_tokens": 75}),
     "skip": (6, 1, {"max_tokens": 75, "nonfinite": "skip"}),
     "find": (6, 1, {"auto_find_pack_size": True}),
+    "two phases": (6, 1, {"max_tokens": 20, "backprop": "two_phase"}),
     "fully_shard": (6, 1, {"max_tokens": 75}),
+    "two phases, fully_shard": (6, 1, {"max_tokens": 20, "backprop": "two_phase"}),
 }
 
 
@@ -110,7 +112,7 @@ def _limit(module: Any, inputs: Any) -> None:
 
 def run_case(folder: Path, case: str, world_size: int) -> dict[str, Any]:
     trainer = make_trainer(folder, case, world_size)
-    if case == "fully_shard" and world_size > 1:
+    if "fully_shard" in case and world_size > 1:
         return _train_sharded(trainer)
     trainer.train()
     return {

@@ -11,6 +11,7 @@ import train_processes as worker
 from torchrun import torchrun
 
 SAME = [case for case in worker.CASES if case != "outside"]
+WORK = {"backprop_fraction", "work_saved"}  # of two phases alone
 LOGGED = ("loss", "rank_loss", "sft_loss", "rewards/accuracies", "rewards/margins", "live_fraction")
 
 
@@ -56,12 +57,12 @@ def test_weights_losses_and_gradient_norms_are_those_of_one_process(
     assert _difference(found[case][0]["weights"], found[case][1]["weights"]) == 0
 
 
-@pytest.mark.parametrize("case", [case for case in SAME if case != "fully_shard"])
+@pytest.mark.parametrize("case", [case for case in SAME if "fully_shard" not in case])
 def test_what_is_logged_and_evaluated_is_the_same(found: Any, expected: Any, case: str) -> None:
     want = expected[case]
     for got in found[case]:
         for row, row_wanted in zip(got["log"], want["log"], strict=True):
-            assert row.keys() == row_wanted.keys()
+            assert row.keys() - WORK == row_wanted.keys()
             for key in (*LOGGED, "skipped_records"):
                 wanted = pytest.approx(row_wanted.get(key, 0.0), rel=1e-4, abs=1e-5)
                 assert row.get(key, 0.0) == wanted, key
