@@ -136,7 +136,7 @@ class OnlineTrainer(RankTrainer):
         if groups is not self._candidates:
             super()._check_groups(name, groups, model, args)
             return
-        sizes = self._candidates.sizes.pack_tokens(args.shared_prompts)
+        sizes = args.tokens_at_once(self._candidates.sizes)
         largest = int(sizes.argmax())
         if sizes[largest] > args.max_tokens:
             raise InputError(
