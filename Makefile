@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test test-slow check format clean
+.PHONY: train test test-slow bench compare check format clean
 
 train: $(VENV)/.train  ## a small model learns to rank on the built-in task
 	$(BIN)/fastrank train --output_dir runs/built-in --overwrite_output_dir
@@ -14,6 +14,13 @@ test: $(VENV)/.dev check  ## formatting, types, and every test that is neither s
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes
 	$(BIN)/pytest -m "slow and not gpu"
+
+bench: $(VENV)/.dev $(VENV)/.peers  ## the CPU tables and curves of the README, about 20 minutes
+	$(BIN)/python bench/cpu_suite.py --output bench/results
+	$(BIN)/python bench/tables.py
+
+compare: $(VENV)/.dev  ## what each loss makes of the same candidates, over three seeds
+	$(BIN)/python -m bench.compare --output bench/results
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -36,4 +43,9 @@ $(VENV)/.train: $(BIN)/pip pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(BIN)/pip pyproject.toml constraints.txt
 	$(PIP) -e ".[dev]"
+	touch $@
+
+# The peers' own requirements would bring another torch: what they need of it is already here.
+$(VENV)/.peers: $(VENV)/.dev
+	$(PIP) --no-deps liger-kernel cut-cross-entropy trl
 	touch $@
