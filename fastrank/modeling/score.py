@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fastrank.attention.gate import refusal
+from fastrank.data.candidate_packs import Part, split_groups
 from fastrank.data.packing import Group, pack
 from fastrank.modeling.prepare import prepare_model, prepared_state, release_model
 from fastrank.modeling.unwrap import causal_lm, evaluation_mode, vocab_size
@@ -24,14 +26,15 @@ def score(
     Args:
         model: a transformers causal language model; or a prepared one, wrapped or not.
         groups: tokenised candidates.
-        max_tokens: tokens of a pack, see `fastrank.pack`.
+        max_tokens: tokens of a pack, see `fastrank.pack`; larger groups are scored in parts.
         normalize: ``"mean"`` or ``"sum"`` of a response's token log-probabilities.
 
     Returns:
         One float32 [n] on the host for each group, in the given order.
 
     Raises:
-        ValueError: a group that does not fit into ``max_tokens`` or the model's context.
+        ValueError: a prompt with one of its responses that does not fit into ``max_tokens`` or the
+            model's context.
     """
     state = prepared_state(model)
     if state is None:
@@ -41,17 +44,32 @@ def score(
             return score(model, groups, max_tokens=max_tokens, normalize=normalize)
         finally:
             release_model(model)
+    parts = _parts(groups, max_tokens, state.shared_prompts)
     packs = pack(
-        groups,
+        [part.group for part in parts],
         max_tokens=max_tokens,
         shared_prompts="auto" if state.shared_prompts else False,
         vocab_size=vocab_size(causal_lm(getattr(model, "module", model))),
     )
-    scores: list[Tensor] = [torch.empty(0)] * len(groups)
+    scores = [torch.empty(group.num_candidates) for group in groups]
     with torch.no_grad(), evaluation_mode(model):
         for chosen in packs:
             found = model(pack=chosen, normalize=normalize).scores.float().cpu()
             sizes = (chosen.cu_groups[1:] - chosen.cu_groups[:-1]).tolist()
             for index, values in zip(chosen.group_index, found.split(sizes), strict=True):
-                scores[index] = values
+                scores[parts[index].index][list(parts[index].members)] = values
     return scores
+
+
+def _parts(groups: Sequence[Group], max_tokens: int, shared_prompts: bool) -> list[Part]:
+    """The groups, those alone in parts that do not fit into a pack as they are."""
+    found = []
+    for index, group in enumerate(groups):
+        shared, padded = group.num_tokens_shared, group.num_candidates * group.longest_path
+        if (shared if shared_prompts else padded) <= max_tokens:
+            found.append(Part(group, index, tuple(range(group.num_candidates))))
+            continue
+        named = replace(group, name=group.name or f"group {index}")
+        own = split_groups([named], max_tokens=max_tokens, shared_prompts=shared_prompts)
+        found += [replace(part, index=index) for part in own]
+    return found

@@ -27,17 +27,17 @@ import torch
 from torch import Tensor, nn
 
 import fastrank_kernels
-from fastrank.data.packing import Group, Pack
-from fastrank.losses import Loss
-from fastrank.modeling.prepare import prepared_state
-from fastrank.modeling.unwrap import causal_lm, vocab_size
-from fastrank.ranking import check_loss
-from fastrank.training.candidate_packs import (
+from fastrank.data.candidate_packs import (
     CandidatePack,
     Candidates,
     candidate_packs,
     filler_pack,
 )
+from fastrank.data.packing import Group, Pack
+from fastrank.losses import Loss
+from fastrank.modeling.prepare import prepared_state
+from fastrank.modeling.unwrap import causal_lm, vocab_size
+from fastrank.ranking import check_loss
 from fastrank.training.determinism import check_deterministic, no_random_numbers
 from fastrank.training.engine import Engine, engine_of, unwrap
 from fastrank.training.step_metrics import work_saved

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastrank.data.candidate_packs import candidate_packs
 from fastrank.data.packing import Group, Pack, pack
 from fastrank.training.batching import plan_step
-from fastrank.training.candidate_packs import candidate_packs
 
 BUDGET = 60
 

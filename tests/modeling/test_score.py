@@ -55,13 +55,24 @@ def test_dropout_does_not_stand_in_the_way_of_scoring():
     assert model.training
 
 
+@pytest.mark.parametrize("shared_prompts", [True, False])
+def test_groups_larger_than_a_pack_are_scored_in_parts(shared_prompts):
+    groups = random_groups([(7, [3, 1, 9]), (4, [6, 6, 2, 11, 5, 5, 7]), (9, [15, 3, 8]), (2, [3])])
+    model = build("llama", SHAREABLE["llama"])
+    expected = separate_scores(model, groups).detach()
+    fastrank.prepare_model(model, shared_prompts=shared_prompts)
+    found = fastrank.score(model, groups, max_tokens=24)
+    assert [len(scores) for scores in found] == [3, 7, 3, 1]
+    torch.testing.assert_close(torch.cat(found), expected, atol=1e-5, rtol=0)
+
+
 def test_no_groups_have_no_scores():
     assert fastrank.score(build("llama", SHAREABLE["llama"]), []) == []
 
 
 def test_bad_groups_are_named():
     model = build("llama", SHAREABLE["llama"])
-    with pytest.raises(ValueError, match="group 1: must fit into max_tokens=20"):
+    with pytest.raises(ValueError, match=r"group 1: prompt and response 1 must fit .*=20"):
         fastrank.score(model, random_groups([(3, [2]), (20, [3, 4])]), max_tokens=20)
     with pytest.raises(ValueError, match="group 0: token ids must lie below vocab_size=61"):
         fastrank.score(model, [fastrank.Group([61], [[1]], [0.0])])

@@ -20,7 +20,7 @@ from transformers import (
 
 import fastrank
 from fastrank import Group
-from fastrank.training.candidate_packs import Candidates, candidate_packs
+from fastrank.data.candidate_packs import Candidates, candidate_packs
 from fastrank.training.two_phase import two_phase_backward
 
 VOCAB = 61

@@ -9,6 +9,7 @@ are not wanted are left out. Candidates are numbered through all groups, in the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,21 @@ class CandidatePack(NamedTuple):
     tokens: Tensor
     """int64 [T of the pack] on the host: the place of each of its labels among the response tokens
     of all candidates of all groups."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some candidates of a group, as a group.
+
+    Attributes:
+        group: the prompt with these candidates.
+        index: the whole group's place in the list given.
+        members: the candidates' places in it.
+    """
+
+    group: Group
+    index: int
+    members: tuple[int, ...]
 
 
 class Candidates(NamedTuple):
@@ -99,28 +115,48 @@ def candidate_packs(
     Raises:
         ValueError: a candidate that does not fit into a pack together with its prompt.
     """
-    parts: list[Group] = []
-    tokens: list[Tensor] = []
-    first = start = 0  # candidate and response token at which the group begins
-    for index, group in enumerate(groups):
-        lengths = [len(ids) for ids in group.response_ids]
-        begins = start + np.concatenate(([0], np.cumsum(lengths)))
-        wanted = [i for i in range(len(lengths)) if live is None or live[first + i]]
-        for members in _fit(group, wanted, max_tokens, shared_prompts, f"group {index}"):
-            parts.append(
-                Group(
-                    group.prompt_ids,
-                    tuple(group.response_ids[i] for i in members),
-                    group.rewards[members],
-                    name=group.name or f"group {index}",
-                )
-            )
-            tokens.append(
-                torch.cat([torch.arange(begins[i], begins[i] + lengths[i]) for i in members])
-            )
-        first, start = first + len(lengths), int(begins[-1])
-    packs = pack(parts, max_tokens=max_tokens, shared_prompts=shared_prompts, vocab_size=vocab_size)
+    parts = split_groups(groups, max_tokens=max_tokens, shared_prompts=shared_prompts, live=live)
+    begins = _token_offsets(groups)
+    tokens = [
+        torch.cat([torch.arange(*begins[part.index][i : i + 2]) for i in part.members])
+        for part in parts
+    ]
+    packs = pack(
+        [part.group for part in parts],
+        max_tokens=max_tokens,
+        shared_prompts=shared_prompts,
+        vocab_size=vocab_size,
+    )
     return [CandidatePack(p, torch.cat([tokens[i] for i in p.group_index])) for p in packs]
+
+
+def split_groups(
+    groups: Sequence[Group],
+    *,
+    max_tokens: int,
+    shared_prompts: bool = True,
+    live: Sequence[bool] | None = None,
+) -> list[Part]:
+    """Groups of the live candidates, cut where they do not fit into one pack; arguments and errors
+    as for `candidate_packs`. Without shared prompts every candidate is a part: nothing is shared,
+    and rows of like length can go together."""
+    parts: list[Part] = []
+    first = 0
+    for index, group in enumerate(groups):
+        name = group.name or f"group {index}"
+        wanted = [i for i in range(group.num_candidates) if live is None or live[first + i]]
+        for members in _fit(group, name, wanted, max_tokens, shared_prompts):
+            references = group.reference_scores
+            chosen = Group(
+                group.prompt_ids,
+                tuple(group.response_ids[i] for i in members),
+                group.rewards[members],
+                None if references is None else references[members],
+                name,
+            )
+            parts.append(Part(chosen, index, tuple(members)))
+        first += group.num_candidates
+    return parts
 
 
 def filler_pack(shared_prompts: bool) -> CandidatePack:
@@ -132,7 +168,7 @@ def filler_pack(shared_prompts: bool) -> CandidatePack:
 
 
 def _fit(
-    group: Group, members: list[int], max_tokens: int, shared_prompts: bool, fallback: str
+    group: Group, name: str, members: list[int], max_tokens: int, shared_prompts: bool
 ) -> list[list[int]]:
     """The members, in parts that fit into a pack."""
     room = max_tokens - len(group.prompt_ids)
@@ -140,14 +176,24 @@ def _fit(
     if lengths and max(lengths) > room:
         too_long = members[lengths.index(max(lengths))]
         raise ValueError(
-            f"{group.name or fallback}: prompt and response {too_long} must fit into max_tokens="
-            f"{max_tokens}, got {len(group.prompt_ids)} + {max(lengths)} tokens"
+            f"{name}: prompt and response {too_long} must fit into max_tokens={max_tokens}, got "
+            f"{len(group.prompt_ids)} + {max(lengths)} tokens"
         )
     if not shared_prompts:
-        return [[i] for i in members]  # nothing is shared, so rows of like length go together
+        return [[i] for i in members]
     if sum(lengths) <= room:
         return [members] if members else []
     return [[members[i] for i in chosen] for chosen in best_fit(lengths, room)]
+
+
+def _token_offsets(groups: Sequence[Group]) -> list[list[int]]:
+    """Of every group: where each of its responses begins among all response tokens, and the end."""
+    begins, start = [], 0
+    for group in groups:
+        ends = (start + np.cumsum([len(ids) for ids in group.response_ids])).tolist()
+        begins.append([start, *ends])
+        start = ends[-1]
+    return begins
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:
