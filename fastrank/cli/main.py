@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "sample": ("fastrank.cli.sample", "draw candidate responses from one or several models"),
     "reward": ("fastrank.cli.reward", "score responses by a Python function or a reward model"),
+    "iterate": ("fastrank.cli.iterate", "rounds of sample, reward and train"),
     "evaluate": ("fastrank.cli.evaluate", "reward, perplexity and accuracy of a trained model"),
     "score": ("fastrank.cli.score", "score a record file's responses with a model"),
     "inspect": ("fastrank.cli.inspect", "what is in a record file, what is dropped and why"),

@@ -70,6 +70,13 @@ class OnlineTrainOptions(TrainOptions):
             "log-probability under the trained model less that under the reference."
         },
     )
+    kl_reduction: Literal["mean", "sum"] = field(
+        default="mean",
+        metadata={
+            "help": "Log-probabilities of the penalty as the mean over a response's tokens, or "
+            "their sum, which favours short responses."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.online_every is None:

@@ -4,10 +4,13 @@ The penalty is that of the RRHF paper's online rows: the reward of a response y 
 
     r(x, y) − β · [log π(y|x) − log ρ(y|x)]
 
-with π the model as it is at the start of the round and ρ the reference, both summed over the
-response's tokens. For a fresh response, whose tokens π drew at temperature 1, the bracket is the
-one-sample, unbiased estimate of the sequence's KL(π ‖ ρ). For a stored response it is the same
-ratio, but no estimate of it. A length-normalised or a non-negative estimator would have less
+with π the model as it is at the start of the round and ρ the reference. With ``kl_reduction="sum"``
+log π and log ρ are sums over the response's tokens, and for a fresh response, drawn by π at
+temperature 1, the bracket is the one-sample, unbiased estimate of the sequence's KL(π ‖ ρ), which
+is also what is logged as ``online/kl``. With ``"mean"``, the default, it is that estimate divided
+by the response's length: the sum is smallest for the shortest response, and a strong penalty then
+teaches the model to say little (tried: 60 tokens fell to a few). For a stored response the bracket
+is the same ratio, but no estimate of a divergence. A non-negative estimator would have less
 variance, but only the order of the penalised rewards inside a group matters here.
 """
 
@@ -195,6 +198,10 @@ class RoundMaker:
         found = []
         for i, group, logprobs, ratio in zip(usable, chosen, reference, ratios, strict=True):
             item = items[i]
+            tokens = [len(ids) for ids in group.response_ids]
+            penalties = ratio
+            if self.options.kl_reduction == "mean":
+                penalties = [k / n for k, n in zip(ratio, tokens, strict=True)]
             found.append(
                 Candidates(
                     index=batch.members[i],
@@ -203,12 +210,12 @@ class RoundMaker:
                     fresh=[source == FRESH for source in item.sources],
                     rewards=rewards[i],
                     scores=[
-                        r - self.options.kl_weight * k
-                        for r, k in zip(rewards[i], ratio, strict=True)
+                        reward - self.options.kl_weight * penalty
+                        for reward, penalty in zip(rewards[i], penalties, strict=True)
                     ],
                     log_ratios=ratio,
                     reference_logprobs=logprobs,
-                    num_tokens=[len(ids) for ids in group.response_ids],
+                    num_tokens=tokens,
                 )
             )
         return found

@@ -107,10 +107,24 @@ def test_the_penalty_is_the_log_ratio_of_separate_forward_passes(whole, policy_p
             below = logprob(reference, prompt, answer)
             ratio = logprob(policy, prompt, answer) - below
             assert own.log_ratios[i] == pytest.approx(ratio, abs=1e-4)
-            assert own.scores[i] == pytest.approx(own.rewards[i] - 0.1 * ratio, abs=1e-4)
+            penalty = 0.1 * ratio / len(answer)
+            assert own.scores[i] == pytest.approx(own.rewards[i] - penalty, abs=1e-4)
             total, tokens = total + below, tokens + len(answer)
     row = next(r for r in logged(whole / "run") if r.get("online/round") == 1)
     assert row["online/perplexity"] == pytest.approx(math.exp(-total / tokens), rel=1e-4)
+
+
+def test_the_penalty_may_be_a_sum(policy_path, inputs, tmp_path):
+    options = ["--kl_weight", "0.5", "--kl_reduction", "sum", "--learning_rate", "1e-2"]
+    assert train(inputs, tmp_path / "run", policy_path, *options) == 0
+    own = rounds_of(tmp_path / "run")[1].candidates
+    penalties = [
+        (r - s, k)
+        for part in own
+        for r, s, k in zip(part.rewards, part.scores, part.log_ratios, strict=True)
+    ]
+    assert all(lost == pytest.approx(0.5 * k, abs=1e-5) for lost, k in penalties)
+    assert max(abs(lost) for lost, _ in penalties) > 1e-3
 
 
 @pytest.mark.parametrize("step", [2, 4, 5])

@@ -1,0 +1,252 @@
+"""``fastrank iterate``: rounds of sample, reward and train, each from the model before.
+
+This is the papers' iterated training, made of the library's own commands: what a round leaves in
+its folder (``round-1/samples.jsonl``, ``ranked.jsonl``, ``model``, ``result.json``) is what they
+would have left. A run that was stopped goes on in the step that it was in: sampling and rewarding
+by their journals, training by its checkpoints. In contrast to online training the model in
+training and the one that samples are never in memory together, and any candidate file can be looked
+at, or repeated, by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastrank.data.write import atomic_path
+from fastrank.errors import InputError
+from fastrank.workflow.decoding import Decoding
+from fastrank.workflow.evaluate import EvaluateOptions, evaluate
+from fastrank.workflow.items import file_identity
+from fastrank.workflow.options import DecodingOptions, ModelOptions
+from fastrank.workflow.reward import RewardOptions, check_reward, reward_file
+from fastrank.workflow.sample import SampleOptions, sample_file
+
+if TYPE_CHECKING:
+    from fastrank.training.config import RankConfig
+
+PLAN_FILE = "iterate.json"
+RESULT_FILE = "result.json"
+
+#: Options of training that a run cannot change between its rounds.
+_FIXED = (
+    "loss",
+    "loss_kwargs",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+)
+
+
+@dataclass
+class IterateOptions:
+    """What ``fastrank iterate`` needs besides `RankConfig`."""
+
+    model: str = field(metadata={"help": "Model folder or Hub name to start from."})
+    prompts: str = field(
+        metadata={"help": "Prompts to sample for; responses in the file are candidates too."}
+    )
+    reward: str = field(metadata={"help": "FILE.py:function, or a model; see fastrank reward."})
+    rounds: int = field(default=2, metadata={"help": "Rounds of sample, reward and train."})
+    reward_kind: Literal["auto", "classifier", "logprob"] = field(
+        default="auto", metadata={"help": "What a reward model gives; see fastrank reward."}
+    )
+    eval_prompts: str | None = field(
+        default=None,
+        metadata={"help": "Held-out prompts to evaluate every round's model on."},
+    )
+    num_responses: int = field(default=6, metadata={"help": "Fresh responses to each prompt."})
+    strategy: Literal["top_p", "beam", "diverse_beam"] = field(
+        default="top_p", metadata={"help": "How they are drawn; see fastrank sample."}
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest response in tokens."})
+    top_p: float | None = field(default=None, metadata={"help": "Probability mass to sample from."})
+    temperature: float | None = field(default=None, metadata={"help": "Sampling temperature."})
+    sample_batch_size: int = field(default=16, metadata={"help": "Prompts sampled at once."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the weights."}
+    )
+    json: bool = field(default=False, metadata={"help": "Print one JSON object at the end."})
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "sample_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _ = self.decoding
+
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(
+            strategy=self.strategy,
+            num_responses=self.num_responses,
+            max_new_tokens=self.max_new_tokens,
+            top_p=self.top_p,
+            temperature=self.temperature,
+        )
+
+    def drawing(self, seed: int, num_responses: int) -> DecodingOptions:
+        """The options of ``fastrank sample``."""
+        return DecodingOptions(
+            num_responses=num_responses,
+            strategy=self.strategy,
+            max_new_tokens=self.max_new_tokens,
+            top_p=self.top_p,
+            temperature=self.temperature,
+            batch_size=self.sample_batch_size,
+            seed=seed,
+        )
+
+
+def iterate(options: IterateOptions, config: RankConfig) -> dict[str, Any]:
+    """Run the rounds that are missing; returns what every round gave, as JSON types.
+
+    Raises:
+        InputError: something the user gave cannot be used, or the folder holds another run.
+        TrainingStopped: training cannot go on.
+    """
+    from fastrank.modeling.load import check_model_path
+
+    if config.world_size > 1:
+        raise InputError(
+            "fastrank iterate runs in one process; for several, call sample, reward and train by "
+            "themselves"
+        )
+    loading = ModelOptions(device=str(config.device), trust_remote_code=options.trust_remote_code)
+    check_model_path(options.model)
+    check_reward(options.reward, options.reward_kind, loading)
+    output_dir = Path(config.output_dir or "")
+    _check_plan(output_dir, options, config)
+    if config.max_response_length is None:
+        # Responses that were cut have no end; this keeps them from being taught one.
+        config.max_response_length = options.max_new_tokens
+    model = options.model
+    results = []
+    for number in range(1, options.rounds + 1):
+        folder = output_dir / f"round-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / RESULT_FILE).is_file():
+            result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        else:
+            result = _round(number, model, folder, options, config, loading)
+        print(round_text(result), flush=True)
+        results.append(result)
+        model = str(folder / "model")
+    return {"output_dir": str(output_dir), "model": model, "rounds": results}
+
+
+def _check_plan(output_dir: Path, options: IterateOptions, config: RankConfig) -> None:
+    """Refuse a folder with another run; otherwise remember this one."""
+    plan: dict[str, Any] = {
+        "model": options.model,
+        "prompts": [options.prompts, file_identity(options.prompts)],
+        "reward": [options.reward, options.reward_kind],
+        "decoding": asdict(options.decoding),
+        "sample_batch_size": options.sample_batch_size,
+        **{name: getattr(config, name) for name in _FIXED},
+    }
+    plan = json.loads(json.dumps(plan))
+    path = output_dir / PLAN_FILE
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in plan.items():
+            if before.get(key) != value:
+                raise InputError(
+                    f"output_dir {output_dir} holds a run with another {key}; go on with the same, "
+                    "or choose another --output_dir"
+                )
+        return
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise InputError(f"output_dir {output_dir} holds other files; choose a new folder")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as file:
+        file.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+
+
+def _round(
+    number: int,
+    model: str,
+    folder: Path,
+    options: IterateOptions,
+    config: RankConfig,
+    loading: ModelOptions,
+) -> dict[str, Any]:
+    """One round, from where it was left; writes its result at the end."""
+    samples, ranked = folder / "samples.jsonl", folder / "ranked.jsonl"
+    if not samples.is_file():  # it appears when it is whole
+        sampling = SampleOptions(model=[model], prompts=options.prompts, output=str(samples))
+        seed = config.seed + number
+        sample_file(sampling, options.drawing(seed, options.num_responses), loading)
+    rewards = folder / "rewards.json"
+    if not rewards.is_file():
+        rewarding = RewardOptions(
+            data=str(samples),
+            output=str(ranked),
+            reward=options.reward,
+            reward_kind=options.reward_kind,
+        )
+        _write_json(rewards, reward_file(rewarding, loading))
+    trained = _train(model, ranked, folder / "model", options, config)
+    result: dict[str, Any] = {
+        "round": number,
+        "from": model,
+        "model": str(folder / "model"),
+        "rewards": json.loads(rewards.read_text(encoding="utf-8")),
+        "training": trained,
+    }
+    if options.eval_prompts is not None:
+        evaluating = EvaluateOptions(
+            model=result["model"],
+            prompts=options.eval_prompts,
+            reward=options.reward,
+            reward_kind=options.reward_kind,
+            perplexity_model=options.model,
+        )
+        result["evaluation"] = evaluate(evaluating, options.drawing(config.seed, 1), loading)
+    _write_json(folder / RESULT_FILE, result)
+    return result
+
+
+def _train(
+    model: str, data: Path, output: Path, options: IterateOptions, config: RankConfig
+) -> dict[str, Any]:
+    from fastrank.training.options import TrainOptions
+    from fastrank.training.run import train
+
+    config = copy.copy(config)
+    config.output_dir = str(output)
+    config.resume_from_checkpoint = "true"  # from the latest checkpoint, or from the beginning
+    training = TrainOptions(
+        model=model,
+        data=str(data),
+        trust_remote_code=options.trust_remote_code,
+    )
+    result = train(training, config)
+    gc.collect()
+    return {key: result[key] for key in ("steps", "seconds", "train_prompts", "before", "after")}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with atomic_path(path) as file:
+        file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def round_text(result: dict[str, Any]) -> str:
+    """One line for a finished round."""
+    rewards = result["rewards"]
+    parts = [f"round {result['round']}: samples of {result['from']}"]
+    if rewards["mean"] is not None:
+        parts.append(f"mean reward {rewards['mean']:.4g}, best {rewards['mean_of_best']:.4g}")
+    if "evaluation" in result:
+        found = result["evaluation"]
+        parts.append(
+            f"after training, held out {found['reward']['mean']:.4g}, perplexity "
+            f"{found['perplexity']:.4g}"
+        )
+    return "; ".join(parts)

@@ -1,0 +1,132 @@
+"""Iterated rounds: what each leaves, going on after a kill, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from killing import run_until_lines
+
+from fastrank.cli.main import main
+from fastrank.training.checkpoint import find_checkpoints
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    rows = [{"prompt": "go " * (k % 4) + str(k)} for k in range(10)]
+    for name, chosen in (("prompts", rows[:8]), ("heldout", rows[8:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in chosen))
+    (tmp_path / "rewards.py").write_text(
+        "def vowels(p, r):\n    return sum(c in 'aeiouAEIOU' for c in r) - len(r) / 20\n"
+    )
+    return tmp_path
+
+
+def arguments(inputs: Path, model: Path, run: str, *more: str) -> list[str]:
+    files = ["--model", str(model), "--prompts", f"{inputs}/prompts.jsonl"]
+    files += ["--reward", f"{inputs}/rewards.py:vowels", "--output_dir", f"{inputs}/{run}"]
+    sizes = ["--num_responses", "3", "--max_new_tokens", "6", "--sample_batch_size", "4"]
+    training = ["--learning_rate", "1e-2", "--max_steps", "4", "--disable_tqdm", "true"]
+    training += ["--save_strategy", "steps", "--save_steps", "1", "--logging_steps", "1"]
+    return ["iterate", *files, *sizes, *training, "--rounds", "2", *more]
+
+
+def weights(run: Path, number: int) -> bytes:
+    return (run / f"round-{number}" / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def whole(inputs, policy_path, capsys) -> Path:
+    assert main(arguments(inputs, policy_path, "whole")) == 0
+    return inputs / "whole"
+
+
+def test_every_round_starts_from_the_model_before(inputs, policy_path, whole, capsys):
+    results = [json.loads((whole / f"round-{k}" / "result.json").read_text()) for k in (1, 2)]
+    assert results[0]["from"] == str(policy_path)
+    assert results[1]["from"] == results[0]["model"] == str(whole / "round-1" / "model")
+    for number, result in enumerate(results, start=1):
+        ranked = (whole / f"round-{number}" / "ranked.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in ranked]
+        assert len(rows) == 8 and {s for row in rows for s in row["sources"]} == {result["from"]}
+        for row in rows:
+            for response, score in zip(row["responses"], row["scores"], strict=True):
+                vowels = sum(c in "aeiouAEIOU" for c in response)
+                assert score == pytest.approx(vowels - len(response) / 20)
+        assert result["training"]["steps"] == 4
+    samples = [(whole / f"round-{k}" / "samples.jsonl").read_text() for k in (1, 2)]
+    assert samples[0] != samples[1] and weights(whole, 1) != weights(whole, 2)
+
+
+def test_a_finished_run_is_only_read_and_more_rounds_may_follow(inputs, policy_path, whole, capsys):
+    before = weights(whole, 2)
+    capsys.readouterr()
+    assert main(arguments(inputs, policy_path, "whole", "--json", "--rounds", "3")) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [r["round"] for r in result["rounds"]] == [1, 2, 3]
+    assert weights(whole, 2) == before != weights(whole, 3)
+
+
+def test_a_run_killed_while_training_ends_the_same(inputs, policy_path, whole):
+    run = inputs / "killed"
+    metrics = run / "round-2" / "model" / "metrics.jsonl"
+    # Two evaluations before the first step, then a line a step.
+    run_until_lines(arguments(inputs, policy_path, "killed"), metrics, lines=4)
+    assert find_checkpoints(run / "round-2" / "model")
+    assert not (run / "round-2" / "result.json").exists()
+    assert main(arguments(inputs, policy_path, "killed")) == 0
+    for number in (1, 2):
+        assert weights(run, number) == weights(whole, number)
+
+
+def test_a_run_stopped_between_its_steps_ends_the_same(inputs, policy_path, whole):
+    run = inputs / "stopped"
+    shutil.copytree(whole, run)
+    text = (run / "round-2" / "ranked.jsonl").read_text()
+    for name in ("result.json", "rewards.json", "ranked.jsonl"):
+        (run / "round-2" / name).unlink()
+    shutil.rmtree(run / "round-2" / "model")
+    (run / "round-1" / "result.json").write_text(
+        (whole / "round-1" / "result.json").read_text().replace(str(whole), str(run))
+    )
+    assert main(arguments(inputs, policy_path, "stopped")) == 0
+    assert weights(run, 2) == weights(whole, 2)
+    assert (run / "round-2" / "ranked.jsonl").read_text() == text
+
+
+def test_held_out_prompts_are_evaluated_after_every_round(inputs, policy_path, capsys):
+    more = ["--eval_prompts", f"{inputs}/heldout.jsonl", "--json", "--max_steps", "1"]
+    assert main(arguments(inputs, policy_path, "run", *more)) == 0
+    out = capsys.readouterr().out
+    for result in json.loads(out.splitlines()[-1])["rounds"]:
+        found = result["evaluation"]
+        assert found["reward"]["num_prompts"] == 2 and found["perplexity"] > 1
+    assert "after training, held out" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["--model", "./absent"], "./absent: no such model folder"),
+        (["--reward", "absent.py:f"], "absent.py: no such reward file"),
+        (["--strategy", "beam", "--top_p", "0.9"], "top_p belongs to strategy top_p"),
+    ],
+)
+def test_wrong_options_are_one_line(inputs, policy_path, capsys, more, said):
+    assert main(arguments(inputs, policy_path, "run", *more)) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (inputs / "run").exists()
+
+
+def test_a_folder_of_another_run_is_refused(inputs, policy_path, whole, capsys):
+    capsys.readouterr()
+    assert main(arguments(inputs, policy_path, "whole", "--learning_rate", "0.5")) == 2
+    assert "holds a run with another learning_rate" in capsys.readouterr().err
+    (inputs / "other").mkdir()
+    (inputs / "other" / "notes.txt").write_text("mine")
+    assert main(arguments(inputs, policy_path, "other")) == 2
+    assert "holds other files; choose a new folder" in capsys.readouterr().err
