@@ -48,16 +48,16 @@ _OURS = "fastrank"
 CURVES = [
     Curve("n", "candidates n (P 256, R 64)", "candidates", _STEP, (2, 4, 8, 16, 32, 64),
           (_OURS, *_STEP_PEERS, "published loop")),
-    Curve("P", "prompt tokens P (n 8, R 64)", "prompt", _STEP,
-          (64, 128, 256, 512, 1024, 2048, 4096),
-          (_OURS, *_STEP_PEERS, "published loop")),
-    Curve("R", "response tokens R (n 8, P 256)", "response", _STEP, (32, 64, 128, 256, 512, 1024),
+    Curve("P", "prompt tokens P (n 4, R 64)", "prompt", dataclasses.replace(_STEP, candidates=4),
+          (64, 256, 1024, 4096), (_OURS, *_STEP_PEERS, "published loop")),
+    Curve("R", "response tokens R (n 4, P 256)", "response",
+          dataclasses.replace(_STEP, candidates=4), (32, 128, 512, 1024),
           (_OURS, *_STEP_PEERS, "published loop")),
     Curve("V", "vocabulary V (T 256, D 128)", "vocab", _LOSS, (32768, 65536, 131072, 262144),
           (_OURS, "plain PyTorch", "F.linear_cross_entropy", "liger scaled CE, generic",
            "TRL ChunkedLogProb")),
     Curve("crossover", "prompt tokens P (n 4, R 256)", "prompt",
-          dataclasses.replace(_STEP, candidates=4, response=256), (2, 4, 8, 16, 32, 64, 128),
+          dataclasses.replace(_STEP, candidates=4, response=256), (4, 8, 16, 32, 64),
           (_OURS, "fastrank, padded rows", "fastrank, layout by auto")),
 ]  # fmt: skip
 

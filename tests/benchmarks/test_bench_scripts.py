@@ -156,7 +156,7 @@ def test_curves_take_their_values_and_are_drawn(tmp_path):
     assert (curves["P"].values[0], curves["P"].values[-1]) == (64, 4096)
     assert (curves["R"].values[0], curves["R"].values[-1]) == (32, 1024)
     assert (curves["V"].values[0], curves["V"].values[-1]) == (32768, 262144)
-    assert [w.response for w in curves["R"].workloads()][:2] == [32, 64]
+    assert [w.response for w in curves["R"].workloads()][:2] == [32, 128]
     rows = [
         a_row(variant, f"n={n}", ours=variant == "fastrank", median_ms=float(n * k))
         for n in (2, 4)
