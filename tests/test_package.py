@@ -107,3 +107,11 @@ def test_every_public_name_exists() -> None:
         assert getattr(fastrank, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         fastrank.nonsense  # noqa: B018
+
+
+def test_the_module_runs_as_the_command_does() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastrank", "trian"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert "train" in done.stderr and done.stderr.count("\n") == 1
