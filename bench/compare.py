@@ -18,13 +18,21 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from bench.compare_report import Row, claims, markdown_table, plot, write_csv
+from bench.compare_report import (
+    Row,
+    claims,
+    fill,
+    markdown_table,
+    plot,
+    provenance,
+    write_csv,
+)
 from bench.story_task import openings, story_model, write_prompts
 
 REWARD = f"{Path(__file__).resolve().parent / 'happy_reward.py'}:reward"
@@ -66,7 +74,7 @@ def prepare(plan: Plan, seed: int) -> None:
     from fastrank.workflow.reward import RewardOptions, reward_file
     from fastrank.workflow.sample import SampleOptions, sample_file
 
-    _set_threads(plan)
+    set_threads(plan)
     folder = plan.folder(seed)
     folder.mkdir(parents=True, exist_ok=True)
     found = openings(plan.prompts + plan.heldout)
@@ -93,8 +101,31 @@ def prepare(plan: Plan, seed: int) -> None:
         reward_file(rewarding, loading)
 
 
-def run_method(plan: Plan, seed: int, method: str) -> Row:
-    """Train one method from the base model and measure it."""
+def run_method(
+    plan: Plan, seed: int, method: str, loss_kwargs: dict[str, Any] | None = None
+) -> Row:
+    """Train one method (with other options of its loss, if given) and measure it."""
+    from fastrank.data.load import load_groups
+    from fastrank.data.tokenize import TokenizeOptions
+    from fastrank.workflow.options import ModelOptions
+    from fastrank.workflow.policy import load_policy
+
+    set_threads(plan)
+    model, tokenizer = load_policy(plan.model, ModelOptions(device="cpu"))
+    seconds = 0.0
+    if method != BASE:
+        # A response that was cut at the limit has no end; this keeps it from being taught one.
+        limits = TokenizeOptions(max_response_length=plan.tokens)
+        groups, _ = load_groups(plan.folder(seed) / "train.jsonl", tokenizer, options=limits)
+        began = time.perf_counter()
+        _train(plan, seed, method, model, groups, loss_kwargs)
+        seconds = time.perf_counter() - began
+    return measure(plan, seed, method, model, seconds)
+
+
+def measure(plan: Plan, seed: int, method: str, model: Any, seconds: float) -> Row:
+    """Fresh samples of a model for the held-out prompts: their reward, what the base model thinks
+    of them; and how the model orders the base model's candidates."""
     from fastrank.data.load import load_groups
     from fastrank.data.tokenize import TokenizeOptions
     from fastrank.workflow.evaluation import (
@@ -108,24 +139,14 @@ def run_method(plan: Plan, seed: int, method: str) -> Row:
     from fastrank.workflow.policy import load_policy
     from fastrank.workflow.reward import load_reward
 
-    _set_threads(plan)
-    folder = plan.folder(seed)
     loading = ModelOptions(device="cpu")
     base, tokenizer = load_policy(plan.model, loading)
-    # A response that was cut at the limit has no end; this keeps it from being taught one.
     limits = TokenizeOptions(max_response_length=plan.tokens)
-    heldout, _ = load_groups(folder / "heldout.jsonl", tokenizer, options=limits)
-    model, seconds = base, 0.0
-    if method != BASE:
-        groups, _ = load_groups(folder / "train.jsonl", tokenizer, options=limits)
-        model, _ = load_policy(plan.model, loading)
-        began = time.perf_counter()
-        _train(plan, seed, method, model, groups)
-        seconds = time.perf_counter() - began
+    heldout, _ = load_groups(plan.folder(seed) / "heldout.jsonl", tokenizer, options=limits)
     drawing = DecodingOptions(
         num_responses=plan.samples, max_new_tokens=plan.tokens, batch_size=64, seed=1000 + seed
     )
-    items = list(read_items(folder / "heldout-prompts.jsonl"))
+    items = list(read_items(plan.folder(seed) / "heldout-prompts.jsonl"))
     fresh = sample_items(model.eval(), tokenizer, items, drawing, source=method)
     scorer, _ = load_reward(REWARD, "auto", loading, batch_size=1)
     found = mean_reward(scorer(fresh.items))
@@ -140,11 +161,19 @@ def run_method(plan: Plan, seed: int, method: str) -> Row:
     )
 
 
-def _train(plan: Plan, seed: int, method: str, model: Any, groups: Sequence[Any]) -> None:
+def _train(
+    plan: Plan,
+    seed: int,
+    method: str,
+    model: Any,
+    groups: Sequence[Any],
+    loss_kwargs: dict[str, Any] | None,
+) -> None:
     from fastrank import Group, RankConfig, RankTrainer, loss_from_name
     from fastrank.modeling.reference import with_reference_scores
 
     name, options, candidates = METHODS[method]
+    options = options if loss_kwargs is None else loss_kwargs
     if candidates == "best":
         # One candidate leaves no pair to rank, and of RRHF its supervised term alone.
         best = [int(group.rewards.argmax()) for group in groups]
@@ -171,27 +200,29 @@ def _train(plan: Plan, seed: int, method: str, model: Any, groups: Sequence[Any]
     RankTrainer(model, arguments, train_dataset=groups).train()
 
 
-def _set_threads(plan: Plan) -> None:
+def set_threads(plan: Plan) -> None:
+    """What each process computes with."""
     import torch
 
     torch.set_num_threads(plan.threads)
 
 
-def compare(plan: Plan, seeds: int, methods: Sequence[str], jobs: int) -> list[Row]:
+def run_all(
+    plan: Plan, seeds: int, methods: Sequence[str], jobs: int, run: Callable[..., Row]
+) -> list[Row]:
     """Every method with every seed; ``jobs`` processes at once (1: in this process)."""
     from tqdm import tqdm
 
-    names = [BASE, *methods]
-    tasks = [(plan, seed, method) for seed in range(seeds) for method in names]
+    tasks = [(plan, seed, method) for seed in range(seeds) for method in methods]
     rows: list[Row] = []
     with tqdm(total=len(tasks) + seeds, desc="comparing", unit=" runs", disable=None) as bar:
         for _ in _each(prepare, [(plan, seed) for seed in range(seeds)], jobs):
             bar.update()
-        for row in _each(run_method, tasks, jobs):
+        for row in _each(run, tasks, jobs):
             rows.append(row)
             bar.update()
             bar.set_postfix_str(f"{row.method} {row.reward:.2f}")
-    order = {name: i for i, name in enumerate(names)}
+    order = {name: i for i, name in enumerate(methods)}
     return sorted(rows, key=lambda row: (order[row.method], row.seed))
 
 
@@ -206,43 +237,71 @@ def _each(function: Any, tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterato
             yield future.result()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    import torch
-
-    from fastrank.benchmarks.environment import describe
-
-    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The options of a comparison."""
+    found = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
     defaults = {field.name: field.default for field in dataclasses.fields(Plan)}
-    for name in ("prompts", "heldout", "samples", "tokens", "batch_size"):
-        parser.add_argument(f"--{name}", type=int, default=defaults[name])
-    for name in ("epochs", "learning_rate"):
-        parser.add_argument(f"--{name}", type=float, default=defaults[name])
-    parser.add_argument("--model", help="base model (default: the story model)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--output", type=Path, default=Path("bench/results"))
-    parser.add_argument("--work", type=Path, default=Path("runs/compare"))
-    options = parser.parse_args(argv)
+    for option in ("prompts", "heldout", "samples", "tokens", "batch_size"):
+        found.add_argument(f"--{option}", type=int, default=defaults[option])
+    for option in ("epochs", "learning_rate"):
+        found.add_argument(f"--{option}", type=float, default=defaults[option])
+    found.add_argument("--model", help="base model (default: the story model)")
+    found.add_argument("--seeds", type=int, default=3)
+    found.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    found.add_argument("--output", type=Path, default=Path("bench/results"))
+    found.add_argument("--work", type=Path, default=Path("runs") / name)
+    found.add_argument("--readme", type=Path, help="file whose marked table is to be renewed")
+    return found
 
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """The plan that the options ask for; the base model is trained here if there is none."""
     options.work.mkdir(parents=True, exist_ok=True)
     options.output.mkdir(parents=True, exist_ok=True)
     model = options.model or str(story_model(options.work / "story-model"))
     names = ("prompts", "heldout", "samples", "tokens", "epochs", "learning_rate", "batch_size")
-    sizes = {name: getattr(options, name) for name in names}
-    plan = Plan(model=model, work=str(options.work), **sizes)
-    began = time.perf_counter()
-    rows = compare(plan, options.seeds, options.methods, options.jobs)
-    torch.set_num_threads(plan.threads)  # of each of the processes, which is what is described
+    return Plan(model, str(options.work), **{name: getattr(options, name) for name in names})
+
+
+def finish(
+    name: str,
+    marker: str,
+    rows: Sequence[Row],
+    plan: Plan,
+    options: argparse.Namespace,
+    found: Sequence[tuple[str, bool]],
+) -> None:
+    """CSV, table and plot in the output folder; what was to be shown, on the terminal.
+
+    ``marker`` is where the table stands in the README, see `bench.compare_report.fill`.
+    """
+    import torch
+
+    from fastrank.benchmarks.environment import describe
+
+    set_threads(plan)  # of each of the processes, which is what is described
     about = describe(torch.device("cpu"))
-    write_csv(rows, options.output / "compare.csv", {**about, "model": Path(model).name, **sizes})
-    table = markdown_table(rows)
-    (options.output / "compare.md").write_text(table, encoding="utf-8")
-    plot(rows, options.output / "compare.png")
+    sizes = {k: v for k, v in dataclasses.asdict(plan).items() if k not in ("model", "work")}
+    path = options.output / f"{name}.csv"
+    write_csv(rows, path, {**about, "model": Path(plan.model).name, **sizes})
+    table = f"{markdown_table(rows)}\n{provenance(path)}\n"
+    path.with_suffix(".md").write_text(table, encoding="utf-8")
+    plot(rows, path.with_suffix(".png"))
+    if options.readme is not None:
+        text = options.readme.read_text(encoding="utf-8")
+        options.readme.write_text(fill(text, marker, table), encoding="utf-8")
     print(table)
-    for claim, holds in claims(rows):
+    for claim, holds in found:
         print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
-    print(f"{time.perf_counter() - began:.0f} s; {options.output}/compare.csv, .md, .png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser("compare", __doc__)
+    arguments.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    options = arguments.parse_args(argv)
+    plan = plan_of(options)
+    rows = run_all(plan, options.seeds, [BASE, *options.methods], options.jobs, run_method)
+    finish("compare", "comparison", rows, plan, options, claims(rows))
     return 0
 
 

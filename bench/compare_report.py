@@ -53,6 +53,32 @@ def read_csv(path: Path) -> list[Row]:
         ]
 
 
+def provenance(path: Path) -> str:
+    """One line: what the rows of a file were measured on, as its first row says."""
+    with path.open(newline="", encoding="utf-8") as file:
+        first = next(csv.DictReader(file))
+    return (
+        f"Base model {first['model']}; {first['prompts']} prompts with {first['samples']} samples "
+        f"of {first['tokens']} tokens, {first['heldout']} prompts held out; mean ± standard "
+        f"deviation between seeds; {first['device_name']}; commit {first['commit']}, "
+        f"{first['date'][:10]}."
+    )
+
+
+def fill(text: str, name: str, table: str) -> str:
+    """``text`` with ``table`` between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+
+    Raises:
+        ValueError: there is no such pair of markers.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"expected {begin.strip()} and {end} in the file, got none")
+    return f"{before}{begin}{table}{end}{after}"
+
+
 def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows by method, in the order of their first row."""
     found: dict[str, list[Row]] = {}

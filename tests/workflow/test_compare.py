@@ -7,8 +7,8 @@ import csv
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench import compare, story_task
-from bench.compare_report import Row, claims, markdown_table, read_csv
+from bench import compare, compare_online, story_task
+from bench.compare_report import Row, claims, fill, markdown_table, read_csv
 from bench.happy_reward import reward
 
 
@@ -16,13 +16,13 @@ def row(method: str, seed: int, reward: float, perplexity: float) -> Row:
     return Row(method, seed, reward, 0.1, perplexity, 0.5, 3.0)
 
 
-def test_every_method_runs_and_the_files_agree(policy_path, tmp_path, capsys, monkeypatch):
-    vowels = tmp_path / "vowels.py"  # a random model writes no happy words
-    vowels.write_text("def reward(p, r):\n    return sum(c in 'aeiou' for c in r) - len(r) / 9\n")
-    monkeypatch.setattr(compare, "REWARD", f"{vowels}:reward")
+def test_every_method_runs_and_the_files_agree(policy_path, tmp_path, capsys, vowels):
     sizes = {"prompts": 6, "heldout": 3, "samples": 3, "tokens": 8, "batch_size": 3, "seeds": 1}
     arguments = [part for key, value in sizes.items() for part in (f"--{key}", str(value))]
     folders = ["--output", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- comparison -->\nold\n<!-- /comparison -->\nafter\n")
+    folders += ["--readme", str(readme)]
     assert compare.main(["--model", str(policy_path), "--jobs", "1", *arguments, *folders]) == 0
     rows = read_csv(tmp_path / "out" / "compare.csv")
     assert [r.method for r in rows] == [compare.BASE, *compare.METHODS]
@@ -30,7 +30,10 @@ def test_every_method_runs_and_the_files_agree(policy_path, tmp_path, capsys, mo
         first = next(csv.DictReader(file))
     assert first["prompts"] == "6" and first["commit"] and first["date"]
     table = (tmp_path / "out" / "compare.md").read_text()
-    assert table == markdown_table(rows) and table in capsys.readouterr().out
+    assert table.startswith(markdown_table(rows)) and table in capsys.readouterr().out
+    assert "6 prompts with 3 samples of 8 tokens, 3 prompts held out" in table
+    marked = f"before\n<!-- comparison -->\n{table}<!-- /comparison -->\nafter\n"
+    assert readme.read_text() == marked
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
     # Every method starts from the base model and really trains.
     base = [r for r in rows if r.method == compare.BASE]
@@ -38,6 +41,53 @@ def test_every_method_runs_and_the_files_agree(policy_path, tmp_path, capsys, mo
         found = [r for r in rows if r.method == method]
         assert [r.perplexity for r in found] != [r.perplexity for r in base], method
         assert all(r.train_seconds > 0 for r in found)
+
+
+@pytest.fixture
+def vowels(tmp_path, monkeypatch):
+    """A reward that tells the texts of a random model apart: it writes no happy words."""
+    path = tmp_path / "vowels.py"
+    path.write_text("def reward(p, r):\n    return sum(c in 'aeiou' for c in r) - len(r) / 9\n")
+    monkeypatch.setattr(compare, "REWARD", f"{path}:reward")
+
+
+def test_online_methods_run_beside_offline_ones(policy_path, tmp_path, capsys, vowels, monkeypatch):
+    monkeypatch.setattr(compare_online, "EVERY", 1)
+    faster = {name: {**o, "learning_rate": 2e-2} for name, o in compare_online.METHODS.items()}
+    faster["offline RRHF"] = {}
+    monkeypatch.setattr(compare_online, "METHODS", faster)
+    sizes = {"prompts": 6, "heldout": 3, "samples": 3, "tokens": 8, "batch_size": 3, "seeds": 1}
+    arguments = [part for key, value in sizes.items() for part in (f"--{key}", str(value))]
+    folders = ["--output", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    arguments += ["--model", str(policy_path), "--jobs", "1", *folders]
+    assert compare_online.main(arguments) == 0
+    rows = read_csv(tmp_path / "out" / "compare_online.csv")
+    assert [r.method for r in rows] == [compare.BASE, *compare_online.METHODS]
+    figures = [(r.reward, r.perplexity, r.accuracy) for r in rows]
+    assert len(set(figures)) == 5
+    assert (tmp_path / "out" / "online_RRHF.png").read_bytes().startswith(b"\x89PNG")
+    assert "drifts further" in capsys.readouterr().out
+
+
+def test_claims_about_online_training_follow_the_rows():
+    good = [
+        row("offline RRHF", 0, 3.0, 8.0),
+        row("online RRHF", 0, 9.0, 9.0),
+        row("online RRHF with penalty", 0, 3.0, 8.0),
+    ]
+    assert [holds for _, holds in compare_online.claims(good)] == [True, True, True]
+    bad = [
+        row("offline RRHF", 0, 3.1, 7.9),
+        row("online RRHF", 0, 9.0, 8.0),
+        row("online RRHF with penalty", 0, 3.0, 8.0),
+    ]
+    assert [holds for _, holds in compare_online.claims(bad)] == [False, False, False]
+    assert compare_online.claims(good[:2]) == []
+
+
+def test_a_file_without_the_marks_is_refused():
+    with pytest.raises(ValueError, match="expected <!-- comparison --> and <!-- /comparison -->"):
+        fill("no marks", "comparison", "table")
 
 
 def test_the_table_gives_means_and_spread():
