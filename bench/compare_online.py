@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "offline RRHF": {},
     "offline RRHF, online settings": GENTLE,
     "online RRHF": {**GENTLE, "kl_weight": 0.0},
-    "online RRHF with penalty": {**GENTLE, "kl_weight": 5.0},
+    "online RRHF with penalty": {**GENTLE, "kl_weight": 10.0},
 }
 EVERY = 8
 

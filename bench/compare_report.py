@@ -94,17 +94,15 @@ def mean_of(rows: Sequence[Row], name: str) -> float:
 def markdown_table(rows: Sequence[Row]) -> str:
     """Means over the seeds, ± the standard deviation between seeds."""
     lines = [
-        "| method | reward | perplexity | ranking accuracy | training, s |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| method | reward | perplexity | ranking accuracy |",
+        "| --- | ---: | ---: | ---: |",
     ]
     for method, found in by_method(rows).items():
-        seconds = mean_of(found, "train_seconds")
         cells = [
             method,
             _with_spread(found, "reward", 2),
             _with_spread(found, "perplexity", 1),
             _with_spread(found, "accuracy", 3),
-            f"{seconds:.0f}" if seconds else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
