@@ -1,4 +1,4 @@
-"""Every command of the README's guide runs as it stands there, one after the other, at tiny sizes."""
+"""Every command of the README's guide runs as it stands there, in order, at tiny sizes."""
 
 from __future__ import annotations
 
