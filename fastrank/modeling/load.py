@@ -3,11 +3,16 @@
 Weights are read from safetensors only (no pickle), code from a model's repository runs only where
 it was asked for, and a name that can only be meant as a path is never asked of the Hub. A model
 whose weights are incomplete is refused: transformers would fill the gap with random numbers.
+
+The folder of a PEFT adapter, as ``fastrank train --use_peft`` writes it, is loaded as the base
+model that it names with the adapter merged in: a plain model, as every command takes it.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +30,18 @@ if TYPE_CHECKING:
 _NO_LIMIT = 10**9
 
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
 def check_model_path(path: str | Path, needed: str = "config.json") -> str:
-    """The path as text, if it is a folder with a ``needed`` file or can be a Hub name.
+    """The path as text, if it is a folder with a ``needed`` file or can be a Hub name; for the
+    folder of an adapter, that of its base model.
 
     Raises:
         InputError: it is a file, a folder without that file, or a path that is not there.
     """
+    if needed == "config.json" and is_adapter(path):
+        return check_model_path(adapter_base(path))
     name = str(path)
     local = Path(name).expanduser()
     if not name:
@@ -47,6 +58,33 @@ def check_model_path(path: str | Path, needed: str = "config.json") -> str:
     if looks_like_path(name) or any(c.isspace() or c in ":\0" for c in name):
         raise InputError(f"{one_line(name)}: no such model folder")
     return name
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a path is the folder of an adapter alone."""
+    local = Path(path).expanduser()
+    return (local / ADAPTER_CONFIG).is_file() and not (local / "config.json").is_file()
+
+
+def adapter_base(path: str | Path) -> str:
+    """The model that an adapter's folder says it adapts.
+
+    Raises:
+        InputError: it does not say, names itself, or its weights are no safetensors.
+    """
+    folder = Path(path).expanduser()
+    try:
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {ADAPTER_CONFIG} cannot be read: {one_line(error)}") from error
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{path}: {ADAPTER_CONFIG} must name base_model_name_or_path, got {base}")
+    if is_adapter(base):
+        raise InputError(f"{path}: its base model {base} is an adapter too; merge that one first")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise InputError(f"{path}: not a whole adapter, it has no {ADAPTER_WEIGHTS}")
+    return base
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -77,7 +115,8 @@ def load_model(
     """The causal language model of a folder or Hub name, on the CPU, in evaluation mode.
 
     Args:
-        path: a folder with ``config.json`` and safetensors, or a Hub name.
+        path: a folder with ``config.json`` and safetensors, or a Hub name; or the folder of an
+            adapter.
         dtype: a torch dtype, its name, or "auto" (as stored).
         trust_remote_code: run the model code that comes with the weights.
         options: further keyword arguments of ``AutoModelForCausalLM.from_pretrained``.
@@ -133,7 +172,23 @@ def _load(auto_class: Any, path: str | Path, what: str, **options: Any) -> PreTr
             f"expected a complete {what}"
         )
     loaded: PreTrainedModel = model
-    return loaded
+    return _with_adapter(loaded, path, what) if is_adapter(path) else loaded
+
+
+def _with_adapter(base: PreTrainedModel, path: str | Path, what: str) -> PreTrainedModel:
+    from peft import PeftModel
+
+    from fastrank.modeling.merge import merge_adapter
+
+    folder = str(Path(path).expanduser())
+    try:
+        with warnings.catch_warnings():
+            # Weights that the adapter's folder lacks would stay as they are initialised.
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+            return merge_adapter(PeftModel.from_pretrained(base, folder)).eval()
+    except Exception as error:  # corrupt folders raise unrelated types here
+        raise _unreadable(path, f"{what} with an adapter", error) from error
 
 
 @contextmanager
@@ -157,7 +212,7 @@ def tokenizer_context(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> i
 
     from fastrank.modeling.context import context_length
 
-    name = str(Path(path).expanduser())
+    name = str(Path(adapter_base(path) if is_adapter(path) else path).expanduser())
     if not Path(name).is_dir() or (Path(name) / "config.json").is_file():
         try:
             return context_length(AutoConfig.from_pretrained(name))

@@ -3,10 +3,12 @@ defaults."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from fastrank.errors import InputError
 from fastrank.training.config import RankConfig
+
+_WITH_ADAPTER = ("use_rslora", "use_dora", "merge_adapter")
 
 
 @dataclass
@@ -61,6 +63,34 @@ class TrainOptions:
             "scores are computed once and kept."
         },
     )
+    use_peft: bool = field(
+        default=False,
+        metadata={"help": "Train a LoRA adapter instead of the model's weights."},
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter's matrices."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by alpha / r."})
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Dropout before the adapter; needs --disable_dropout false."},
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of modules to adapt, or all-linear (default: PEFT's choice)."},
+    )
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters to adapt that are no module of their own."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train whole and to save with the adapter."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r) instead."})
+    use_dora: bool = field(
+        default=False, metadata={"help": "Train magnitudes as well (weight-decomposed LoRA)."}
+    )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "Also write the model with the adapter merged in, to merged/."},
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that comes with the weights."}
     )
@@ -75,12 +105,26 @@ class TrainOptions:
         if (self.model is None) != (self.data is None):
             given, absent = ("model", "data") if self.data is None else ("data", "model")
             raise InputError(f"--{given} needs --{absent} too (without both: the built-in task)")
-        for name in ("eval_data", "reference_model"):
-            if self.built_in and getattr(self, name) is not None:
+        for name in ("eval_data", "reference_model", "use_peft"):
+            if self.built_in and getattr(self, name) not in (None, False):
                 raise InputError(f"--{name} needs --model and --data, got neither")
+        self._check_adapter()
         if not 0 <= self.eval_fraction < 1:
             raise InputError(
                 f"eval_fraction must be at least 0 and below 1, got {self.eval_fraction}"
+            )
+
+    def _check_adapter(self) -> None:
+        for option in fields(self):
+            of_adapter = option.name.startswith("lora_") or option.name in _WITH_ADAPTER
+            if of_adapter and not self.use_peft and getattr(self, option.name) != option.default:
+                raise InputError(f"--{option.name} needs --use_peft true")
+        for name in ("lora_r", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(
+                f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}"
             )
 
     @property

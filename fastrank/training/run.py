@@ -30,6 +30,7 @@ from fastrank.data.tokenize import TokenizeOptions, tokenize_record
 from fastrank.errors import InputError
 from fastrank.modeling.context import context_length
 from fastrank.modeling.load import load_model, load_tokenizer
+from fastrank.training.adapters import export_merged, lora_config, trainable
 from fastrank.training.checkpoint import find_checkpoints, resolve_resume
 from fastrank.training.config import RankConfig
 from fastrank.training.history import METRICS_FILE, MetricsFile, read_metrics
@@ -78,6 +79,7 @@ def train(
     output_dir = Path(config.output_dir or "")
     check_output_dir(output_dir, config, options.overwrite_output_dir)
     resume = resolve_resume(config.resume_from_checkpoint, output_dir)
+    adapter = lora_config(options)
     if job is None:
         job = _load(options, config)
     say = _speaker(config)
@@ -96,6 +98,7 @@ def train(
         eval_dataset=job.heldout if len(job.heldout) else None,
         processing_class=job.tokenizer,
         callbacks=[MetricsFile(output_dir), before],
+        peft_config=adapter,
     )
     before.trainer = trainer
     for line in describe(job, trainer, options, splits):
@@ -117,12 +120,17 @@ def train(
     }
     if config.should_save:
         result |= _finish(output_dir, job, splits, after, config)
+        if options.merge_adapter:
+            trust = options.trust_remote_code
+            merged = export_merged(output_dir, config, job.tokenizer, trust_remote_code=trust)
+            result["merged"] = str(merged)
         table = result.pop("table")
         if splits:
             say(f"\n{table}")
         say(
             f"{trainer.state.global_step} steps in {seconds:.1f} s; "
             f"model in {output_dir}, curves in {result['plot']}"
+            + (f", merged model in {result['merged']}" if options.merge_adapter else "")
         )
     return result
 
@@ -235,6 +243,7 @@ def describe(
         f"data: {job.source}: {len(groups)} prompts to train on, {held}",
         f"model: {type(job.model).__name__}, {parameters:,} parameters, "
         f"context {context_length(job.model.config)}",
+        *([f"adapter: {trainable(trainer.lm)}"] if options.use_peft else []),
         f"loss: {trainer.loss}",
         f"precision: {config.dtype_reason}",
         f"dropout: {off}" if config.disable_dropout else "dropout: as the model has it",

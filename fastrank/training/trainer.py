@@ -29,7 +29,6 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
-    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -38,6 +37,7 @@ from fastrank.data.packing import Group
 from fastrank.errors import InputError
 from fastrank.modeling.dropout import disable_dropout
 from fastrank.modeling.prepare import prepare_model
+from fastrank.training.adapters import adapt
 from fastrank.training.batching import (
     NumberedGroups,
     PackDataset,
@@ -102,10 +102,7 @@ class RankTrainer(GuardedTrainer):
         for name, groups in _named_sets(train_dataset, eval_dataset):
             self._check_groups(name, groups, model, args)
         if peft_config is not None:
-            from peft import get_peft_model
-
-            set_seed(args.seed)
-            model = get_peft_model(model, peft_config)
+            model = adapt(model, peft_config, args.seed)
         self.disabled_dropout = disable_dropout(model) if args.disable_dropout else []
         prepare_model(model, attention=args.attention, shared_prompts=args.shared_prompts)
         if args.two_phase:
