@@ -18,6 +18,7 @@ import json, sys
 from transformers import TrainerCallback
 from fastrank.training import run
 from fastrank.training.options import BuiltInConfig, TrainOptions
+from fastrank.training.trainer import RankTrainer
 
 seen = {{}}
 
@@ -28,12 +29,13 @@ class Watch(TrainerCallback):
                 if line.startswith("VmRSS"):
                     seen[state.global_step] = int(line.split()[1])
 
-make = run.RankTrainer
+train = RankTrainer.train
 
-def watched(*args, callbacks, **kwargs):
-    return make(*args, callbacks=[*callbacks, Watch()], **kwargs)
+def watched(self, *args, **kwargs):
+    self.add_callback(Watch())
+    return train(self, *args, **kwargs)
 
-run.RankTrainer = watched
+RankTrainer.train = watched
 config = BuiltInConfig(
     output_dir=sys.argv[1], max_steps={STEPS}, save_steps=100, save_total_limit=2,
     eval_strategy="steps", eval_steps=100, disable_tqdm=True, per_device_train_batch_size=4,
