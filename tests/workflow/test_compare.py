@@ -51,6 +51,7 @@ def vowels(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "REWARD", f"{path}:reward")
 
 
+@pytest.mark.slow
 def test_online_methods_run_beside_offline_ones(policy_path, tmp_path, capsys, vowels, monkeypatch):
     monkeypatch.setattr(compare_online, "EVERY", 1)
     faster = {name: {**o, "learning_rate": 2e-2} for name, o in compare_online.METHODS.items()}

@@ -12,6 +12,7 @@ import online_runs
 import pytest
 import tiny_models
 import torch
+from killing import run_until_lines
 from torchrun import torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -145,6 +146,22 @@ def test_a_resumed_run_ends_the_same_bit_for_bit(whole, policy_path, tmp_path, s
     assert logged(run) == logged(expected)
     for name in ("round-00000.jsonl", "round-00001.jsonl"):
         assert (run / "online" / name).read_bytes() == (expected / "online" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [3, 7])
+def test_a_killed_run_resumes_to_the_same(whole, policy_path, tmp_path, lines):
+    """SIGKILL in the first and in the second round, wherever that happens to fall."""
+    online_runs.write_inputs(tmp_path)
+    run = tmp_path / "run"
+    options = ["--save_strategy", "steps", "--save_steps", "1", "--kl_weight", "0.1"]
+    arguments = online_runs.arguments(tmp_path, run, policy_path, *options)
+    run_until_lines(arguments, run / "metrics.jsonl", lines=lines)
+    assert not (run / "model.safetensors").exists()
+    assert train(tmp_path, run, policy_path, *options, "--resume_from_checkpoint", "true") == 0
+    expected = whole / "run"
+    assert (run / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    assert logged(run) == logged(expected)
 
 
 def test_resuming_without_the_rounds_file_is_one_line(whole, policy_path, tmp_path, capsys):
