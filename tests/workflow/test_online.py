@@ -272,6 +272,21 @@ def test_a_model_that_says_nothing_stops_the_run(inputs, tmp_path, capsys):
     assert rounds_of(tmp_path / "run")[0].empty == 36
 
 
+@pytest.mark.parametrize(
+    "more", [["--use_peft"], ["--backprop", "two_phase"], ["--shared_prompts", "false"]]
+)
+def test_other_ways_of_training_go_online_too(policy_path, inputs, tmp_path, more):
+    ranked = tmp_path / "ranked.jsonl"
+    ranked.write_text('{"prompt": "go", "responses": ["ab", "cde"], "scores": [1, 0]}\n')
+    options = ["--eval_data", str(ranked), "--learning_rate", "1e-2"]
+    assert train(inputs, tmp_path / "run", policy_path, *options, *more) == 0
+    second = rounds_of(tmp_path / "run")[1]
+    # What samples and what is scored is the model with all that training changed.
+    assert max(abs(k) for own in second.candidates for k in own.log_ratios) > 1e-2
+    evaluated = [row["step"] for row in logged(tmp_path / "run") if "eval_rank_loss" in row]
+    assert evaluated[0] == 0 and evaluated[-1] == online_runs.STEPS
+
+
 def test_metrics_of_a_round_count_fresh_responses_only():
     own = Candidates(
         index=0,
