@@ -38,10 +38,13 @@ class PeakMemory:
         self.peak = 0
 
     def _now(self) -> int:
-        total = 0
-        for process in (self._process, *self._process.children(recursive=True)):
+        total = self._process.memory_info().rss
+        ours = self._process.cmdline()
+        for process in self._process.children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                total += process.memory_info().rss
+                memory = process.memory_info().rss
+                # Until it runs its own program, a child shows this process's memory as its own.
+                total += memory if process.cmdline() != ours else 0
         return total
 
     def _watch(self) -> None:
