@@ -1,12 +1,16 @@
 """A million records: memory, rates beside the bare tokenizer's, second start, fill of packs.
 
     python bench/data_scale.py --records 1000000 --output bench/results
+    python bench/data_scale.py --records 1000000 --work DIR --only second   # DIR of an earlier run
 
 Generates the records (n = 4, about 100 tokens a candidate), trains on them from the command line
 twice, the first time tokenising into the cache, and writes ``data_scale.csv``. Memory is anonymous
 resident memory, summed over the process and its children (pages that a fork shares are counted in
 each) and sampled; the mapped cache is not in it. A start's processor time is of the whole command,
-its evaluations and the saved model included. Rates are medians of rounds in which reading,
+its evaluations and the saved model included. Second starts take turns with starts on the first 100
+of the records, which show what imports, the model and the evaluation before the first step take by
+themselves; the row is of the median one. ``--only second`` measures these again and replaces their
+rows. Rates are medians of rounds in which reading,
 tokenising, packing and the bare tokenizer (one call with all the texts, its own threads) take
 turns; the bare tokenizer gets the same texts as the library: each prompt alone and before each
 response. Uses the model in ``../shared`` if there is one, else one that is made here.
@@ -50,6 +54,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for data and cache (default: temporary)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sample", type=int, default=4000, help="records of a round")
+    parser.add_argument("--starts", type=int, default=3, help="second starts")
+    parser.add_argument("--only", choices=["second"])
     parser.add_argument("--phase", choices=list(PHASES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.phase is not None:
@@ -58,17 +64,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         args.work = args.work or Path(temporary)
         args.work.mkdir(parents=True, exist_ok=True)
-        rows = [show(row) for row in measure(args)]
+        measured = second_starts(args) if args.only else measure(args)
+        rows = [show(row) for row in measured]
     import torch
 
     from fastrank.benchmarks.environment import describe
 
     about = describe(torch.device("cpu")) | {"cores": str(os.cpu_count())}
+    rows = [row | about for row in rows]
+    path = args.output / "data_scale.csv"
+    if args.only:
+        with path.open(newline="") as file:
+            new = {row["what"]: row for row in rows}
+            rows = [new.pop(row["what"], row) for row in csv.DictReader(file)] + [*new.values()]
     args.output.mkdir(parents=True, exist_ok=True)
-    with (args.output / "data_scale.csv").open("w", newline="") as file:
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*FIELDS, *about])
         writer.writeheader()
-        writer.writerows(row | about for row in rows)
+        writer.writerows(rows)
 
 
 def show(row: dict[str, Any]) -> dict[str, Any]:
@@ -81,8 +94,8 @@ def show(row: dict[str, Any]) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for phase in ("generate", "rates"):
         yield from child(args, phase)
-    for number, what in enumerate(("first start", "second start")):
-        yield start(args, what, number)
+    yield start(args, "first start", args.work / "records.jsonl")
+    yield from second_starts(args)
     yield from child(args, "rates after")
     yield from child(args, "packs")
 
@@ -161,12 +174,32 @@ def load_tokenizer(path: Path) -> Any:
 # ---- starts ------------------------------------------------------------------------------------
 
 
-def start(args: argparse.Namespace, what: str, number: int) -> dict[str, Any]:
+def second_starts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Starts on all records, cached by now, and on a few, in turn; the median of each."""
+    few = args.work / "few.jsonl"
+    with (args.work / "records.jsonl").open() as whole, few.open("w") as part:
+        part.writelines(next(whole) for _ in range(100))
+    files = {"second start": args.work / "records.jsonl", "a start on few records": few}
+    for what, path in files.items():  # once each unmeasured: files in memory, entries there
+        start(args, what, path)
+    found: dict[str, list[dict[str, Any]]] = {what: [] for what in files}
+    for _ in range(args.starts):
+        for what, path in files.items():
+            row = start(args, what, path)
+            print(f"{what}: {row['seconds']:.1f} s", file=sys.stderr, flush=True)
+            found[what].append(row)
+    return [sorted(rows, key=lambda row: row["seconds"])[len(rows) // 2] for rows in found.values()]
+
+
+def start(args: argparse.Namespace, what: str, data: Path) -> dict[str, Any]:
     """``fastrank train`` up to its first step: seconds from the start of the process."""
+    with data.open("rb") as file:
+        records = sum(1 for _ in file)
+    output = Path(tempfile.mkdtemp(dir=args.work))
     command = [
         *(sys.executable, "-u", "-m", "fastrank.cli.main", "train"),
-        *("--model", str(model_path(args.work)), "--data", str(args.work / "records.jsonl")),
-        *("--cache_dir", str(args.work / "cache"), "--output_dir", str(args.work / f"run{number}")),
+        *("--model", str(model_path(args.work)), "--data", str(data)),
+        *("--cache_dir", str(args.work / "cache"), "--output_dir", str(output)),
         *("--max_steps", "1", "--logging_steps", "1", "--per_device_train_batch_size", "16"),
         *("--eval_fraction", "0.00001", "--eval_groups", "16", "--use_cpu", "true"),
         *("--save_strategy", "no", "--eval_strategy", "no"),
@@ -186,10 +219,10 @@ def start(args: argparse.Namespace, what: str, number: int) -> dict[str, Any]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode or seconds is None:
         raise SystemExit(f"fastrank train failed with {process.returncode}:\n{''.join(said)}")
-    row = {"what": f"{what}, to the first step", "records": args.records, "seconds": seconds}
+    row = {"what": f"{what}, to the first step", "records": records, "seconds": seconds}
     row["cpu_seconds"] = usage.ru_utime + usage.ru_stime
-    if not number:
-        row["records_per_second"] = args.records / seconds
+    if what == "first start":
+        row["records_per_second"] = records / seconds
     return row | {"peak_anonymous_mib": memory.peak / 1024}
 
 
@@ -308,7 +341,8 @@ def packs(args: argparse.Namespace) -> list[dict[str, Any]]:
     from fastrank.data.table import GroupTable
     from fastrank.training.batching import plan_step
 
-    (path,) = (args.work / "cache").glob("*/groups.arrow")
+    entries = (args.work / "cache").glob("*/groups.arrow")
+    path = max(entries, key=lambda entry: entry.stat().st_size)
     began = time.perf_counter()
     table = GroupTable.open(path, "records")
     sizes = group_sizes(table).num_tokens.tolist()

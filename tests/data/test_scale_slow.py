@@ -16,7 +16,16 @@ RECORDS = 40_000
 @pytest.mark.slow
 def test_many_records(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--records", str(RECORDS), "--work", str(tmp_path)]
-    command += ["--rounds", "3", "--sample", "1000", "--output", str(tmp_path / "out")]
+    command += [
+        "--rounds",
+        "3",
+        "--starts",
+        "1",
+        "--sample",
+        "1000",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     subprocess.run(command, check=True)
     with (tmp_path / "out" / "data_scale.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -39,5 +48,7 @@ def test_many_records(tmp_path: Path) -> None:
         assert float(whole["value"]) >= 0.95
         # Four times the groups, with room for a busy machine.
         assert float(whole["seconds"]) < 4 * 4 * float(quarter["seconds"]) + 0.05
-    (entry,) = (tmp_path / "cache").glob("groups-*[!k]")
-    assert entry.is_dir() and not list((tmp_path / "cache").glob("*.incomplete"))
+    few = found["a start on few records, to the first step"]
+    assert float(second["cpu_seconds"]) < float(few["cpu_seconds"]) + 10
+    entries = [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+    assert len(entries) == 2 and not any(path.suffix for path in entries)
