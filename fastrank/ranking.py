@@ -61,7 +61,7 @@ def ranking_loss(
     shape = tuple(scores.shape)
     check_tensor("scores", scores, shape)
     check_tensor("rewards", rewards, shape, device=scores.device)
-    valid = None
+    valid = width = None
     if scores.dim() == 2:
         if cu_groups is not None:
             raise ValueError("cu_groups goes with scores of shape [C], got scores [G, n] as well")
@@ -77,7 +77,9 @@ def ranking_loss(
         cu_groups = torch.tensor([0, shape[0]], dtype=torch.int32)
     else:
         check_tensor("cu_groups", cu_groups, ("G + 1",), kind="offsets")
-    per_group = fastrank_kernels.rank_scores(scores, rewards, cu_groups, valid, loss.spec())
+    per_group = fastrank_kernels.rank_scores(
+        scores, rewards, cu_groups, valid, loss.spec(), width=width
+    )
     return reduce_groups(per_group, reduction)
 
 

@@ -160,6 +160,42 @@ def test_dense_with_where_equals_ragged(name) -> None:
     assert got[~where].abs().max() == 0
 
 
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_groups_of_one_size(name, options, width) -> None:
+    """They are not gathered: value and gradient by the formulas, whichever way they are given."""
+    loss = fastrank.loss_from_name(name, **options)
+    scores, rewards, offsets = ragged(17, [width] * 4)
+    scores.requires_grad_()
+    upstream = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
+    flat = fastrank.ranking_loss(scores, rewards, loss=loss, cu_groups=offsets, reduction="none")
+    dense = fastrank.ranking_loss(
+        scores.view(4, width), rewards.view(4, width), loss=loss, reduction="none"
+    )
+    want = torch.tensor(expected(name, options, scores, rewards, offsets), dtype=torch.float64)
+    for values in (flat, dense):
+        torch.testing.assert_close(values.detach(), want, rtol=1e-12, atol=1e-12)
+    gathered = fastrank.ranking_loss(
+        scores.view(4, width),
+        rewards.view(4, width),
+        loss=loss,
+        where=torch.ones(4, width, dtype=torch.bool),
+        reduction="none",
+    )
+    (want,) = torch.autograd.grad((gathered * upstream).sum(), scores)
+    for values in (flat, dense):
+        (got,) = torch.autograd.grad((values * upstream).sum(), scores)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+def test_dense_without_candidates(shape) -> None:
+    scores = torch.zeros(shape, requires_grad=True)
+    value = fastrank.ranking_loss(scores, torch.zeros(shape), loss=fastrank.PRO())
+    value.backward()
+    assert value.item() == 0.0 and scores.grad.shape == shape
+
+
 def test_many_groups_are_handled_in_slices(monkeypatch) -> None:
     from fastrank_kernels import reference
 

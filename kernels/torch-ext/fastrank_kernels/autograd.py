@@ -30,13 +30,15 @@ def rank_scores(
     valid: Tensor | None,
     spec: RankSpec,
     backend: str = "",
+    width: int | None = None,
 ) -> Tensor:
     """Ranking term of each group, [G], differentiable in ``scores`` [C].
 
     ``cu_groups`` int32 [G + 1]; ``valid`` bool [C] leaves candidates out; ``backend`` is
-    ``"torch"``, ``"triton"`` or empty for the device's own.
+    ``"torch"``, ``"triton"`` or empty for the device's own. ``width`` is the size of the groups if
+    they are known to be of one size, which makes the backward cheaper.
     """
-    return _RankScores.apply(scores, rewards, cu_groups, valid, spec, backend)
+    return _RankScores.apply(scores, rewards, cu_groups, valid, spec, backend, width)
 
 
 class _RankScores(torch.autograd.Function):
@@ -49,19 +51,23 @@ class _RankScores(torch.autograd.Function):
         valid: Tensor | None,
         spec: RankSpec,
         backend: str,
+        width: int | None,
     ) -> Tensor:
         loss, grads = ops.rank_scores(scores, rewards, cu_groups, valid, *spec, backend)
         ctx.save_for_backward(grads, cu_groups)
-        ctx.dtype = scores.dtype
+        ctx.dtype, ctx.width = scores.dtype, width
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads, cu_groups = ctx.saved_tensors
-        offsets = cu_groups.to(grad.device, non_blocking=True)
-        upstream = grad[segment_index(offsets, grads.shape[0])]
-        return (grads * upstream).to(ctx.dtype), None, None, None, None, None
+        if ctx.width is not None:
+            scaled = (grads.view(grad.shape[0], ctx.width) * grad[:, None]).view(-1)
+        else:
+            offsets = cu_groups.to(grad.device, non_blocking=True)
+            scaled = grads * grad[segment_index(offsets, grads.shape[0])]
+        return scaled.to(ctx.dtype), *(None,) * 6
 
 
 def linear_ranking(

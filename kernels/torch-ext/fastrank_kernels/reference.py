@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .spec import RankSpec
 
-# float32 elements of one row block: 1 MiB, which the second-level cache of one core holds.
-_BLOCK_ELEMENTS = 1 << 18
+# float32 elements of one row block: 2 MiB, which stay in a processor's cache between operators and
+# are enough that calling an operator costs little beside them.
+_BLOCK_ELEMENTS = 1 << 19
 # Elements of one [groups, n, n] temporary; more groups are handled in slices.
 _PAIR_ELEMENTS = 1 << 22
 
@@ -61,10 +62,14 @@ def row_stats(
     logp = torch.empty_like(lse)
     valid = (labels >= 0) & (labels < vocab)
     safe_labels = labels.clamp(0, max(vocab - 1, 0))
+    scratch = _block_memory(vocab, dtype, logits.device)
     for start, stop in _row_blocks(rows, vocab):
-        z = _final_logits(logits[start:stop], bias, logit_scale, softcap, dtype)
-        block_lse = torch.logsumexp(z, dim=-1)
+        z = _final_logits(logits[start:stop], bias, logit_scale, softcap, scratch)
         target = z.gather(1, safe_labels[start:stop, None]).squeeze(1)
+        top = z.amax(-1, keepdim=True)
+        top.masked_fill_(top.isinf(), 0.0)
+        total = torch.sub(z, top, out=scratch[: stop - start]).exp_().sum(-1)
+        block_lse = total.log_().add_(top.squeeze(1))
         lse[start:stop] = block_lse
         # Rounding can lift the label's logit above the log-sum-exp; a log-probability is never > 0.
         logp[start:stop] = (target - block_lse).clamp_(max=0.0)
@@ -97,16 +102,23 @@ def dlogits(
     rows, vocab = logits.shape
     dtype = accumulation_dtype(logits.dtype)
     count = rows if live is None else live.numel()
+    scratch = _block_memory(vocab, dtype, logits.device)
+    moved = None if live is None else _block_memory(vocab, logits.dtype, logits.device)
     for start, stop in _row_blocks(count, vocab):
-        take = slice(start, stop) if live is None else live[start:stop]
-        z = _final_logits(logits[take], bias, logit_scale, softcap, dtype)
+        take: slice | Tensor = slice(start, stop)
+        if live is None or moved is None:
+            block = logits[take]
+        else:
+            take = live[take]
+            block = torch.index_select(logits, 0, take, out=moved[: stop - start])
+        z = _final_logits(block, bias, logit_scale, softcap, scratch)
         c = coefficients[take].to(dtype)
         label = labels[take].clamp(0, max(vocab - 1, 0))[:, None]
         slope = None
         if softcap is not None:
             slope = 1.0 - (z / softcap).square_()
-        # z may be a view of `logits` (nothing was applied); it must survive until out is written.
-        grad = torch.exp(z - lse[take, None])
+        # z may be a view of `logits` (nothing was applied): `out` is written last.
+        grad = torch.sub(z, lse[take, None], out=scratch[: stop - start]).exp_()
         grad *= -c[:, None]
         grad.scatter_(1, label, (-torch.expm1(logp[take]) * c)[:, None])
         if slope is not None:
@@ -197,12 +209,21 @@ def rank_scores(
     device = scores.device
     cu_groups = cu_groups.to(device)
     num_groups = cu_groups.numel() - 1
-    loss = torch.zeros(num_groups, dtype=dtype, device=device)
-    grads = torch.zeros(scores.shape[0], dtype=dtype, device=device)
     width = int((cu_groups[1:] - cu_groups[:-1]).max()) if num_groups else 0
     if width < 2:
-        return loss, grads
+        return (
+            torch.zeros(num_groups, dtype=dtype, device=device),
+            torch.zeros(scores.shape[0], dtype=dtype, device=device),
+        )
     step = max(1, _PAIR_ELEMENTS // (width * width))
+    if valid is None and num_groups * width == scores.shape[0] and num_groups <= step:
+        # Groups of one size, as most data has them: nothing to gather, nothing to leave out.
+        u, r = scores.to(dtype).view(-1, width), rewards.to(device, dtype).view(-1, width)
+        present = torch.ones((), dtype=torch.bool, device=device).expand(u.shape)
+        group_loss, group_grads = _rank_padded(u, r, present, spec)
+        return group_loss, group_grads.reshape(-1)
+    loss = torch.zeros(num_groups, dtype=dtype, device=device)
+    grads = torch.zeros(scores.shape[0], dtype=dtype, device=device)
     for first in range(0, num_groups, step):
         offsets = cu_groups[first : first + step + 1].long()
         index = offsets[:-1, None] + torch.arange(width, device=device)
@@ -210,14 +231,23 @@ def rank_scores(
         index = index.clamp_(max=scores.shape[0] - 1)
         if valid is not None:
             present = present & valid.to(device)[index]
-        u = torch.where(present, scores[index].to(dtype) * spec.score_scale, 0.0)
+        u = torch.where(present, scores[index].to(dtype), 0.0)
         r = torch.where(present, rewards.to(device)[index].to(dtype), 0.0)
-        group_loss, group_grads = _FORMS[spec.form](u, r, present, spec)
-        ranked = _has_strict_pair(r, present)
-        loss[first : first + step] = torch.where(ranked, group_loss, 0.0)
-        group_grads = torch.where(ranked[:, None], group_grads * spec.score_scale, 0.0)
+        loss[first : first + step], group_grads = _rank_padded(u, r, present, spec)
         grads[index[present]] = group_grads[present]
     return loss, grads
+
+
+def _rank_padded(
+    scores: Tensor, rewards: Tensor, present: Tensor, spec: RankSpec
+) -> tuple[Tensor, Tensor]:
+    """Loss [G] and score gradients [G, n]; places that are not ``present`` hold zeros."""
+    u = scores * spec.score_scale if spec.score_scale != 1.0 else scores
+    loss, grads = _FORMS[spec.form](u, rewards, present, spec)
+    ranked = _has_strict_pair(rewards, present)
+    if spec.score_scale != 1.0:
+        grads = grads * spec.score_scale
+    return torch.where(ranked, loss, 0.0), torch.where(ranked[:, None], grads, 0.0)
 
 
 def positions(rewards: Tensor, present: Tensor) -> Tensor:
@@ -350,19 +380,32 @@ def sft_weights(rewards: Tensor, cu_groups: Tensor, spec: RankSpec, dtype: torch
 
 
 def _final_logits(
-    logits: Tensor, bias: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype
+    logits: Tensor, bias: Tensor | None, scale: float, softcap: float | None, scratch: Tensor
 ) -> Tensor:
-    """z = κ tanh(σ(u + b) / κ), or σ(u + b), of a block of rows, in the accumulation dtype."""
-    z = logits.to(dtype)
+    """z = κ tanh(σ(u + b) / κ), or σ(u + b), of a block of rows, in scratch's dtype: a view of
+    ``logits`` if there is nothing to do, else in ``scratch``."""
+    if logits.dtype == scratch.dtype and bias is None and scale == 1.0 and softcap is None:
+        return logits
+    z = scratch[: logits.shape[0]].copy_(logits)
     if bias is not None:
-        z = z + bias.to(dtype)
+        z += bias.to(z.dtype)
     if scale != 1.0:
-        z = z * scale
+        z *= scale
     if softcap is not None:
-        z = torch.tanh(z / softcap) * softcap
+        z.div_(softcap).tanh_().mul_(softcap)
     return z
 
 
+def _block_memory(vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for one row block, used again for each: a C library that maps every new one afresh
+    spends more on its pages than the arithmetic takes."""
+    return torch.empty(_block_rows(vocab), vocab, dtype=dtype, device=device)
+
+
+def _block_rows(vocab: int) -> int:
+    return max(1, _BLOCK_ELEMENTS // max(vocab, 1))
+
+
 def _row_blocks(rows: int, vocab: int) -> list[tuple[int, int]]:
-    step = max(1, _BLOCK_ELEMENTS // max(vocab, 1))
+    step = _block_rows(vocab)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
