@@ -71,6 +71,19 @@ def prompt_keys(groups: Sequence[Group]) -> NDArray[np.uint64]:
     return np.array([prompt_key(group.prompt_ids.numpy()) for group in groups], dtype=np.uint64)
 
 
+def tokens_digest(groups: Sequence[Group]) -> str:
+    """What tells these tokens, in this order, from any others, as a short text; a cached data set's
+    is not that of a list with the same tokens."""
+    stored = getattr(groups, "tokens_digest", None)
+    if isinstance(stored, str):
+        return stored
+    digest = blake2b(digest_size=16)
+    for group in groups:
+        for ids in (group.prompt_ids, *group.response_ids):
+            digest.update(len(ids).to_bytes(8, "little") + ids.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def prompt_key(ids: NDArray[np.integer]) -> int:
     """The digest of one prompt's token ids."""
     raw = np.ascontiguousarray(ids, dtype="<i8").tobytes()

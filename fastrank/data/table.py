@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from fastrank.data.columns import GroupSizes
+from fastrank.data.identity import content_hash
 from fastrank.data.tokenized import TokenizedGroups
 
 if TYPE_CHECKING:
@@ -155,6 +157,16 @@ class GroupTable(Sequence["Group"]):
     def prompt_keys(self) -> NDArray[np.uint64]:
         """See `fastrank.data.columns.prompt_keys`."""
         return self._column("prompt_key")
+
+    @cached_property
+    def tokens_digest(self) -> str:
+        """See `fastrank.data.columns.tokens_digest`. Of the name of the cache entry, which stands
+        for all that its tokens were made from, a sample of the file, and the chosen positions."""
+        digest = blake2b(self.file.path.absolute().parent.name.encode(), digest_size=16)
+        digest.update(content_hash(self.file.path).encode())
+        if self._index is not None:
+            digest.update(self._index.tobytes())
+        return digest.hexdigest()
 
     def _column(self, name: str) -> NDArray[Any]:
         return self._chosen(self.file.table.column(name).to_numpy())

@@ -26,7 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastrank.attention.gate import refusal
-from fastrank.data.columns import GroupSizes, group_sizes, largest_ids, prompt_keys, select
+from fastrank.data.columns import (
+    GroupSizes,
+    group_sizes,
+    largest_ids,
+    prompt_keys,
+    select,
+    tokens_digest,
+)
 from fastrank.data.packing import Group
 from fastrank.data.write import atomic_path
 from fastrank.errors import InputError
@@ -154,10 +161,7 @@ def with_reference_scores(
 
 
 def _cache_name(groups: Sequence[Group], about: str) -> str:
-    digest = hashlib.blake2b(about.encode(), digest_size=16)
-    for group in groups:
-        for ids in (group.prompt_ids, *group.response_ids):
-            digest.update(len(ids).to_bytes(8, "little") + ids.numpy().tobytes())
+    digest = hashlib.blake2b(f"{about} {tokens_digest(groups)}".encode(), digest_size=16)
     return f"reference-{digest.hexdigest()}.safetensors"
 
 

@@ -37,6 +37,7 @@ from fastrank.data.packing import Group
 from fastrank.errors import InputError
 from fastrank.modeling.dropout import disable_dropout
 from fastrank.modeling.prepare import prepare_model
+from fastrank.modeling.reference import ReferenceGroups
 from fastrank.training.adapters import adapt
 from fastrank.training.batching import (
     NumberedGroups,
@@ -136,7 +137,7 @@ class RankTrainer(GuardedTrainer):
                 f"{groups[i].name or name}: token ids must be below the model's {vocab_size}, "
                 f"got {largest[i]}; is this the model's own tokenizer?"
             )
-        if self.loss.uses_reference:
+        if self.loss.uses_reference and not isinstance(groups, ReferenceGroups):
             for group in groups:
                 if group.reference_scores is None:
                     raise InputError(

@@ -70,7 +70,9 @@ class Round:
         """
         names = set(Candidates.__dataclass_fields__)
         try:
-            first, *rest = (json.loads(x) for x in path.read_text(encoding="utf-8").splitlines())
+            # Not splitlines: a response may hold U+2028 and other ends of a line.
+            lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+            first, *rest = map(json.loads, lines)
             rows = [Candidates(**{k: v for k, v in row.items() if k in names}) for row in rest]
             return cls(first["round"], first["step"], rows, first["duplicates"], first["empty"])
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -12,7 +12,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastrank import Group
-from fastrank.data.columns import group_sizes, largest_ids, prompt_key, prompt_keys, select
+from fastrank.data.columns import (
+    group_sizes,
+    largest_ids,
+    prompt_key,
+    prompt_keys,
+    select,
+    tokens_digest,
+)
 from fastrank.data.table import SCHEMA, GroupTable, record_batch
 from fastrank.data.tokenized import TokenizedGroups
 
@@ -128,3 +135,22 @@ def test_a_file_that_is_not_whole_is_no_table(table: GroupTable, tmp_path: Path)
     path.write_bytes(raw[: len(raw) * 2 // 3])
     with pytest.raises((OSError, pa.ArrowInvalid)):
         GroupTable.open(path, "file")
+
+
+def test_the_digest_tells_tokens_and_their_order(table: GroupTable, plain: list[Group]) -> None:
+    for groups in (table, plain):
+        backwards = range(len(groups))[::-1]
+        digests = [tokens_digest(select(groups, index)) for index in (range(56), backwards)]
+        assert len({tokens_digest(groups), *digests}) == 3
+        assert tokens_digest(select(groups, backwards)) == digests[1]
+    assert tokens_digest(pickle.loads(pickle.dumps(table))) == tokens_digest(table)
+    # Another cache entry, and the same one with other content.
+    raw = table.file.path.read_bytes()
+    moved = table.file.path.parent / "another entry" / "groups.arrow"
+    moved.parent.mkdir()
+    moved.write_bytes(raw)
+    first = tokens_digest(GroupTable.open(moved, "file"))
+    with pa.OSFile(str(moved), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        writer.write_batch(record_batch(TokenizedGroups.from_encoded([([1], [[2]])], [[1.0]], [1])))
+    second = tokens_digest(GroupTable.open(moved, "file"))
+    assert len({tokens_digest(table), first, second}) == 3

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrank.cli.main import main
 from fastrank.training.history import read_metrics
+from fastrank.workflow.items import Item
 from fastrank.workflow.online_data import Candidates, Round, round_metrics
 
 TIMED = ("runtime", "per_second", "tokens_per_second")
@@ -287,10 +288,10 @@ def test_other_ways_of_training_go_online_too(policy_path, inputs, tmp_path, mor
     assert evaluated[0] == 0 and evaluated[-1] == online_runs.STEPS
 
 
-def test_metrics_of_a_round_count_fresh_responses_only():
-    own = Candidates(
+def three_candidates(*responses: str) -> Candidates:
+    return Candidates(
         index=0,
-        responses=["a", "b", "c"],
+        responses=list(responses),
         ended=[True, False, True],
         fresh=[True, True, False],
         rewards=[1.0, 3.0, 100.0],
@@ -299,6 +300,18 @@ def test_metrics_of_a_round_count_fresh_responses_only():
         reference_logprobs=[-2.0, -4.0, -99.0],
         num_tokens=[1, 2, 7],
     )
+
+
+def test_a_round_is_read_as_it_was_written(tmp_path):
+    own = three_candidates("one\ntwo\r\n", "line\u2028separator\x85", "\x1c\u2029 end")
+    item = Item(tmp_path, "prompt\u2028", [], [], [])  # type: ignore[arg-type]
+    for given in (Round(3, 12, [own], duplicates=2, empty=1), Round(0, 0, [])):
+        given.write(tmp_path / "round.jsonl", [item])
+        assert Round.read(tmp_path / "round.jsonl") == given
+
+
+def test_metrics_of_a_round_count_fresh_responses_only():
+    own = three_candidates("a", "b", "c")
     values = round_metrics(Round(3, 12, [own], duplicates=2), with_reference=True)
     assert values["online/reward"] == 2.0 and values["online/reward_std"] == 1.0
     assert values["online/kl"] == 1.0 and values["online/perplexity"] == pytest.approx(math.e**2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import host_memory
 from .reference import accumulation_dtype
 
 # Rows of the head whose partial product is added to a wider sum at a time (CPU).
@@ -81,7 +82,7 @@ class HeadGrad:
             return
         if self._dweight is None:
             shape = (dlogits.shape[1], hidden.shape[1])
-            self._dweight = torch.empty(shape, dtype=self._sum_dtype, device=dlogits.device)
+            self._dweight = host_memory.empty(shape, self._sum_dtype, dlogits.device)
             self._add_product(self._dweight, dlogits, hidden, first=True)
         else:
             self._add_product(self._dweight, dlogits, hidden, first=False)

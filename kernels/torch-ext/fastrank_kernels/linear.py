@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import host_memory, reference
 from .gradients import HeadGrad, HiddenGrad, scatter_rows
 from .planner import Plan, group_chunks
 from .reference import RankResult, accumulation_dtype
@@ -92,7 +92,7 @@ class Logits:
         self._inputs = inputs
         dtype = logits_dtype(inputs.hidden.dtype, inputs.hidden.device)
         shape = (chunk_rows, inputs.weight.shape[0])
-        self._memory = torch.empty(shape, dtype=dtype, device=inputs.hidden.device)
+        self._memory = host_memory.empty(shape, dtype, inputs.hidden.device)
 
     def make(self, hidden: Tensor) -> Tensor:
         """``hidden @ weightᵀ`` for a chunk, [rows, V]; overwrites the chunk before."""

@@ -1,0 +1,47 @@
+"""Large buffers on a host, in pages of 2 MiB where the system has them.
+
+A buffer that lives for one call is mapped anew by every call, and touching it page by page, 4 KiB
+each, costs several percent of the matrix products that fill it. Linux gives larger pages to those
+who ask (``madvise``); where it does not, the buffer is an ordinary one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14
+# Smaller blocks come from memory that the process has touched before.
+_SMALLEST = 32 << 20
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As ``torch.empty``; on a Linux host a large tensor asks for large pages."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    if device.type == "cpu" and size >= _SMALLEST and (advise := _madvise()) is not None:
+        first = -(-out.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+        last = (out.data_ptr() + size) // _HUGE_PAGE * _HUGE_PAGE
+        advise(first, last - first, _MADV_HUGEPAGE)  # a refusal changes nothing
+    return out
+
+
+@cache
+def _madvise() -> Any:
+    """The C library's function, or None where there is no such thing."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    function.restype = ctypes.c_int
+    return function
