@@ -20,7 +20,7 @@ bench: $(VENV)/.dev $(VENV)/.peers  ## the CPU tables and curves of the README, 
 	$(BIN)/python bench/tables.py
 
 compare: $(VENV)/.dev  ## what each loss makes of the same candidates, over three seeds
-	$(BIN)/python -m bench.compare --output bench/results
+	$(BIN)/python -m bench.compare --output bench/results --readme README.md
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -121,16 +121,16 @@ def _forward_group(
     scale: float,
 ) -> None:
     """Write output and log-sum-exp of one group's tokens; all arguments are [1, H, N, ...]."""
-    prompt = group.prompt
-    for span in (prompt, *group.responses):
-        part, part_lse = _attend(query, key, value, span, span, True, scale)
-        _cut(out, span).copy_(part)
-        _cut(lse, span).copy_(part_lse)
+    prompt, groups = group.prompt, query.shape[1] // key.shape[1]
+    for span, count in _causal_parts(group, groups):
+        part, part_lse = _attend(query, key, value, span, span, count, True, scale)
+        _split(out, span, groups, count).copy_(part)
+        _split(lse, span, groups, count).copy_(part_lse)
     if not group.responses:
         return
     responses = Span(prompt.stop, group.stop - prompt.stop)
-    shared, shared_lse = _attend(query, key, value, responses, prompt, False, scale)
-    own, own_lse = _cut(out, responses), _cut(lse, responses)
+    shared, shared_lse = _attend(query, key, value, responses, prompt, 1, False, scale)
+    own, own_lse = (_split(tensor, responses, groups) for tensor in (out, lse))
     merged = torch.logaddexp(own_lse, shared_lse)
     own_weight = torch.exp(own_lse - merged).unsqueeze(-1)
     shared_weight = torch.exp(shared_lse - merged).unsqueeze(-1)
@@ -144,69 +144,84 @@ def _forward_group(
 def _backward_group(
     saved: tuple[Tensor, ...], grads: tuple[Tensor, Tensor, Tensor], group: GroupSpan, scale: float
 ) -> None:
-    prompt = group.prompt
-    for span in (prompt, *group.responses):
-        for grad, part in zip(grads, _attend_backward(saved, span, span, True, scale), strict=True):
-            _cut(grad, span).copy_(part)
+    prompt, groups = group.prompt, saved[1].shape[1] // saved[2].shape[1]
+    grad_query, *grad_keys = grads
+    for span, count in _causal_parts(group, groups):
+        of_query, *of_keys = _attend_backward(saved, span, span, count, True, scale)
+        _split(grad_query, span, groups, count).copy_(of_query)
+        for grad, part in zip(grad_keys, of_keys, strict=True):
+            _split(grad, span, 1, count).copy_(part)
     if not group.responses:
         return
     responses = Span(prompt.stop, group.stop - prompt.stop)
-    parts = _attend_backward(saved, responses, prompt, False, scale)
-    for grad, part, span in zip(grads, parts, (responses, prompt, prompt), strict=True):
-        _cut(grad, span).add_(part)
+    of_query, *of_keys = _attend_backward(saved, responses, prompt, 1, False, scale)
+    _split(grad_query, responses, groups).add_(of_query)
+    for grad, part in zip(grad_keys, of_keys, strict=True):
+        _split(grad, prompt, 1).add_(part)
+
+
+def _causal_parts(group: GroupSpan, groups: int) -> list[tuple[Span, int]]:
+    """Prompt and responses, which attend to themselves. Responses of one length are one batch, if
+    every head has keys of its own: a batch within a batch would have to be copied."""
+    own = group.runs if groups == 1 else [(response, 1) for response in group.responses]
+    return [(group.prompt, 1), *own]
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, rows: Span, columns: Span, causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Span,
+    columns: Span,
+    count: int,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Flash attention of the tokens ``rows`` over the tokens ``columns``, without copies."""
+    """Flash attention of the tokens ``rows`` over the tokens ``columns``, both ``count`` segments,
+    without copies; shapes as `_split` gives them."""
     groups = query.shape[1] // key.shape[1]
     out, lse = _flash(
-        _by_kv_head(_cut(query, rows), groups),
-        _cut(key, columns).expand(groups, -1, -1, -1),
-        _cut(value, columns).expand(groups, -1, -1, -1),
+        _split(query, rows, groups, count).flatten(0, 1),
+        _split(key, columns, 1, count).expand(-1, groups, -1, -1, -1).flatten(0, 1),
+        _split(value, columns, 1, count).expand(-1, groups, -1, -1, -1).flatten(0, 1),
         0.0,
         causal,
         scale=scale,
     )
-    return _by_head(out), _by_head(lse)
+    return out.unflatten(0, (count, groups)), lse.unflatten(0, (count, groups))
 
 
 def _attend_backward(
-    saved: tuple[Tensor, ...], rows: Span, columns: Span, causal: bool, scale: float
+    saved: tuple[Tensor, ...], rows: Span, columns: Span, count: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, query, key, value, out, lse = saved
     groups = query.shape[1] // key.shape[1]
     grad_query, grad_key, grad_value = _flash_backward(
-        _by_kv_head(_cut(grad, rows), groups),
-        _by_kv_head(_cut(query, rows), groups),
-        _cut(key, columns).expand(groups, -1, -1, -1),
-        _cut(value, columns).expand(groups, -1, -1, -1),
-        _by_kv_head(_cut(out, rows), groups),
-        _by_kv_head(_cut(lse, rows), groups),
+        _split(grad, rows, groups, count).flatten(0, 1),
+        _split(query, rows, groups, count).flatten(0, 1),
+        _split(key, columns, 1, count).expand(-1, groups, -1, -1, -1).flatten(0, 1),
+        _split(value, columns, 1, count).expand(-1, groups, -1, -1, -1).flatten(0, 1),
+        _split(out, rows, groups, count).flatten(0, 1),
+        _split(lse, rows, groups, count).flatten(0, 1),
         0.0,
         causal,
         scale=scale,
     )
+    of_query, of_key, of_value = (
+        part.unflatten(0, (count, groups)) for part in (grad_query, grad_key, grad_value)
+    )
     if groups > 1:
-        grad_key, grad_value = grad_key.sum(0, keepdim=True), grad_value.sum(0, keepdim=True)
-    return _by_head(grad_query), grad_key, grad_value
+        of_key, of_value = of_key.sum(1, keepdim=True), of_value.sum(1, keepdim=True)
+    return of_query, of_key, of_value
 
 
-def _cut(tensor: Tensor, span: Span) -> Tensor:
-    """The tokens of ``span`` of a [1, H, N, ...] tensor."""
-    return tensor.narrow(2, span.start, span.length)
+def _split(tensor: Tensor, span: Span, groups: int, count: int = 1) -> Tensor:
+    """The tokens of ``span`` of a [1, H, N, ...] tensor as a view [count, groups, H / groups,
+    S / count, ...].
 
-
-def _by_kv_head(tensor: Tensor, groups: int) -> Tensor:
-    """[1, H, S, ...] as [G, H_kv, S, ...]: query heads that share keys become a batch.
-
-    Keys and values then take part as views with a batch stride of zero, whatever the kernel does
-    about grouped queries.
+    Segments, and query heads that share keys, become batches: keys and values then take part as
+    views with a batch stride of zero, whatever the kernel does about grouped queries.
     """
-    return tensor[0].unflatten(0, (-1, groups)).transpose(0, 1) if groups > 1 else tensor
-
-
-def _by_head(tensor: Tensor) -> Tensor:
-    """The inverse of `_by_kv_head`, again a view."""
-    return tensor.transpose(0, 1).flatten(0, 1)[None] if tensor.shape[0] > 1 else tensor
+    tokens = tensor[0].narrow(1, span.start, span.length)
+    heads = tokens.unflatten(0, (-1, groups)).unflatten(2, (count, -1))
+    return heads.movedim((2, 1), (0, 1))

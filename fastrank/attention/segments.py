@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,16 @@ class GroupSpan(NamedTuple):
     @property
     def stop(self) -> int:
         return self.responses[-1].stop if self.responses else self.prompt.stop
+
+    @property
+    def runs(self) -> tuple[tuple[Span, int], ...]:
+        """Neighbouring responses of one length: the tokens of each such run, and how many they
+        are."""
+        runs: list[tuple[Span, int]] = []
+        for length, members in groupby(self.responses, key=lambda response: response.length):
+            spans = list(members)
+            runs.append((Span(spans[0].start, length * len(spans)), len(spans)))
+        return tuple(runs)
 
     @property
     def longest_path(self) -> int:

@@ -44,13 +44,15 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with ``+`` for uncommitted changes of tracked files; empty outside
-    one."""
+    """The checkout's commit, with ``+`` for uncommitted changes of tracked files other than what
+    benchmarks write; empty outside one."""
     root = Path(__file__).resolve().parents[2]
     head = _git(root, "rev-parse", "--short=12", "HEAD")
     if not head:
         return ""
-    return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    written = (":(exclude)bench/results", ":(exclude)README.md")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *written)
+    return head + ("+" if changed else "")
 
 
 def _git(root: Path, *arguments: str) -> str:

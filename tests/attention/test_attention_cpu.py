@@ -16,6 +16,7 @@ from fastrank.attention.visibility import FULL, Visibility
 LAYOUTS = {
     "ragged": [(5, [3, 1, 7]), (1, [2, 9]), (17, [1])],
     "equal": [(8, [4, 4, 4, 4])],
+    "runs": [(4, [3, 3, 5, 3, 3, 3]), (2, [5]), (3, [5, 5])],
     "long": [(70, [33, 5]), (3, [65])],
 }
 
@@ -86,8 +87,16 @@ def test_merge_equals_the_definition(layout, heads, kv_heads, with_sinks, sizes)
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)
 
 
-def test_merge_in_float64_passes_gradcheck():
-    segments, tensors, sinks = make("ragged", 4, 2, (6, 6), torch.float64)
+def test_neighbouring_responses_of_one_length_are_a_run():
+    segments = SegmentTable.from_lengths(LAYOUTS["runs"])
+    runs = [group.runs for group in segments.groups]
+    assert runs == [(((4, 6), 2), ((10, 5), 1), ((15, 9), 3)), (((26, 5), 1),), (((34, 10), 2),)]
+    assert SegmentTable.from_lengths([(3, [])]).groups[0].runs == ()
+
+
+@pytest.mark.parametrize(("layout", "kv_heads"), [("ragged", 2), ("runs", 4)])
+def test_merge_in_float64_passes_gradcheck(layout, kv_heads):
+    segments, tensors, sinks = make(layout, 4, kv_heads, (6, 6), torch.float64)
     assert torch.autograd.gradcheck(
         lambda q, k, v, s: merged_attention(q, k, v, segments, sinks=s), (*tensors, sinks)
     )
