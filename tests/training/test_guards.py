@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bad_gradients import InfiniteGradient
 from transformers import AutoModelForCausalLM
 
 from fastrank.data.group import Group
@@ -46,23 +47,11 @@ def _bad_forward(trainer: Any) -> None:
     trainer.model.get_input_embeddings().register_forward_hook(hook)
 
 
-class _InfiniteGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, hit: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(hit)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        (hit,) = ctx.saved_tensors
-        return torch.where(hit, torch.full_like(grad, float("inf")), grad), None
-
-
 def _bad_backward(trainer: Any) -> None:
     """Losses and scores stay good; the gradient of the trigger's row is infinite."""
 
     def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return _InfiniteGradient.apply(output, (inputs[0] == TRIGGER)[..., None])
+        return InfiniteGradient.apply(output, (inputs[0] == TRIGGER)[..., None])
 
     trainer.model.get_input_embeddings().register_forward_hook(hook)
 

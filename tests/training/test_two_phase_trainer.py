@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bad_gradients import InfiniteGradient
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from fastrank.cli.main import main
@@ -118,18 +119,6 @@ def _poisoned(groups: list[Group], bad: list[int], trigger: int) -> list[Group]:
     return clean
 
 
-class _InfiniteGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, hit: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(hit)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        (hit,) = ctx.saved_tensors
-        return torch.where(hit, torch.full_like(grad, float("inf")), grad), None
-
-
 @pytest.mark.parametrize("where", ["scores", "gradient"])
 def test_numbers_that_are_not_finite_are_traced_to_their_records(
     make_trainer: Make, menu_groups: list[Group], where: str
@@ -139,7 +128,7 @@ def test_numbers_that_are_not_finite_are_traced_to_their_records(
     def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         hit = (inputs[0] == trigger)[..., None]
         if where == "gradient":
-            return _InfiniteGradient.apply(output, hit)  # type: ignore[no-untyped-call]
+            return InfiniteGradient.apply(output, hit)  # type: ignore[no-untyped-call]
         return torch.where(hit, torch.full_like(output, float("nan")), output)
 
     options = {**TWO, "max_steps": 3, "optim": "sgd", "learning_rate": 0.1}
