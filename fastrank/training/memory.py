@@ -30,31 +30,44 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def describe_groups(failing: Pack, max_tokens: int) -> str:
+    """What a pack of whole groups holds, and what to lower if that is too much."""
+    what = (
+        f"{failing.num_groups} groups, "
+        f"{failing.num_candidates} candidates and {failing.num_tokens} tokens"
+    )
+    if failing.num_groups > 1:
+        return f"{what}: lower --max_tokens ({max_tokens}) or pass --auto_find_pack_size true"
+    name = f" ({failing.names[0]})" if failing.names and failing.names[0] else ""
+    return (
+        f"{what}: it holds one group{name}, so a lower --max_tokens does not help: lower "
+        "--max_response_length, --max_prompt_length or --max_candidates"
+    )
+
+
+Describe = Callable[[Pack, int], str]
+
+
+def describe_out_of_memory(
+    failing: Pack, max_tokens: int, describe: Describe = describe_groups
+) -> str:
+    return (
+        f"out of memory in a pack of {describe(failing, max_tokens)}; "
+        "--gradient_checkpointing true saves memory at the price of time"
+    )
+
+
 @contextlib.contextmanager
-def explained_out_of_memory(failing: Pack, max_tokens: int) -> Iterator[None]:
+def explained_out_of_memory(
+    failing: Pack, max_tokens: int, describe: Describe = describe_groups
+) -> Iterator[None]:
     """Turns a failed allocation into one line that names the pack and the setting to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise TrainingStopped(describe_out_of_memory(failing, max_tokens)) from error
-
-
-def describe_out_of_memory(failing: Pack, max_tokens: int) -> str:
-    what = (
-        f"out of memory in a pack of {failing.num_groups} groups, "
-        f"{failing.num_candidates} candidates and {failing.num_tokens} tokens"
-    )
-    if failing.num_groups > 1:
-        largest = f"lower --max_tokens ({max_tokens}) or pass --auto_find_pack_size true"
-    else:
-        name = f" ({failing.names[0]})" if failing.names and failing.names[0] else ""
-        largest = (
-            f"it holds one group{name}, so a lower --max_tokens does not help: lower "
-            "--max_response_length, --max_prompt_length or --max_candidates"
-        )
-    return f"{what}: {largest}; --gradient_checkpointing true saves memory at the price of time"
+        raise TrainingStopped(describe_out_of_memory(failing, max_tokens, describe)) from error
 
 
 def find_pack_size(fits: Callable[[int], bool], smallest: int, largest: int) -> int | None:

@@ -8,7 +8,6 @@ group over processes, would balance better and exchange scores in every step.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -21,8 +20,7 @@ from fastrank.outputs import RankingOutput
 from fastrank.training.batching import StepBatch
 from fastrank.training.engine import Engine, Synchronising
 from fastrank.training.evaluation import Evaluated
-from fastrank.training.failures import TrainingStopped
-from fastrank.training.memory import is_out_of_memory
+from fastrank.training.memory import explained_out_of_memory
 from fastrank.training.step_metrics import HasCandidates, StepWindow
 from fastrank.training.two_phase import Phases
 
@@ -41,7 +39,7 @@ def trainer_phases(
         world_size=world_size,
         synchronising=synchronising,
         backward=backward,
-        computing=lambda pack: _explained_out_of_memory(pack, max_tokens),
+        computing=lambda pack: explained_out_of_memory(pack, max_tokens, _describe_candidates),
     )
     return Phases.of(model, loss, max_tokens=max_tokens, engine=engine)
 
@@ -111,21 +109,13 @@ def is_sound(
     return all(found)
 
 
-@contextlib.contextmanager
-def _explained_out_of_memory(pack: Pack, max_tokens: int) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        alone = f" ({pack.names[0]})" if pack.num_candidates == 1 and pack.names[0] else ""
-        advice = (
-            f"it holds one response{alone}, so a lower --max_tokens does not help: lower "
-            "--max_response_length or --max_prompt_length"
-            if pack.num_candidates == 1
-            else f"lower --max_tokens ({max_tokens})"
-        )
-        raise TrainingStopped(
-            f"out of memory in a pack of {pack.num_candidates} candidates and {pack.num_tokens} "
-            f"tokens: {advice}; --gradient_checkpointing true saves memory at the price of time"
-        ) from error
+def _describe_candidates(failing: Pack, max_tokens: int) -> str:
+    """As `fastrank.training.memory.describe_groups`, of a pack that holds parts of groups."""
+    what = f"{failing.num_candidates} candidates and {failing.num_tokens} tokens"
+    if failing.num_candidates > 1:
+        return f"{what}: lower --max_tokens ({max_tokens})"
+    alone = f" ({failing.names[0]})" if failing.names[0] else ""
+    return (
+        f"{what}: it holds one response{alone}, so a lower --max_tokens does not help: lower "
+        "--max_response_length or --max_prompt_length"
+    )
