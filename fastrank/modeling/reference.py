@@ -40,7 +40,7 @@ from fastrank.errors import InputError
 from fastrank.modeling.identity import model_identity
 from fastrank.modeling.load import load_model
 from fastrank.modeling.prepare import prepare_model, prepared_state, release_model
-from fastrank.modeling.score import score
+from fastrank.modeling.score import enough_tokens, score
 from fastrank.modeling.unwrap import causal_lm, evaluation_mode
 
 #: Groups that are scored before the bar moves: enough to fill packs well.
@@ -127,7 +127,8 @@ def with_reference_scores(
         normalize: "sum" or "mean" of a response's token log-probabilities; the loss's own.
         cache_dir: where scores are kept, in a file named after the groups' tokens and the model's
             content; None keeps none.
-        max_tokens: of a pack; a larger group gets a pack of its own size.
+        max_tokens: of a pack; larger groups are scored in parts; a longer prompt
+            with its response makes packs that large.
         dtype: of the weights of a model that is loaded here.
         device: where it runs.
         trust_remote_code: run code that comes with the model.
@@ -190,8 +191,8 @@ def _score(model: nn.Module, groups: Sequence[Group], normalize: str, max_tokens
     with tqdm(desc="reference scores", unit=" groups", total=len(mine), disable=_bar(rank)) as bar:
         for portion in _portions(mine):
             chosen = [groups[i] for i in portion]
-            largest = max(group.num_candidates * group.longest_path for group in chosen)
-            parts += score(model, chosen, max_tokens=max(max_tokens, largest), normalize=normalize)
+            tokens = enough_tokens(chosen, max_tokens)
+            parts += score(model, chosen, max_tokens=tokens, normalize=normalize)
             bar.update(len(portion))
     if not prepared:
         release_model(model)

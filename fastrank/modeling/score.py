@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastrank.attention.gate import refusal
 from fastrank.data.candidate_packs import Part, split_groups
+from fastrank.data.columns import group_sizes
 from fastrank.data.packing import Group, pack
 from fastrank.modeling.prepare import prepare_model, prepared_state, release_model
 from fastrank.modeling.unwrap import causal_lm, evaluation_mode, vocab_size
@@ -61,12 +62,18 @@ def score(
     return scores
 
 
+def enough_tokens(groups: Sequence[Group], max_tokens: int) -> int:
+    """``max_tokens``, or the longest [prompt; response] of the groups if that is more: what `score`
+    needs to take them all."""
+    return max(max_tokens, int(group_sizes(groups).longest_path.max(initial=0)))
+
+
 def _parts(groups: Sequence[Group], max_tokens: int, shared_prompts: bool) -> list[Part]:
     """The groups, those alone in parts that do not fit into a pack as they are."""
     found = []
-    for index, group in enumerate(groups):
-        shared, padded = group.num_tokens_shared, group.num_candidates * group.longest_path
-        if (shared if shared_prompts else padded) <= max_tokens:
+    sizes = group_sizes(groups).pack_tokens(shared_prompts)
+    for index, (group, size) in enumerate(zip(groups, sizes, strict=True)):
+        if size <= max_tokens:
             found.append(Part(group, index, tuple(range(group.num_candidates))))
             continue
         named = replace(group, name=group.name or f"group {index}")

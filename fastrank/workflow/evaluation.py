@@ -20,7 +20,7 @@ from fastrank.data.packing import Group
 from fastrank.data.tokenize import TokenizeOptions
 from fastrank.metrics import ranking_metrics
 from fastrank.modeling.context import context_length
-from fastrank.modeling.score import score
+from fastrank.modeling.score import enough_tokens, score
 from fastrank.workflow.groups import group_of_item
 from fastrank.workflow.items import Item
 from fastrank.workflow.options import DecodingOptions
@@ -146,8 +146,8 @@ def perplexity(
             groups.append(group)
     if not groups:
         return math.nan
-    largest = max(group.num_candidates * group.longest_path for group in groups)
-    found = score(model, groups, max_tokens=max(_PACK_TOKENS, largest), normalize="sum")
+    tokens_at_once = enough_tokens(groups, _PACK_TOKENS)
+    found = score(model, groups, max_tokens=tokens_at_once, normalize="sum")
     total = math.fsum(float(values.double().sum()) for values in found)
     tokens = sum(group.num_response_tokens for group in groups)
     return math.exp(min(-total / tokens, 700.0))
@@ -155,8 +155,7 @@ def perplexity(
 
 def ranking_accuracy(model: nn.Module, groups: Sequence[Group]) -> dict[str, float]:
     """How well the model's scores order ranked groups: `fastrank.metrics.ranking_metrics`."""
-    largest = max(group.num_candidates * group.longest_path for group in groups)
-    found = score(model, groups, max_tokens=max(_PACK_TOKENS, largest))
+    found = score(model, groups, max_tokens=enough_tokens(groups, _PACK_TOKENS))
     return ranking_metrics(found, [group.rewards for group in groups])
 
 

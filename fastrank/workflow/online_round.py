@@ -9,9 +9,9 @@ log π and log ρ are sums over the response's tokens, and for a fresh response,
 temperature 1, the bracket is the one-sample, unbiased estimate of the sequence's KL(π ‖ ρ), which
 is also what is logged as ``online/kl``. With ``"mean"``, the default, it is that estimate divided
 by the response's length: the sum is smallest for the shortest response, and a strong penalty then
-teaches the model to say little (tried: 60 tokens fell to a few). For a stored response the bracket
-is the same ratio, but no estimate of a divergence. A non-negative estimator would have less
-variance, but only the order of the penalised rewards inside a group matters here.
+teaches the model to say little. For a stored response the bracket is the same ratio, but no
+estimate of a divergence. A non-negative estimator would have less variance, but only the order of
+the penalised rewards inside a group matters here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastrank.data.packing import Group
 from fastrank.data.records import spread
 from fastrank.data.tokenize import TokenizeOptions
 from fastrank.errors import InputError
-from fastrank.modeling.score import score
+from fastrank.modeling.score import enough_tokens, score
 from fastrank.workflow.generation import Response, batch_seed, generate
 from fastrank.workflow.groups import group_of_item
 from fastrank.workflow.items import Item
@@ -248,10 +248,8 @@ class RoundMaker:
             return [[0.0] * group.num_candidates for group in groups]
         if not groups:
             return []
-        largest = max(group.num_candidates * group.longest_path for group in groups)
-        found: list[Tensor] = score(
-            model, groups, max_tokens=max(self.max_tokens, largest), normalize="sum"
-        )
+        tokens = enough_tokens(groups, self.max_tokens)
+        found: list[Tensor] = score(model, groups, max_tokens=tokens, normalize="sum")
         return [values.tolist() for values in found]
 
 

@@ -32,7 +32,7 @@ from fastrank.modeling.context import context_length
 from fastrank.modeling.device import choose_device, choose_dtype
 from fastrank.modeling.load import check_model_path, load_reward_model, load_tokenizer
 from fastrank.modeling.prepare import prepare_model
-from fastrank.modeling.score import score
+from fastrank.modeling.score import enough_tokens, score
 from fastrank.workflow.items import Item
 from fastrank.workflow.options import ModelOptions
 from fastrank.workflow.policy import load_policy
@@ -177,9 +177,9 @@ class LogprobReward:
                 members.append(i)
         if not groups:
             return rewards
-        largest = max(group.num_candidates * group.longest_path for group in groups)
+        tokens = enough_tokens(groups, _PACK_TOKENS)
         try:
-            found = score(self.model, groups, max_tokens=max(_PACK_TOKENS, largest))
+            found = score(self.model, groups, max_tokens=tokens)
         except ValueError as error:  # a tokenizer that does not go with the model, longrope, ...
             raise InputError(f"{self.path}: {error}") from error
         for i, values in zip(members, found, strict=True):
