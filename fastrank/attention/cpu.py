@@ -182,8 +182,8 @@ def _attend(
     groups = query.shape[1] // key.shape[1]
     out, lse = _flash(
         _split(query, rows, groups, count).flatten(0, 1),
-        _split(key, columns, 1, count).expand(-1, groups, -1, -1, -1).flatten(0, 1),
-        _split(value, columns, 1, count).expand(-1, groups, -1, -1, -1).flatten(0, 1),
+        _split_keys(key, columns, groups, count),
+        _split_keys(value, columns, groups, count),
         0.0,
         causal,
         scale=scale,
@@ -199,8 +199,8 @@ def _attend_backward(
     grad_query, grad_key, grad_value = _flash_backward(
         _split(grad, rows, groups, count).flatten(0, 1),
         _split(query, rows, groups, count).flatten(0, 1),
-        _split(key, columns, 1, count).expand(-1, groups, -1, -1, -1).flatten(0, 1),
-        _split(value, columns, 1, count).expand(-1, groups, -1, -1, -1).flatten(0, 1),
+        _split_keys(key, columns, groups, count),
+        _split_keys(value, columns, groups, count),
         _split(out, rows, groups, count).flatten(0, 1),
         _split(lse, rows, groups, count).flatten(0, 1),
         0.0,
@@ -217,11 +217,13 @@ def _attend_backward(
 
 def _split(tensor: Tensor, span: Span, groups: int, count: int = 1) -> Tensor:
     """The tokens of ``span`` of a [1, H, N, ...] tensor as a view [count, groups, H / groups,
-    S / count, ...].
-
-    Segments, and query heads that share keys, become batches: keys and values then take part as
-    views with a batch stride of zero, whatever the kernel does about grouped queries.
-    """
+    S / count, ...]: segments, and query heads that share keys, become batches."""
     tokens = tensor[0].narrow(1, span.start, span.length)
     heads = tokens.unflatten(0, (-1, groups)).unflatten(2, (count, -1))
     return heads.movedim((2, 1), (0, 1))
+
+
+def _split_keys(tensor: Tensor, span: Span, groups: int, count: int) -> Tensor:
+    """Keys or values for queries that `_split` gave, [count * groups, H_kv, S / count, D]: views
+    with a batch stride of zero, whatever the kernel does about grouped queries."""
+    return _split(tensor, span, 1, count).expand(-1, groups, -1, -1, -1).flatten(0, 1)

@@ -29,7 +29,8 @@ class Span(NamedTuple):
         return self.start + self.length
 
 
-class GroupSpan(NamedTuple):
+@dataclass(frozen=True)
+class GroupSpan:
     """One prompt and its responses, which follow it without a gap."""
 
     prompt: Span
@@ -39,7 +40,7 @@ class GroupSpan(NamedTuple):
     def stop(self) -> int:
         return self.responses[-1].stop if self.responses else self.prompt.stop
 
-    @property
+    @cached_property
     def runs(self) -> tuple[tuple[Span, int], ...]:
         """Neighbouring responses of one length: the tokens of each such run, and how many they
         are."""

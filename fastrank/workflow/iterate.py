@@ -83,13 +83,7 @@ class IterateOptions:
 
     @property
     def decoding(self) -> Decoding:
-        return Decoding(
-            strategy=self.strategy,
-            num_responses=self.num_responses,
-            max_new_tokens=self.max_new_tokens,
-            top_p=self.top_p,
-            temperature=self.temperature,
-        )
+        return self.drawing(0, self.num_responses).decoding
 
     def drawing(self, seed: int, num_responses: int) -> DecodingOptions:
         """The options of ``fastrank sample``."""
@@ -165,8 +159,7 @@ def _check_plan(output_dir: Path, options: IterateOptions, config: RankConfig) -
     if output_dir.is_dir() and any(output_dir.iterdir()):
         raise InputError(f"output_dir {output_dir} holds other files; choose a new folder")
     output_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as file:
-        file.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    _write_json(path, plan)
 
 
 def _round(
