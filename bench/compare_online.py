@@ -3,8 +3,8 @@
 Offline methods train on the base model's candidates; online ones see as many prompts in as many
 steps, but draw the candidates from the model in training, every 8 steps (10 rounds in 80 steps).
 What is measured is the same. Online training takes a lower learning rate and a heavier SFT term:
-at the offline settings (1e-3, weight 1) it drifts to perplexities in the thousands, because its
-candidates never hold it near the base model. The offline method is therefore shown at both.
+nothing in its candidates holds it near the base model. The offline method is therefore shown at
+both settings.
 
 Run from the repository's root: ``python -m bench.compare_online``. The curves of reward, perplexity
 and live fraction over the steps of each online run are in ``runs/compare_online/``; those of the

@@ -29,7 +29,7 @@ def split_by_prompt(
     if fraction == 0:
         return groups, []
     keys = prompt_keys(groups)
-    prompts = np.sort(keys)  # np.unique takes a hundred times as long for a million
+    prompts = np.sort(keys)  # np.unique hashes, which is far slower
     prompts = prompts[np.diff(prompts, prepend=prompts[:1] - 1) != 0]
     if len(prompts) < 2:
         raise InputError(
