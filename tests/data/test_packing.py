@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 
@@ -114,11 +115,19 @@ def test_packs_are_full_and_made_in_linear_time():
     rng = random.Random(0)
     sizes = [min(16384, 20 + int(rng.lognormvariate(6.3, 0.9))) for _ in range(80000)]
     seconds = {}
-    for count in (10000, 80000):
-        start = time.process_time()
-        bins = best_fit(sizes[:count], 16384)
-        seconds[count] = time.process_time() - start
-        assert sum(sizes[:count]) >= 0.95 * 16384 * len(bins)
+    gc.collect()
+    gc.disable()  # what earlier tests left is walked through again and again, in the larger run
+    try:
+        for count in (10000, 80000):
+            taken = []
+            for _ in range(3):
+                start = time.process_time()
+                bins = best_fit(sizes[:count], 16384)
+                taken.append(time.process_time() - start)
+            seconds[count] = min(taken)
+            assert sum(sizes[:count]) >= 0.95 * 16384 * len(bins)
+    finally:
+        gc.enable()
     assert seconds[80000] < 8 * 4 * seconds[10000] + 0.05  # eight times the work, with room
 
 
