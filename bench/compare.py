@@ -170,7 +170,7 @@ def _train(
     loss_kwargs: dict[str, Any] | None,
 ) -> None:
     from fastrank import Group, RankConfig, RankTrainer, loss_from_name
-    from fastrank.modeling.reference import with_reference_scores
+    from fastrank.modeling.reference_scores import with_reference_scores
 
     name, options, candidates = METHODS[method]
     options = options if loss_kwargs is None else loss_kwargs

@@ -1,4 +1,4 @@
-"""What the fused ranking loss returns."""
+"""Results of the fused ranking loss and of a prepared model."""
 
 from __future__ import annotations
 
@@ -19,5 +19,14 @@ class RankingOutput(NamedTuple):
     """The supervised term with its weight, reduced like ``loss``."""
     scores: Tensor
     """[C] the model's own scores: mean (or sum) log-probability of each candidate."""
+    token_logprobs: Tensor
+    """[T] log-probability of each response token."""
+
+
+class ScoreOutput(NamedTuple):
+    """Result of ``model(pack=pack)``. Both carry gradients where gradients are enabled."""
+
+    scores: Tensor
+    """[C] mean (or sum) log-probability of each candidate, float32 (float64 for float64)."""
     token_logprobs: Tensor
     """[T] log-probability of each response token."""

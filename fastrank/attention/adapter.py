@@ -64,7 +64,7 @@ _PACK = "_fastrank_pack"
 def shared_prompt_attention(
     configs: list[PretrainedConfig], segments: SegmentTable, backend: str
 ) -> Iterator[PackContext]:
-    """Let the models with these configs attend along the paths of ``segments``."""
+    """Let the models with these configs attend along the sequences of ``segments``."""
     context = PackContext(segments, backend)
     previous = [(config._attn_implementation, config.__dict__.get(_PACK)) for config in configs]
     try:

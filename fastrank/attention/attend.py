@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrank.attention.backends import LayerProperties, check_backend, choose_backend
+from fastrank.attention.backends import LayerProperties, check_backend, choose_attention
 from fastrank.attention.cpu import merged_attention
-from fastrank.attention.paths import path_attention
 from fastrank.attention.segments import SegmentTable
+from fastrank.attention.segmentwise import segmentwise_attention
 from fastrank.attention.varlen import varlen_attention
 from fastrank.attention.visibility import Visibility
 
@@ -39,14 +39,14 @@ def attend(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     layer = LayerProperties.of(
         visibility,
-        segments.longest_path,
+        segments.longest_sequence,
         softcap=softcap is not None,
         sinks=sinks is not None,
         head_size=query.shape[-1],
         value_size=value.shape[-1],
     )
     if backend == "auto":
-        backend = choose_backend(query.device, query.dtype, layer).name
+        backend = choose_attention(query.device, query.dtype, layer).name
     else:
         check_backend(backend, query.device, query.dtype, layer)
     if backend == "cpu":
@@ -58,4 +58,4 @@ def attend(
         from fastrank.attention.flex import flex_attention_on_pack
 
         return flex_attention_on_pack(query, key, value, segments, sinks=sinks, **options)
-    return path_attention(query, key, value, segments, sinks=sinks, **options)
+    return segmentwise_attention(query, key, value, segments, sinks=sinks, **options)

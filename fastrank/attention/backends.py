@@ -16,7 +16,7 @@ from fastrank.attention.visibility import FULL, Visibility
 class LayerProperties:
     """What a layer asks of its attention, beyond queries, keys and values.
 
-    ``covered`` says that no path of the pack is longer than the layer's window or chunk, which
+    ``covered`` says that no sequence of the pack is longer than the layer's window or chunk, which
     makes the layer an ordinary full one for this pack.
     """
 
@@ -28,9 +28,11 @@ class LayerProperties:
     value_size: int = 64
 
     @classmethod
-    def of(cls, visibility: Visibility, longest_path: int, **properties: Any) -> LayerProperties:
-        """The properties of a layer for a pack whose longest path has this many tokens."""
-        return cls(visibility, visibility.covers(longest_path), **properties)
+    def of(
+        cls, visibility: Visibility, longest_sequence: int, **properties: Any
+    ) -> LayerProperties:
+        """The properties of a layer for a pack whose longest sequence has this many tokens."""
+        return cls(visibility, visibility.covers(longest_sequence), **properties)
 
 
 class Choice(NamedTuple):
@@ -38,7 +40,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_backend(
+def choose_attention(
     device: torch.device, dtype: torch.dtype, layer: LayerProperties = LayerProperties()
 ) -> Choice:
     """The backend that ``attention="auto"`` takes for a layer, and the reason in words."""
@@ -52,7 +54,7 @@ def choose_backend(
             continue
         if name != "cpu" or device.type == "cpu":
             missing.append(f"{name} ({reason})")
-    raise AssertionError("the paths backend serves every layer")
+    raise AssertionError("the segmentwise backend serves every layer")
 
 
 def check_backend(
@@ -71,7 +73,7 @@ def _cpu(device: torch.device, dtype: torch.dtype, layer: LayerProperties) -> st
     if device.type != "cpu":
         return "needs CPU tensors"
     if not layer.covered:
-        return f"{layer.visibility} is shorter than a path"
+        return f"{layer.visibility} is shorter than a sequence"
     return "soft-capped logits" if layer.softcap else None
 
 
@@ -85,7 +87,7 @@ def _varlen(device: torch.device, dtype: torch.dtype, layer: LayerProperties) ->
     if layer.sinks:
         return "attention sinks"
     if layer.visibility.kind == "chunked" and not layer.covered:
-        return f"{layer.visibility} is shorter than a path"
+        return f"{layer.visibility} is shorter than a sequence"
     if not flash_attn_installed():
         if layer.softcap:
             return "soft-capped logits need flash-attn"
@@ -100,20 +102,20 @@ def _flex(device: torch.device, dtype: torch.dtype, layer: LayerProperties) -> s
     return "float64" if dtype == torch.float64 else None
 
 
-def _paths(device: torch.device, dtype: torch.dtype, layer: LayerProperties) -> str | None:
+def _segmentwise(device: torch.device, dtype: torch.dtype, layer: LayerProperties) -> str | None:
     return None
 
 
 # Each says why it cannot serve a layer; None where it can.
 BACKENDS: dict[
     str, Callable[[torch.device, torch.dtype, LayerProperties], str | None]
-] = {"cpu": _cpu, "varlen": _varlen, "flex": _flex, "paths": _paths}  # fmt: skip
+] = {"cpu": _cpu, "varlen": _varlen, "flex": _flex, "segmentwise": _segmentwise}  # fmt: skip
 
-_PREFERENCE = ("cpu", "varlen", "flex", "paths")
+_PREFERENCE = ("cpu", "varlen", "flex", "segmentwise")
 
 _ABOUT = {
     "cpu": "parts of one softmax merged by log-sum-exp, no keys copied",
     "varlen": "one variable-length flash kernel on gathered keys",
     "flex": "FlexAttention with blocks built from the segments",
-    "paths": "every path by itself",
+    "segmentwise": "every sequence by itself",
 }

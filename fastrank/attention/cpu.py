@@ -11,7 +11,7 @@ gradients then simply add up. An attention sink, a logit without a value, is one
 pack's q, k, v, its output and one number a row and head are kept.
 
 The alternative, gathering [prompt; response] keys for every response, copies each prompt n times in
-every layer; windowed and soft-capped layers, which cannot be merged, take it (`paths`).
+every layer; windowed and soft-capped layers, which cannot be merged, take it (`segmentwise`).
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def flex_attention_on_pack(
 def block_mask(segments: SegmentTable, visibility: Visibility, device: torch.device) -> BlockMask:
     """The pack's `BlockMask` for one kind of layer; made once a device and kept with the table."""
     kept: dict[Any, BlockMask] = segments.__dict__.setdefault("_block_masks", {})
-    if visibility.covers(segments.longest_path):
+    if visibility.covers(segments.longest_sequence):
         visibility = FULL
     if (visibility, device) not in kept:
         partial, full = blocks(segments, visibility)

@@ -1,4 +1,4 @@
-"""Keys of every path side by side: [prompt; response] for each response, gathered by index.
+"""Keys of every sequence side by side: [prompt; response] for each response, gathered by index.
 
 Variable-length kernels want each query segment's keys in one piece. Every segment's own tokens
 occur once as keys and a prompt's tokens once more for each response. The backward adds a prompt's
@@ -25,7 +25,7 @@ class KeyIndex:
     Attributes:
         cu_queries: int32 [S + 1], the segments' offsets.
         cu_keys: int32 [S + 1], offsets of the segments' keys among the gathered ones.
-        max_queries, max_keys: the longest segment, the longest path.
+        max_queries, max_keys: the longest segment, the longest sequence.
         keys: int64 [K], the token that each gathered key is.
         own: int64 [N], where each token stands among its own segment's keys.
         shared: for candidate j = 0, 1, ... of all groups that have one: the prompt tokens
@@ -76,7 +76,7 @@ def _make(segments: SegmentTable, device: torch.device) -> KeyIndex:
         cu_queries=move(segments.offsets),
         cu_keys=move(torch.tensor(offsets, dtype=torch.int32)),
         max_queries=int((segments.offsets[1:] - segments.offsets[:-1]).max()),
-        max_keys=segments.longest_path,
+        max_keys=segments.longest_sequence,
         keys=move(torch.cat(keys)),
         own=move(own),
         shared=tuple(

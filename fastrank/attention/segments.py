@@ -51,7 +51,7 @@ class GroupSpan:
         return tuple(runs)
 
     @property
-    def longest_path(self) -> int:
+    def longest_sequence(self) -> int:
         """Tokens of the longest [prompt; response]."""
         longest = max((response.length for response in self.responses), default=0)
         return self.prompt.length + longest
@@ -103,12 +103,12 @@ class SegmentTable:
         return tuple(GroupSpan(prompt, tuple(responses)) for prompt, responses in grouped)
 
     @cached_property
-    def longest_path(self) -> int:
+    def longest_sequence(self) -> int:
         """Tokens of the longest [prompt; response] of the row."""
-        return max(group.longest_path for group in self.groups)
+        return max(group.longest_sequence for group in self.groups)
 
     @cached_property
-    def path_lengths(self) -> tuple[int, ...]:
+    def sequence_lengths(self) -> tuple[int, ...]:
         """Tokens of every [prompt; response], in the order of the row."""
         return tuple(
             group.prompt.length + response.length

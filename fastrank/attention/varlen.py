@@ -60,7 +60,7 @@ def varlen_attention(
         query: [1, H, N, D], bfloat16 or float16, D at most 256.
         key, value: [1, H_kv, N, D] and [1, H_kv, N, D_v].
         segments: the layout of the N tokens.
-        visibility: which earlier positions a token sees; a chunk must cover every path.
+        visibility: which earlier positions a token sees; a chunk must cover every sequence.
         scale: of the logits; 1 / sqrt(D) if None.
         softcap: needs flash-attn.
 
@@ -73,7 +73,7 @@ def varlen_attention(
     index = key_index(segments, query.device)
     columns, values = gather_keys(columns, index), gather_keys(values, index)
     left = -1
-    if not visibility.covers(segments.longest_path):
+    if not visibility.covers(segments.longest_sequence):
         if visibility.kind != "sliding":
             raise ValueError(f"varlen attention cannot restrict a layer to {visibility}")
         left = visibility.size - 1

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrank.attention.adapter import attend
-from fastrank.attention.backends import BACKENDS, LayerProperties, choose_backend
+from fastrank.attention.backends import BACKENDS, LayerProperties, choose_attention
 from fastrank.attention.segments import SegmentTable
 from fastrank.attention.visibility import FULL
 
@@ -41,12 +41,12 @@ class AttentionProblem(Problem):
         self.key = random(1, w.kv_heads, tokens, w.head_size).requires_grad_()
         self.value = random(1, w.kv_heads, tokens, w.head_size).requires_grad_()
         self.upstream = random(1, tokens, w.heads, w.head_size)
-        # Row n of `paths` holds the packed indices of [prompt; response n].
+        # Row n of `sequences` holds the packed indices of [prompt; response n].
         responses = torch.arange(w.prompt, tokens).view(w.candidates, w.response)
         prompts = torch.arange(w.prompt).expand(w.candidates, w.prompt)
-        self.paths = torch.cat([prompts, responses], dim=1).to(device)
+        self.sequences = torch.cat([prompts, responses], dim=1).to(device)
         self.layer = LayerProperties.of(
-            FULL, self.segments.longest_path, head_size=w.head_size, value_size=w.head_size
+            FULL, self.segments.longest_sequence, head_size=w.head_size, value_size=w.head_size
         )
 
     def variants(self) -> list[Variant]:
@@ -62,7 +62,7 @@ class AttentionProblem(Problem):
             shared = head * w.kv_heads // w.heads
             heads = (head, shared, shared)
             q, k, v = (x[0, h].requires_grad_() for x, h in zip(inputs, heads, strict=True))
-            rows = [self._path(q, k, v, i) for i in range(w.candidates)]
+            rows = [self._sequence(q, k, v, i) for i in range(w.candidates)]
             head_out = torch.cat([rows[0][: w.prompt], *(row[w.prompt :] for row in rows)])
             made = torch.autograd.grad(head_out, (q, k, v), self.upstream[0, :, head].double())
             out[0, :, head] = head_out.detach()
@@ -70,9 +70,9 @@ class AttentionProblem(Problem):
                 grad[0, h] += part
         return dict(zip(("out", "dquery", "dkey", "dvalue"), (out, *grads), strict=True))
 
-    def _path(self, q: Tensor, k: Tensor, v: Tensor, index: int) -> Tensor:
+    def _sequence(self, q: Tensor, k: Tensor, v: Tensor, index: int) -> Tensor:
         """One head of plain causal attention over one [prompt; response]: [P + R, D]."""
-        rows = self.paths[index]
+        rows = self.sequences[index]
         logits = q[rows] @ k[rows].t() / self.workload.head_size**0.5
         hidden = torch.ones(logits.shape, dtype=torch.bool, device=logits.device).triu(1)
         return torch.softmax(logits.masked_fill(hidden, -torch.inf), dim=-1) @ v[rows]
@@ -119,12 +119,12 @@ def _make_dense(problem: AttentionProblem) -> Step:
 def _make_rows(problem: AttentionProblem) -> Step:
     """No sharing: n rows of [prompt; response], causal. They are equally long, so that padding-free
     packing would compute the same."""
-    paths = problem.paths
+    sequences = problem.sequences
     query, key, value = (
-        x.detach()[0][:, paths].transpose(0, 1).contiguous().requires_grad_()
+        x.detach()[0][:, sequences].transpose(0, 1).contiguous().requires_grad_()
         for x in (problem.query, problem.key, problem.value)
     )
-    upstream = problem.upstream[0][paths].clone()
+    upstream = problem.upstream[0][sequences].clone()
     upstream[:, : problem.workload.prompt] /= problem.workload.candidates
 
     def step() -> Outputs:
@@ -140,12 +140,12 @@ def _make_rows(problem: AttentionProblem) -> Step:
 def _present_rows(problem: AttentionProblem, outputs: Outputs) -> Outputs:
     """Rows [n, ., P + R, .] back in the packed layout; the copies' gradients summed."""
     out = torch.empty_like(problem.upstream)
-    out[0, problem.paths] = outputs["out"]
+    out[0, problem.sequences] = outputs["out"]
     packed = {"out": out}
     for name, like in (("dquery", problem.query), ("dkey", problem.key), ("dvalue", problem.value)):
         grad = outputs[name].double().transpose(0, 1).flatten(1, 2)
         total = torch.zeros(like.shape[1:], dtype=torch.float64, device=problem.device)
-        packed[name] = total.index_add_(1, problem.paths.reshape(-1), grad)[None]
+        packed[name] = total.index_add_(1, problem.sequences.reshape(-1), grad)[None]
     return packed
 
 
@@ -159,7 +159,7 @@ def _serves(backend: str) -> Callable[[AttentionProblem], str | None]:
 
 def auto_backend(problem: AttentionProblem) -> str:
     """The backend that ``attention="auto"`` takes here."""
-    return choose_backend(problem.device, problem.dtype, problem.layer).name
+    return choose_attention(problem.device, problem.dtype, problem.layer).name
 
 
 VARIANTS = [

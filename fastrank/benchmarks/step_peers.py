@@ -27,7 +27,7 @@ def _one_pack(
     shared_prompts: bool | Literal["auto"] = True,
 ) -> fastrank.Pack:
     groups = problem.groups(repeat_prompts=repeat_prompts)
-    everything = sum(g.num_candidates * g.longest_path for g in groups)
+    everything = sum(g.num_candidates * g.longest_sequence for g in groups)
     (pack,) = fastrank.pack(groups, max_tokens=everything, shared_prompts=shared_prompts)
     assert pack.group_index == tuple(range(len(groups))), "equal groups keep their order"
     return pack.to(problem.device)

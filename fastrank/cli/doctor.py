@@ -149,7 +149,7 @@ def _model(options: DoctorOptions) -> dict[str, Any]:
     from fastrank.attention.gate import refusal
     from fastrank.data.files import one_line
     from fastrank.modeling.context import context_length
-    from fastrank.modeling.load import check_model_path
+    from fastrank.modeling.pretrained import check_model_path
 
     name = check_model_path(str(options.model))
     trust = options.trust_remote_code
@@ -232,21 +232,21 @@ def _strategies(
 def _attention(device: torch.device, dtype: torch.dtype) -> list[dict[str, str]]:
     import torch
 
-    from fastrank.attention.backends import LayerProperties, choose_backend
+    from fastrank.attention.backends import LayerProperties, choose_attention
     from fastrank.attention.visibility import Visibility
 
     window = Visibility("sliding", 4096)
     chunk = Visibility("chunked", 8192)
     layers = {
         "full": (dtype, LayerProperties()),
-        "sliding, paths shorter than the window": (dtype, LayerProperties(visibility=window)),
+        "sliding, sequences shorter than the window": (dtype, LayerProperties(visibility=window)),
         "sliding": (dtype, LayerProperties(visibility=window, covered=False)),
         "chunked": (dtype, LayerProperties(visibility=chunk, covered=False)),
         "soft-capped": (dtype, LayerProperties(softcap=True)),
         "with sinks": (dtype, LayerProperties(sinks=True)),
         "full, float64": (torch.float64, LayerProperties()),
     }
-    chosen = {name: choose_backend(device, kind, layer) for name, (kind, layer) in layers.items()}
+    chosen = {name: choose_attention(device, kind, layer) for name, (kind, layer) in layers.items()}
     return [{"layer": name, "backend": c.name, "reason": c.reason} for name, c in chosen.items()]
 
 

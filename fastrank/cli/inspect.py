@@ -63,7 +63,7 @@ def inspect(options: InspectOptions, reading: ReadOptions, limits: LengthOptions
     cut = TokenizeOptions(**limits.as_kwargs())
     tokenizer = None
     if options.tokenizer is not None:
-        from fastrank.modeling.load import load_tokenizer, tokenizer_context
+        from fastrank.modeling.pretrained import load_tokenizer, tokenizer_context
 
         tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
         cut = fit_context(cut, tokenizer_context(options.tokenizer, tokenizer))

@@ -90,7 +90,7 @@ def score_file(
     from fastrank.data.write import atomic_path, check_output
     from fastrank.metrics import ranking_metrics
     from fastrank.modeling.context import context_length
-    from fastrank.modeling.load import check_model_path, load_tokenizer
+    from fastrank.modeling.pretrained import check_model_path, load_tokenizer
 
     if options.max_tokens < 2:
         raise InputError(f"--max_tokens must be at least 2, got {options.max_tokens}")
@@ -156,8 +156,8 @@ def _load(options: ScoreOptions) -> tuple[PreTrainedModel, bool, str]:
 
     from fastrank.attention.gate import refusal
     from fastrank.modeling.device import choose_device, choose_dtype
-    from fastrank.modeling.load import load_model
     from fastrank.modeling.prepare import prepare_model
+    from fastrank.modeling.pretrained import load_model
 
     device = choose_device(options.device)
     dtype, why = choose_dtype(options.dtype, device)
@@ -190,7 +190,7 @@ def _groups(
 
 def _size(group: Group, shared: bool) -> int:
     """Tokens that the model computes for a group."""
-    return group.num_tokens_shared if shared else group.num_candidates * group.longest_path
+    return group.num_tokens_shared if shared else group.num_candidates * group.longest_sequence
 
 
 def _portions(

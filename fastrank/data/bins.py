@@ -81,7 +81,7 @@ def _lowest_bit(word: int) -> int:
 
 
 def fill_padded(shapes: Sequence[tuple[int, int]], max_tokens: int) -> list[list[int]]:
-    """Packs of (candidates, longest path) groups whose padded rows fit ``max_tokens``.
+    """Packs of (candidates, longest sequence) groups whose padded rows fit ``max_tokens``.
 
     Groups of similar length stand together: by falling length, a pack's first group fixes the
     length of its rows, so what is left to fill is a number of rows.

@@ -57,7 +57,7 @@ class Candidates(NamedTuple):
     """int32 [G + 1] on the host."""
     group_index: tuple[int, ...]
     """The groups' positions, by default in the list given."""
-    path_lengths: tuple[int, ...]
+    sequence_lengths: tuple[int, ...]
     """Tokens of every [prompt; response], one a candidate."""
     num_tokens: int
     """Tokens of all groups in packs that split none, without padding."""
@@ -78,7 +78,7 @@ class Candidates(NamedTuple):
             cu_responses=_offsets(lengths),
             cu_groups=_offsets([group.num_candidates for group in groups]),
             group_index=tuple(range(len(groups))),
-            path_lengths=tuple(
+            sequence_lengths=tuple(
                 len(group.prompt_ids) + len(ids) for group in groups for ids in group.response_ids
             ),
             num_tokens=sum(

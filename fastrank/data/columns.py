@@ -27,19 +27,19 @@ class GroupSizes:
     Attributes:
         num_candidates: int64 [N].
         num_tokens: int64 [N], with the prompt once: P + sum of R_i.
-        longest_path: int64 [N], tokens of the longest [prompt; response].
+        longest_sequence: int64 [N], tokens of the longest [prompt; response].
     """
 
     num_candidates: NDArray[np.int64]
     num_tokens: NDArray[np.int64]
-    longest_path: NDArray[np.int64]
+    longest_sequence: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.num_tokens)
 
     def pack_tokens(self, shared_prompts: bool) -> NDArray[np.int64]:
         """Tokens of a pack that holds one group alone: int64 [N]."""
-        return self.num_tokens if shared_prompts else self.num_candidates * self.longest_path
+        return self.num_tokens if shared_prompts else self.num_candidates * self.longest_sequence
 
 
 def group_sizes(groups: Sequence[Group]) -> GroupSizes:
@@ -47,7 +47,7 @@ def group_sizes(groups: Sequence[Group]) -> GroupSizes:
     stored = getattr(groups, "sizes", None)
     if isinstance(stored, GroupSizes):
         return stored
-    rows = [(g.num_candidates, g.num_tokens_shared, g.longest_path) for g in groups]
+    rows = [(g.num_candidates, g.num_tokens_shared, g.longest_sequence) for g in groups]
     return GroupSizes(*np.array(rows, dtype=np.int64).reshape(len(rows), 3).T)
 
 

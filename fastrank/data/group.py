@@ -78,7 +78,7 @@ class Group:
         return self.num_candidates * len(self.prompt_ids) + self.num_response_tokens
 
     @property
-    def longest_path(self) -> int:
+    def longest_sequence(self) -> int:
         """Tokens of the longest [prompt; response]."""
         return len(self.prompt_ids) + max(len(ids) for ids in self.response_ids)
 

@@ -20,7 +20,7 @@ class Lengths:
     def __init__(self) -> None:
         self.prompts = array("i")
         self.responses = array("i")
-        self.paths = array("i")
+        self.sequences = array("i")
         self._shared: list[int] = []
         self._separate = 0
         self._padded = 0
@@ -35,7 +35,7 @@ class Lengths:
         """One record's lengths in tokens, before and after truncation."""
         self.prompts.append(prompt)
         self.responses.extend(responses)
-        self.paths.extend(prompt + response for response in responses)
+        self.sequences.extend(prompt + response for response in responses)
         n = len(cut_responses)
         self._shared.append(cut_prompt + sum(cut_responses))
         self._separate += n * cut_prompt + sum(cut_responses)
@@ -59,7 +59,7 @@ class Lengths:
             "lengths": {
                 "prompt": _quantiles(self.prompts),
                 "response": _quantiles(self.responses),
-                "together": _quantiles(self.paths),
+                "together": _quantiles(self.sequences),
             },
             "tokens": {
                 "padded": self._padded,

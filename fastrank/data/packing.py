@@ -46,9 +46,9 @@ class Pack:
         cu_responses_device, cu_groups_device: copies beside input_ids.
         group_index: the positions of the groups in the list given to `pack`.
         segments: which token belongs to which prompt and response; None without shared prompts.
-        path_lengths: tokens of every [prompt; response], one a candidate.
-        longest_path, shortest_path: their extremes, as plain numbers: a compiled model checks them
-            in every forward and would be bound to a whole tuple.
+        sequence_lengths: tokens of every [prompt; response], one a candidate.
+        longest_sequence, shortest_sequence: their extremes, as plain numbers: a compiled model
+            checks them in every forward and would be bound to a whole tuple.
         names: the groups' names, for messages.
     """
 
@@ -64,9 +64,9 @@ class Pack:
     cu_groups_device: Tensor
     group_index: tuple[int, ...]
     segments: SegmentTable | None
-    path_lengths: tuple[int, ...]
-    longest_path: int
-    shortest_path: int
+    sequence_lengths: tuple[int, ...]
+    longest_sequence: int
+    shortest_sequence: int
     names: tuple[str | None, ...] = field(default=())
 
     @property
@@ -143,7 +143,7 @@ def pack(
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     groups = list(groups)
     if shared_prompts == "auto":
-        fits = all(group.num_candidates * group.longest_path <= max_tokens for group in groups)
+        fits = all(group.num_candidates * group.longest_sequence <= max_tokens for group in groups)
         shared_prompts = not fits or sharing_pays(groups)[0]
     for index, group in enumerate(groups):
         _check_group(group, index, max_tokens, shared_prompts, vocab_size)
@@ -158,7 +158,7 @@ def pack(
     if shared_prompts:
         members = best_fit([group.num_tokens_shared for group in groups], max_tokens)
     else:
-        shapes = [(group.num_candidates, group.longest_path) for group in groups]
+        shapes = [(group.num_candidates, group.longest_sequence) for group in groups]
         members = fill_padded(shapes, max_tokens)
     layout = _shared_pack if shared_prompts else _padded_pack
     return [layout([groups[i] for i in chosen], tuple(chosen)) for chosen in members]
@@ -172,7 +172,7 @@ def sharing_pays(groups: Sequence[Group]) -> tuple[bool, str]:
     tokens than the shared row (prompts of 16 tokens before 4 responses of 256).
     """
     shared = sum(group.num_tokens_shared for group in groups)
-    padded = sum(group.num_candidates * group.longest_path for group in groups)
+    padded = sum(group.num_candidates * group.longest_sequence for group in groups)
     ratio = padded / max(1, shared)
     pays = ratio >= SHARING_PAYS_FROM
     comparison = "at least" if pays else "less than"
@@ -204,7 +204,7 @@ def _shared_pack(groups: list[Group], group_index: tuple[int, ...]) -> Pack:
 
 
 def _padded_pack(groups: list[Group], group_index: tuple[int, ...]) -> Pack:
-    length = max(group.longest_path for group in groups)
+    length = max(group.longest_sequence for group in groups)
     num_rows = sum(group.num_candidates for group in groups)
     input_ids = torch.full((num_rows, length), PAD_TOKEN)
     rows = []
@@ -212,9 +212,9 @@ def _padded_pack(groups: list[Group], group_index: tuple[int, ...]) -> Pack:
     for group in groups:
         prompt_length = len(group.prompt_ids)
         for ids in group.response_ids:
-            path_length = prompt_length + len(ids)
+            sequence_length = prompt_length + len(ids)
             input_ids[row, :prompt_length] = group.prompt_ids
-            input_ids[row, prompt_length:path_length] = ids
+            input_ids[row, prompt_length:sequence_length] = ids
             first = row * length + prompt_length - 1
             rows.append(torch.arange(first, first + len(ids)))
             row += 1
@@ -241,7 +241,7 @@ def _assemble(
     references = [g.reference_scores for g in groups if g.reference_scores is not None]
     cu_responses = _offsets([len(ids) for ids in responses])
     cu_groups = _offsets([group.num_candidates for group in groups])
-    path_lengths = tuple(
+    sequence_lengths = tuple(
         len(group.prompt_ids) + len(ids) for group in groups for ids in group.response_ids
     )
     return Pack(
@@ -257,9 +257,9 @@ def _assemble(
         cu_groups_device=cu_groups,
         group_index=group_index,
         segments=segments,
-        path_lengths=path_lengths,
-        longest_path=max(path_lengths),
-        shortest_path=min(path_lengths),
+        sequence_lengths=sequence_lengths,
+        longest_sequence=max(sequence_lengths),
+        shortest_sequence=min(sequence_lengths),
         names=tuple(group.name for group in groups),
     )
 
@@ -272,7 +272,9 @@ def _check_group(
     group: Group, index: int, max_tokens: int, shared_prompts: bool, vocab_size: int | None
 ) -> None:
     where = group.name or f"group {index}"
-    size = group.num_tokens_shared if shared_prompts else group.num_candidates * group.longest_path
+    size = (
+        group.num_tokens_shared if shared_prompts else group.num_candidates * group.longest_sequence
+    )
     if size > max_tokens:
         counted = "tokens" if shared_prompts else "padded tokens"
         raise ValueError(

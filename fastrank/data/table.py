@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
         "line": pa.int64(),
         "prompt_key": pa.uint64(),
         "num_tokens": pa.int32(),
-        "longest_path": pa.int32(),
+        "longest_sequence": pa.int32(),
         "largest_id": pa.int32(),
     }
 )
@@ -145,7 +145,7 @@ class GroupTable(Sequence["Group"]):
         return GroupSizes(
             num_candidates=self._chosen(num_texts - 1).astype(np.int64),
             num_tokens=self._column("num_tokens").astype(np.int64),
-            longest_path=self._column("longest_path").astype(np.int64),
+            longest_sequence=self._column("longest_sequence").astype(np.int64),
         )
 
     @cached_property

@@ -1,6 +1,6 @@
 """Checks of a pack against what a model can place: context length and position-dependent RoPE.
 
-Both are about single paths, [prompt; response], and not about the pack, whose row may be much
+Both are about single sequences, [prompt; response], and not about the pack, whose row may be much
 longer than the model's context.
 """
 
@@ -28,10 +28,10 @@ def rope_boundary(config: PretrainedConfig) -> int | None:
     return None
 
 
-def check_paths(pack: Pack, config: PretrainedConfig) -> None:
-    """Raise ValueError if a path of the pack is too long, or if paths cannot share frequencies."""
+def check_sequences(pack: Pack, config: PretrainedConfig) -> None:
+    """Raise ValueError if a sequence is too long, or if the pack's cannot share frequencies."""
     limit = context_length(config)
-    longest, shortest = pack.longest_path, pack.shortest_path
+    longest, shortest = pack.longest_sequence, pack.shortest_sequence
     if limit is not None and longest > limit:
         raise ValueError(
             f"{_name(pack, longest)}: prompt and response must fit into the model's context of "
@@ -40,8 +40,8 @@ def check_paths(pack: Pack, config: PretrainedConfig) -> None:
     boundary = rope_boundary(config)
     if boundary is not None and shortest <= boundary < longest:
         raise ValueError(
-            f"longrope turns paths of up to {boundary} tokens differently from longer ones, and "
-            f"this pack has both: {_name(pack, shortest)} with {shortest} and "
+            f"longrope turns sequences of up to {boundary} tokens differently from longer ones, "
+            f"and this pack has both: {_name(pack, shortest)} with {shortest} and "
             f"{_name(pack, longest)} with {longest}; pack them apart"
         )
 
@@ -53,7 +53,7 @@ def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
     return nested or [parameters]
 
 
-def _name(pack: Pack, path_length: int) -> str:
-    candidate = pack.path_lengths.index(path_length)
+def _name(pack: Pack, sequence_length: int) -> str:
+    candidate = pack.sequence_lengths.index(sequence_length)
     group = sum(int(offset) <= candidate for offset in pack.cu_groups[1:])
     return pack.names[group] or f"group {pack.group_index[group]}"

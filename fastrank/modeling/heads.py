@@ -5,9 +5,9 @@ last hidden state. Names in configurations do not tell: Granite divides by ``log
 HyperCLOVAX multiplies by an attribute of the same name. So the head is *measured*: the model's own
 logits on a few rows are compared with what the head gives there, and a scale is accepted only if it
 reproduces them. Whatever cannot be reproduced (and a head that is no plain linear layer: with an
-adapter, quantised, partitioned by ZeRO-3) takes the logits path, where the model makes its own
+adapter, quantised, partitioned by ZeRO-3) takes the logits fallback, where the model makes its own
 logits. Multiplying an adapter's factors here as well would save memory for one kind of adapter;
-the logits path is right for every kind.
+the logits fallback is right for every kind.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Head:
     logit_scale: float = 1.0
 
     def weights(self, model: PreTrainedModel) -> HeadWeights | None:
-        """The head's current tensors; None for the logits path."""
+        """The head's current tensors; None for the logits fallback."""
         if not self.fused or not_plain(model) is not None:
             return None
         linear: Any = _linear(model)

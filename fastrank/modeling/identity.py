@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from fastrank.data.identity import content_hash
-from fastrank.modeling.load import adapter_base, is_adapter
+from fastrank.modeling.pretrained import adapter_base, is_adapter
 
 #: Files of a model folder that its output depends on.
 _FILES = ("*.json", "*.jinja", "*.safetensors")

@@ -29,13 +29,12 @@ from fastrank.errors import InputError
 from fastrank.linear_loss import linear_ranking_loss
 from fastrank.logprobs import sequence_scores, token_logprobs
 from fastrank.losses import Loss
-from fastrank.modeling.checks import check_causal, check_head, check_sharing
-from fastrank.modeling.context import check_paths
+from fastrank.modeling.context import check_sequences
 from fastrank.modeling.heads import Head
 from fastrank.modeling.logits import model_logprobs, ranking_from_logprobs
-from fastrank.modeling.outputs import ScoreOutput
+from fastrank.modeling.probe import check_causal, check_sharing, probe_head
 from fastrank.modeling.unwrap import causal_lm, evaluation_mode, is_materialized, model_configs
-from fastrank.outputs import RankingOutput
+from fastrank.outputs import RankingOutput, ScoreOutput
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ def prepare_model(model: ModelT, *, attention: str = "auto", shared_prompts: boo
         model: a transformers causal language model, PEFT-wrapped or not. To be called before DDP,
             FSDP2 or ``torch.compile`` wrap it.
         attention: ``"auto"``, or the backend for shared prompts by name: ``"cpu"`` (parts of one
-            softmax merged), ``"varlen"``, ``"flex"``, ``"paths"`` (every path by itself).
+            softmax merged), ``"varlen"``, ``"flex"``, ``"segmentwise"`` (every sequence by itself).
         shared_prompts: False for models that cannot share prompts (recurrent, hybrid, ALiBi); they
             take packs made with ``shared_prompts=False``.
 
@@ -183,7 +182,7 @@ def _pack_forward(
             "pack has shared prompts, but the model was prepared with shared_prompts=False; "
             "make it with pack(groups, ..., shared_prompts=False)"
         )
-    check_paths(pack, lm.config)
+    check_sequences(pack, lm.config)
     if pack.device != lm.device:
         pack = pack.to(lm.device, non_blocking=True)
     if state.head is None:
@@ -261,10 +260,10 @@ def _check(model: nn.Module, state: Prepared) -> None:
     lm = causal_lm(model)
     hidden_states = functools.partial(_hidden_states, lm)
     with torch.no_grad(), evaluation_mode(model):
-        state.head = check_head(lm, _inner(model), hidden_states)
+        state.head = probe_head(lm, _inner(model), hidden_states)
         if state.shared_prompts:
-            # By paths: the wiring is checked, and no kernel compiled that training may not use.
-            by_paths = replace(state, attention="paths")
-            check_sharing(lm, functools.partial(_pack_hidden, lm, by_paths), hidden_states)
+            # Segmentwise: the wiring is checked, and no kernel compiled that training may not use.
+            segmentwise = replace(state, attention="segmentwise")
+            check_sharing(lm, functools.partial(_pack_hidden, lm, segmentwise), hidden_states)
         else:
             check_causal(lm, hidden_states)

@@ -65,7 +65,7 @@ def score(
 def enough_tokens(groups: Sequence[Group], max_tokens: int) -> int:
     """``max_tokens``, or the longest [prompt; response] of the groups if that is more: what `score`
     needs to take them all."""
-    return max(max_tokens, int(group_sizes(groups).longest_path.max(initial=0)))
+    return max(max_tokens, int(group_sizes(groups).longest_sequence.max(initial=0)))
 
 
 def _parts(groups: Sequence[Group], max_tokens: int, shared_prompts: bool) -> list[Part]:

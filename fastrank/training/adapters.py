@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from fastrank.data.files import one_line
 from fastrank.errors import InputError
-from fastrank.modeling.load import is_adapter, load_model
+from fastrank.modeling.pretrained import is_adapter, load_model
 from fastrank.training import checkpoint
 from fastrank.training.config import RankConfig
 from fastrank.training.options import TrainOptions

@@ -225,7 +225,7 @@ def plan_step(
     if shared_prompts:
         fewest = best_fit(tokens.tolist(), max_tokens)
     else:
-        shapes = zip(sizes.num_candidates.tolist(), sizes.longest_path.tolist(), strict=True)
+        shapes = zip(sizes.num_candidates.tolist(), sizes.longest_sequence.tolist(), strict=True)
         fewest = fill_padded(list(shapes), max_tokens)
     most_rounds = math.ceil(len(fewest) / world_size)
     fewest_rounds = math.ceil(int(tokens.sum()) / (max_tokens * world_size))
@@ -246,7 +246,7 @@ def _spread(sizes: GroupSizes, num_bins: int, shared_prompts: bool) -> list[list
         # Padding makes rows of like length cheap together: fill by length, in equal shares of rows.
         share = sum(tokens) / num_bins
         filled = 0.0
-        for i in np.argsort(-sizes.longest_path, kind="stable").tolist():
+        for i in np.argsort(-sizes.longest_sequence, kind="stable").tolist():
             bins[min(int(filled / share), num_bins - 1)].append(i)
             filled += tokens[i]
         return bins
@@ -263,14 +263,14 @@ def _load(sizes: GroupSizes, members: list[int], shared_prompts: bool) -> int:
         return 0
     if shared_prompts:
         return int(sizes.num_tokens[members].sum())
-    return int(sizes.num_candidates[members].sum() * sizes.longest_path[members].max())
+    return int(sizes.num_candidates[members].sum() * sizes.longest_sequence[members].max())
 
 
 def group_tokens(group: Group, shared_prompts: bool) -> int:
     """Tokens of a pack that holds this group alone."""
     if shared_prompts:
         return group.num_tokens_shared
-    return group.num_candidates * group.longest_path
+    return group.num_candidates * group.longest_sequence
 
 
 def too_large(group: Group, size: int, max_tokens: int) -> str:

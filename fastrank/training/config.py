@@ -249,7 +249,7 @@ class RankConfig(TrainingArguments):
 
     def tokens_at_once(self, sizes: GroupSizes) -> NDArray[np.int64]:
         """Tokens of every group that have to fit into one pack: int64 [N]."""
-        return sizes.longest_path if self.two_phase else sizes.pack_tokens(self.shared_prompts)
+        return sizes.longest_sequence if self.two_phase else sizes.pack_tokens(self.shared_prompts)
 
     @property
     def groups_per_step(self) -> int:

@@ -161,13 +161,13 @@ def fullest(groups: Sequence[Group], max_tokens: int, shared_prompts: bool) -> l
         if shared_prompts:
             after = used + int(sizes.num_tokens[i])
         else:
-            longest = max(length, int(sizes.longest_path[i]))
+            longest = max(length, int(sizes.longest_sequence[i]))
             after = (rows + int(sizes.num_candidates[i])) * longest
         if after <= max_tokens:
             chosen.append(i)
             used = after
             rows += int(sizes.num_candidates[i])
-            length = max(length, int(sizes.longest_path[i]))
+            length = max(length, int(sizes.longest_sequence[i]))
     return [groups[i] for i in chosen]
 
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrank.data.cache import default_cache_dir
 from fastrank.data.packing import Group
 from fastrank.errors import InputError
-from fastrank.modeling.load import check_model_path, load_tokenizer
-from fastrank.modeling.reference import with_reference_scores
+from fastrank.modeling.pretrained import check_model_path, load_tokenizer
+from fastrank.modeling.reference_scores import with_reference_scores
 from fastrank.training.config import RankConfig
 from fastrank.training.options import TrainOptions
 

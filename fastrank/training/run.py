@@ -29,7 +29,7 @@ from fastrank.data.report import Report
 from fastrank.data.tokenize import TokenizeOptions, tokenize_record
 from fastrank.errors import InputError
 from fastrank.modeling.context import context_length
-from fastrank.modeling.load import load_model, load_tokenizer
+from fastrank.modeling.pretrained import load_model, load_tokenizer
 from fastrank.training.adapters import export_merged, lora_config, trainable
 from fastrank.training.checkpoint import find_checkpoints, resolve_resume
 from fastrank.training.config import RankConfig

@@ -43,7 +43,7 @@ class HasCandidates(Protocol):
     def group_index(self) -> Sequence[int]: ...  # [G], positions in the step
 
     @property
-    def path_lengths(self) -> Sequence[int]: ...  # [C]
+    def sequence_lengths(self) -> Sequence[int]: ...  # [C]
 
     @property
     def num_tokens(self) -> int: ...
@@ -93,7 +93,7 @@ class StepWindow:
             "scored": [_to_host(pack, scores) for pack, scores in self.packs],
             "losses": {name: float(value) for name, value in self.losses.items()},
             "tokens": sum(pack.num_tokens for pack, _ in self.packs),
-            "separate": sum(sum(pack.path_lengths) for pack, _ in self.packs),
+            "separate": sum(sum(pack.sequence_lengths) for pack, _ in self.packs),
             "seconds": self.seconds,
             "work": self.work,
         }

@@ -37,7 +37,7 @@ from fastrank.data.packing import Group
 from fastrank.errors import InputError
 from fastrank.modeling.dropout import disable_dropout
 from fastrank.modeling.prepare import prepare_model
-from fastrank.modeling.reference import ReferenceGroups
+from fastrank.modeling.reference_scores import ReferenceGroups
 from fastrank.training.adapters import adapt
 from fastrank.training.batching import (
     NumberedGroups,

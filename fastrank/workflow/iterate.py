@@ -105,7 +105,7 @@ def iterate(options: IterateOptions, config: RankConfig) -> dict[str, Any]:
         InputError: something the user gave cannot be used, or the folder holds another run.
         TrainingStopped: training cannot go on.
     """
-    from fastrank.modeling.load import check_model_path
+    from fastrank.modeling.pretrained import check_model_path
 
     if config.world_size > 1:
         raise InputError(

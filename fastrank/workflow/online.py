@@ -13,8 +13,8 @@ from fastrank.data.load import fit_context, load_groups
 from fastrank.data.tokenize import TokenizeOptions
 from fastrank.errors import InputError
 from fastrank.modeling.context import context_length
-from fastrank.modeling.load import check_model_path, load_model, load_tokenizer
 from fastrank.modeling.prepare import prepare_model
+from fastrank.modeling.pretrained import check_model_path, load_model, load_tokenizer
 from fastrank.training.config import RankConfig
 from fastrank.training.history import METRICS_FILE, read_metrics
 from fastrank.training.run import Job, train

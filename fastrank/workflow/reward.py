@@ -170,7 +170,7 @@ def check_reward(reward: str, kind: str, loading: ModelOptions) -> None:
     if is_function(reward):
         RewardFunction(reward)
         return
-    from fastrank.modeling.load import check_model_path
+    from fastrank.modeling.pretrained import check_model_path
     from fastrank.workflow.reward_model import reward_kind
 
     check_model_path(reward, needed="tokenizer_config.json")

@@ -54,7 +54,7 @@ def sample_file(
 
     from fastrank.modeling.device import choose_device
     from fastrank.modeling.identity import model_identity
-    from fastrank.modeling.load import check_model_path
+    from fastrank.modeling.pretrained import check_model_path
 
     if not options.model:
         raise InputError("--model must name at least one model, got none")
@@ -120,7 +120,7 @@ class _PolicyRun:
         self, items: list[Item], drawing: DecodingOptions, loading: ModelOptions, bar: Any
     ) -> None:
         """Draw what is missing; a model is loaded only if something is."""
-        from fastrank.modeling.load import load_tokenizer
+        from fastrank.modeling.pretrained import load_tokenizer
         from fastrank.workflow.policy import draw, encode_prompts, load_policy, policy_context
 
         if self._plan is not None and all(map(self._is_done, range(len(self._plan["batches"])))):

@@ -12,11 +12,11 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from fastrank.attention import varlen
 from fastrank.attention.adapter import attend
-from fastrank.attention.backends import BACKENDS, LayerProperties, check_backend, choose_backend
+from fastrank.attention.backends import BACKENDS, LayerProperties, check_backend, choose_attention
 from fastrank.attention.flex import BLOCK, block_mask, blocks, flex_attention_on_pack, mask_mod
 from fastrank.attention.gather import gather_keys, key_index
-from fastrank.attention.paths import path_attention
 from fastrank.attention.segments import SegmentTable
+from fastrank.attention.segmentwise import segmentwise_attention
 from fastrank.attention.visibility import FULL, Visibility, classify
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def tensors(segments: SegmentTable, heads: int, kv_heads: int, size: int, value_
     ]
 
 
-def test_gathered_keys_are_the_paths():
+def test_gathered_keys_are_the_sequences():
     segments = SegmentTable.from_lengths(LAYOUTS["ragged"])
     index = key_index(segments, CPU)
     assert key_index(segments, CPU) is index
@@ -97,13 +97,13 @@ def emulated_varlen(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("visibility", VISIBILITIES[:3], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4, 8, 8), (4, 2, 8, 4), (2, 1, 4, 8)])
-def test_varlen_arguments_give_the_paths(monkeypatch, layout, visibility, heads):
+def test_varlen_arguments_equal_segmentwise(monkeypatch, layout, visibility, heads):
     monkeypatch.setattr(varlen, "torch_varlen", lambda: emulated_varlen)
     monkeypatch.setattr(varlen, "flash_attn_installed", lambda: False)
     segments = SegmentTable.from_lengths(LAYOUTS[layout])
     inputs = tensors(segments, *heads)
     got = varlen.varlen_attention(*inputs, segments, visibility=visibility, scale=0.3)
-    expected = path_attention(*inputs, segments, visibility=visibility, scale=0.3)
+    expected = segmentwise_attention(*inputs, segments, visibility=visibility, scale=0.3)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
     upstream = torch.randn_like(expected)
     for a, b in zip(
@@ -165,12 +165,12 @@ def test_flex_blocks_and_mask_are_those_of_the_dense_mask(layout, visibility):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
 @pytest.mark.parametrize("softcap", [None, 0.8])
-def test_flex_arguments_give_the_paths(layout, visibility, softcap):
+def test_flex_arguments_equal_segmentwise(layout, visibility, softcap):
     segments = SegmentTable.from_lengths(LAYOUTS[layout])
     inputs = [t.detach() for t in tensors(segments, 2, 1, 16, 8)]
     options = {"visibility": visibility, "softcap": softcap, "scale": 0.2}
     got = flex_attention_on_pack(*inputs, segments, kernel=flex_attention, **options)
-    expected = path_attention(*inputs, segments, **options)
+    expected = segmentwise_attention(*inputs, segments, **options)
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
 
 
@@ -188,7 +188,7 @@ def test_flex_sinks_are_one_more_term_of_the_denominator():
         return logits.softmax(-1) @ values, logits.logsumexp(-1)
 
     got = flex_attention_on_pack(*inputs, segments, sinks=sinks, kernel=kernel)
-    expected = path_attention(*inputs, segments, sinks=sinks)
+    expected = segmentwise_attention(*inputs, segments, sinks=sinks)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 
@@ -200,15 +200,15 @@ WINDOWED = LayerProperties(Visibility("sliding", 4), covered=False)
     [
         ("cpu", torch.float32, LayerProperties(), "cpu", "merged"),
         ("cpu", torch.bfloat16, LayerProperties(sinks=True), "cpu", "merged"),
-        ("cpu", torch.float32, WINDOWED, "paths", r"sliding\(4\) is shorter than a path"),
-        ("cpu", torch.float32, LayerProperties(softcap=True), "paths", "soft-capped"),
+        ("cpu", torch.float32, WINDOWED, "segmentwise", r"sliding\(4\) is shorter than a sequence"),
+        ("cpu", torch.float32, LayerProperties(softcap=True), "segmentwise", "soft-capped"),
         ("cuda", torch.bfloat16, LayerProperties(), "varlen", "gathered keys"),
         ("cuda", torch.bfloat16, WINDOWED, "varlen", "gathered keys"),
         ("cuda", torch.bfloat16, LayerProperties(sinks=True), "flex", "attention sinks"),
         ("cuda", torch.bfloat16, LayerProperties(head_size=512), "flex", "larger than 256"),
         ("cuda", torch.float32, LayerProperties(), "flex", "neither float16 nor bfloat16"),
-        ("cuda", torch.float64, LayerProperties(), "paths", "flex .float64."),
-        ("mps", torch.float32, LayerProperties(), "paths", "every path"),
+        ("cuda", torch.float64, LayerProperties(), "segmentwise", "flex .float64."),
+        ("mps", torch.float32, LayerProperties(), "segmentwise", "every sequence"),
     ],
 )
 def test_auto_chooses_with_a_reason(monkeypatch, device, dtype, layer, name, reason):
@@ -216,7 +216,7 @@ def test_auto_chooses_with_a_reason(monkeypatch, device, dtype, layer, name, rea
 
     monkeypatch.setattr(module, "flash_attn_installed", lambda: False)
     monkeypatch.setattr(module, "torch_varlen", lambda: emulated_varlen)
-    choice = choose_backend(torch.device(device), dtype, layer)
+    choice = choose_attention(torch.device(device), dtype, layer)
     assert choice.name == name
     assert __import__("re").search(reason, choice.reason), choice.reason
 
@@ -226,7 +226,7 @@ def test_flash_attn_serves_soft_caps(monkeypatch):
 
     monkeypatch.setattr(module, "flash_attn_installed", lambda: True)
     layer = LayerProperties(softcap=True)
-    assert choose_backend(torch.device("cuda"), torch.bfloat16, layer).name == "varlen"
+    assert choose_attention(torch.device("cuda"), torch.bfloat16, layer).name == "varlen"
 
 
 @pytest.mark.parametrize("name", ["varlen", "flex"])
@@ -237,15 +237,15 @@ def test_a_backend_asked_for_by_name_never_falls_back(name):
         attend(*inputs, segments, visibility=FULL, backend=name)
     with pytest.raises(ValueError, match=r"'cpu' cannot serve a sliding\(4\) layer"):
         check_backend("cpu", CPU, torch.float32, WINDOWED)
-    assert set(BACKENDS) == {"cpu", "varlen", "flex", "paths"}
+    assert set(BACKENDS) == {"cpu", "varlen", "flex", "segmentwise"}
 
 
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
-def test_attend_by_auto_equals_the_paths(visibility):
+def test_attend_by_auto_equals_segmentwise(visibility):
     segments = SegmentTable.from_lengths(LAYOUTS["ragged"])
     inputs = tensors(segments, 4, 2, 8, 8)
     got = attend(*inputs, segments, visibility=visibility)
-    expected = path_attention(*inputs, segments, visibility=visibility, fused=False)
+    expected = segmentwise_attention(*inputs, segments, visibility=visibility, fused=False)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 

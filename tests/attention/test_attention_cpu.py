@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastrank.attention.cpu import merged_attention
-from fastrank.attention.paths import path_attention
 from fastrank.attention.segments import SegmentTable
+from fastrank.attention.segmentwise import segmentwise_attention
 from fastrank.attention.visibility import FULL, Visibility
 
 LAYOUTS = {
@@ -107,7 +107,7 @@ def test_merge_in_low_precision_is_close_to_one_flash_call(dtype):
     segments, tensors, _ = make("long", 4, 2, (32, 32), dtype)
     exact = dense_reference(*[t.double() for t in tensors], segments, FULL, None, None)
     merged = (merged_attention(*tensors, segments).double() - exact).abs()
-    single = (path_attention(*tensors, segments).double() - exact).abs()
+    single = (segmentwise_attention(*tensors, segments).double() - exact).abs()
     assert merged.max() <= 1.5 * single.max() and merged.mean() <= 1.3 * single.mean()
 
 
@@ -140,7 +140,7 @@ def test_paths_equal_the_definition(layout, visibility, softcap, with_sinks, fus
     used = sinks if with_sinks else None
     expected = dense_reference(*tensors, segments, visibility, softcap, used)
     options = {"visibility": visibility, "softcap": softcap, "sinks": used, "fused": fused}
-    got = path_attention(*tensors, segments, **options)
+    got = segmentwise_attention(*tensors, segments, **options)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
     upstream = torch.randn_like(expected)
     leaves = [*tensors, sinks] if with_sinks else tensors

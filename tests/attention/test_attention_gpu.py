@@ -1,4 +1,4 @@
-"""The CUDA backends against the paths reference, and prepared models on a GPU."""
+"""The CUDA backends against the segmentwise reference, and prepared models on a GPU."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 import fastrank
 from fastrank.attention.adapter import attend
-from fastrank.attention.backends import LayerProperties, choose_backend
+from fastrank.attention.backends import LayerProperties, choose_attention
 from fastrank.attention.gather import gather_keys, key_index
-from fastrank.attention.paths import path_attention
 from fastrank.attention.segments import SegmentTable
+from fastrank.attention.segmentwise import segmentwise_attention
 from fastrank.attention.varlen import flash_attn_installed
 from fastrank.attention.visibility import FULL, Visibility
 
@@ -44,13 +44,13 @@ def make(segments: SegmentTable, heads: int, kv_heads: int, size: int, dtype: to
 
 
 def compare(inputs: list[Tensor], segments: SegmentTable, backend: str, **options: object) -> None:
-    """Value and gradients: no further from float64 than twice the paths in the same dtype."""
+    """Value and gradients: at most twice as far from float64 as segmentwise."""
     dtype = inputs[0].dtype
     exact_inputs = [t.detach().double().requires_grad_() for t in inputs]
     exact_options = {
         k: v.detach().double() if isinstance(v, Tensor) else v for k, v in options.items()
     }
-    exact = path_attention(*exact_inputs, segments, fused=False, **exact_options)
+    exact = segmentwise_attention(*exact_inputs, segments, fused=False, **exact_options)
     upstream = torch.randn_like(exact) * torch.rand_like(exact[..., :1]) * 2
     expected = [exact, *torch.autograd.grad(exact, exact_inputs, upstream)]
 
@@ -58,7 +58,7 @@ def compare(inputs: list[Tensor], segments: SegmentTable, backend: str, **option
         out = function()
         return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
 
-    plain = run(lambda: path_attention(*inputs, segments, **options))
+    plain = run(lambda: segmentwise_attention(*inputs, segments, **options))
     found = run(lambda: attend(*inputs, segments, backend=backend, **options))
     for ours, theirs, reference in zip(found, plain, expected, strict=True):
         assert ours.dtype == dtype and ours.shape == reference.shape
@@ -113,7 +113,7 @@ def test_flash_attn_with_softcap():
 
 def test_auto_takes_varlen_in_bfloat16():
     layer = LayerProperties.of(FULL, 100)
-    assert choose_backend(CUDA, torch.bfloat16, layer).name == "varlen"
+    assert choose_attention(CUDA, torch.bfloat16, layer).name == "varlen"
 
 
 def test_gathered_gradients_are_deterministic():

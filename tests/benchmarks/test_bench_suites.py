@@ -63,7 +63,7 @@ def test_rank_suite(name: str, sizes: dict[str, int]):
 
 def test_attention_suite():
     rows = measured("A1-512-cpu", prompt=19, candidates=3, response=7)
-    check(rows, "fastrank", "fastrank, cpu", "fastrank, paths", "dense mask", "no sharing")
+    check(rows, "fastrank", "fastrank, cpu", "fastrank, segmentwise", "dense mask", "no sharing")
 
 
 def test_attention_suite_with_grouped_heads():

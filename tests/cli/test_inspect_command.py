@@ -10,7 +10,7 @@ import pytest
 from fastrank.cli.main import main
 from fastrank.data.load import load_groups
 from fastrank.data.packing import pack
-from fastrank.modeling.load import load_tokenizer
+from fastrank.modeling.pretrained import load_tokenizer
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
@@ -42,7 +42,7 @@ def test_token_costs_are_those_of_packs(
     tokens = found["tokens"]
     assert tokens["shared"] == sum(g.num_tokens_shared for g in groups)
     assert tokens["packed"] == sum(g.num_tokens_separate for g in groups)
-    assert tokens["padded"] == sum(g.num_candidates * g.longest_path for g in groups)
+    assert tokens["padded"] == sum(g.num_candidates * g.longest_sequence for g in groups)
     assert tokens["saved_by_sharing"] == pytest.approx(1 - tokens["shared"] / tokens["padded"])
 
     packs = pack(groups, max_tokens=5000)
@@ -54,7 +54,7 @@ def test_token_costs_are_those_of_packs(
     lengths = found["lengths"]
     assert lengths["prompt"]["100%"] == max(len(g.prompt_ids) for g in whole)
     assert lengths["response"]["0%"] == min(len(r) for g in whole for r in g.response_ids)
-    assert lengths["together"]["100%"] == max(g.longest_path for g in whole)
+    assert lengths["together"]["100%"] == max(g.longest_sequence for g in whole)
 
 
 def test_groups_larger_than_a_pack_are_said(

@@ -12,7 +12,7 @@ from fastrank import metrics
 from fastrank.cli import score as score_module
 from fastrank.cli.main import main
 from fastrank.data.packing import Group
-from fastrank.modeling.load import load_model, load_tokenizer
+from fastrank.modeling.pretrained import load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -38,8 +38,8 @@ def test_a_shared_pack_is_written_out():
     assert only.cu_groups.dtype == only.cu_responses.dtype == torch.int32
     assert only.input_ids.dtype == only.rows.dtype == only.labels.dtype == torch.int64
     assert (only.num_groups, only.num_candidates, only.num_tokens) == (2, 4, 11)
-    assert only.path_lengths == (5, 4, 2, 4) and only.group_index == (0, 1)
-    assert only.shared_prompts and only.segments.longest_path == 5
+    assert only.sequence_lengths == (5, 4, 2, 4) and only.group_index == (0, 1)
+    assert only.shared_prompts and only.segments.longest_sequence == 5
 
 
 def test_a_padded_pack_is_written_out():
@@ -65,7 +65,7 @@ SHAPES = st.lists(
 @given(shapes=SHAPES, budget=st.integers(54, 130), shared=st.booleans())
 def test_packs_hold_every_group_once_and_whole(shapes, budget, shared):
     groups = [group(p, r, start=100 * i) for i, (p, r) in enumerate(shapes)]
-    groups = [g for g in groups if shared or g.num_candidates * g.longest_path <= budget]
+    groups = [g for g in groups if shared or g.num_candidates * g.longest_sequence <= budget]
     packs = pack(groups, max_tokens=budget, shared_prompts=shared)
     assert sorted(i for p in packs for i in p.group_index) == list(range(len(groups)))
     for p in packs:

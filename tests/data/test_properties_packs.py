@@ -48,7 +48,7 @@ def plain_pack(groups: list[Group], shared: bool) -> dict[str, Any]:
         tokens.append([])
         positions.append([])
     else:
-        width = max(g.longest_path for g in groups)
+        width = max(g.longest_sequence for g in groups)
     for group in groups:
         prompt = group.prompt_ids.tolist()
         if shared:
@@ -96,7 +96,7 @@ def check(found: Pack, members: list[Group], shared: bool) -> None:
 
 
 def fitting(groups: list[Group], shared: bool) -> list[Group]:
-    return [g for g in groups if shared or g.num_candidates * g.longest_path <= BUDGET]
+    return [g for g in groups if shared or g.num_candidates * g.longest_sequence <= BUDGET]
 
 
 @settings(max_examples=150, deadline=None)

@@ -103,7 +103,7 @@ def test_columns_are_those_of_the_groups(table: GroupTable, plain: list[Group]) 
         mapped, listed = select(table, chosen), select(plain, chosen)
         assert isinstance(mapped, GroupTable) and isinstance(listed, list)
         a, b = group_sizes(mapped), group_sizes(listed)
-        for name in ("num_candidates", "num_tokens", "longest_path"):
+        for name in ("num_candidates", "num_tokens", "longest_sequence"):
             assert getattr(a, name).tolist() == getattr(b, name).tolist()
             assert getattr(a, name).dtype == getattr(b, name).dtype == np.int64
         for shared in (False, True):

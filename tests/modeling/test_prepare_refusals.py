@@ -139,14 +139,15 @@ def test_forward_arguments_that_contradict_each_other(arguments, message):
 
 def test_unknown_backends_and_backends_that_do_not_serve():
     model = build("llama", SHAREABLE["llama"])
-    with pytest.raises(ValueError, match="attention must be one of auto, cpu, varlen, flex, paths"):
+    expected = "attention must be one of auto, cpu, varlen, flex, segmentwise"
+    with pytest.raises(ValueError, match=expected):
         fastrank.prepare_model(model, attention="magic")
     fastrank.prepare_model(model, attention="flex")
     with pytest.raises(ValueError, match="attention='flex' cannot serve a full layer .* on cpu"):
         model(pack=one_pack())
 
 
-@pytest.mark.parametrize("attention", ["cpu", "paths"])
+@pytest.mark.parametrize("attention", ["cpu", "segmentwise"])
 def test_backends_by_name_agree(attention):
     model = fastrank.prepare_model(build("llama", SHAREABLE["llama"]), attention=attention)
     expected = fastrank.prepare_model(build("llama", SHAREABLE["llama"]))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fastrank.data.packing import Group
-from fastrank.modeling.reference import with_reference_scores
+from fastrank.modeling.reference_scores import with_reference_scores
 
 
 def make_groups() -> list[Group]:

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from fastrank.cli.main import main
 from fastrank.errors import InputError
-from fastrank.modeling.load import check_model_path, is_adapter, load_model
 from fastrank.modeling.merge import merge_adapter
+from fastrank.modeling.pretrained import check_model_path, is_adapter, load_model
 from fastrank.training.adapters import lora_config
 from fastrank.training.options import TrainOptions
 

@@ -97,7 +97,7 @@ def test_trial_packs_are_full(menu_groups: list[Group], shared_prompts: bool) ->
     size = (
         sum(group.num_tokens_shared for group in chosen)
         if shared_prompts
-        else rows * max(group.longest_path for group in chosen)
+        else rows * max(group.longest_sequence for group in chosen)
     )
     assert 320 <= size <= 400
 

@@ -30,7 +30,7 @@ def take_gradients(model) -> dict[str, Tensor]:
 @pytest.mark.parametrize("loss", [fastrank.RRHF(), fastrank.PRO(), fastrank.ListMLE()], ids=repr)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_gradients_equal_those_of_joint_training(loss, backend):
-    model = fastrank.prepare_model(small.make_model("plain").cuda(), attention="paths")
+    model = fastrank.prepare_model(small.make_model("plain").cuda(), attention="segmentwise")
     groups = small.make_groups()
     expected = joint(model, groups, loss)
     output = fastrank.two_phase_backward(
@@ -43,7 +43,7 @@ def test_gradients_equal_those_of_joint_training(loss, backend):
 
 
 def test_under_autocast_it_is_no_further_from_float32_than_joint_training():
-    model = fastrank.prepare_model(small.make_model("plain").cuda(), attention="paths")
+    model = fastrank.prepare_model(small.make_model("plain").cuda(), attention="segmentwise")
     groups, loss = small.make_groups(), fastrank.PRO()
     exact = joint(model, groups, loss)
     with torch.autocast("cuda", torch.bfloat16):
@@ -55,7 +55,8 @@ def test_under_autocast_it_is_no_further_from_float32_than_joint_training():
 
 
 def test_a_model_with_dropout_it_does_not_state_is_found_by_the_device_s_random_numbers():
-    model = fastrank.prepare_model(small.make_model("plain").cuda(), attention="paths").train()
+    model = small.make_model("plain").cuda().train()
+    fastrank.prepare_model(model, attention="segmentwise")
     model.model.embed_tokens.register_forward_hook(
         lambda module, inputs, output: torch.nn.functional.dropout(output, 0.1)
     )

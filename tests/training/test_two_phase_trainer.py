@@ -41,7 +41,7 @@ def test_a_run_is_that_of_joint_training(
     make_trainer: Make, menu_groups: list[Group], loss: str
 ) -> None:
     sizes = group_sizes(menu_groups)
-    assert sizes.num_tokens.min() > PACK > sizes.longest_path.max()
+    assert sizes.num_tokens.min() > PACK > sizes.longest_sequence.max()
     options = {
         "loss": loss, "optim": "sgd", "learning_rate": 0.05, "max_steps": 20, "eval_steps": 10,
         "eval_strategy": "steps",
@@ -159,7 +159,7 @@ def test_out_of_memory_names_the_pack(
     options = (
         TWO
         if limit > 2
-        else {**TWO, "max_tokens": int(group_sizes(menu_groups).longest_path.max())}
+        else {**TWO, "max_tokens": int(group_sizes(menu_groups).longest_sequence.max())}
     )
     trainer = make_trainer(menu_groups, **options)
     trainer.model.get_input_embeddings().register_forward_pre_hook(small_device)
@@ -171,7 +171,7 @@ def test_out_of_memory_names_the_pack(
 def test_a_group_needs_room_for_its_longest_path_only(
     make_trainer: Make, menu_groups: list[Group]
 ) -> None:
-    longest = int(group_sizes(menu_groups).longest_path.max())
+    longest = int(group_sizes(menu_groups).longest_sequence.max())
     with pytest.raises(InputError, match="backprop=two_phase"):
         make_trainer(menu_groups, max_tokens=longest)
     make_trainer(menu_groups, max_tokens=longest, backprop="two_phase")

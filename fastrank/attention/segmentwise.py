@@ -1,9 +1,9 @@
-"""Attention along every [prompt; response] path by itself, for any layer, dtype and device.
+"""Attention along every [prompt; response] sequence by itself, for any layer, dtype and device.
 
 The keys that a segment can see are gathered (those of the prompt that its window reaches, then its
 own) and attended in one call under a mask on positions. This is the specification that the other
 backends are held against, and what serves the layers which they cannot do: windows and chunks that
-are shorter than a path, soft-capped logits, float64. Where nothing but a mask is needed it goes
+are shorter than a sequence, soft-capped logits, float64. Where nothing but a mask is needed it goes
 through PyTorch's fused attention; otherwise the probabilities are formed, and kept by autograd.
 """
 
@@ -19,7 +19,7 @@ from fastrank.attention.segments import SegmentTable, Span
 from fastrank.attention.visibility import FULL, Visibility
 
 
-def path_attention(
+def segmentwise_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from fastrank.errors import InputError
-from fastrank.modeling.load import (
+from fastrank.modeling.pretrained import (
     check_model_path,
     load_model,
     load_tokenizer,

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from fastrank.data.packing import Group
 from fastrank.errors import InputError
-from fastrank.modeling import reference
-from fastrank.modeling.reference import with_reference_scores
+from fastrank.modeling import reference_scores
+from fastrank.modeling.reference_scores import with_reference_scores
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_second_run_reads_the_scores_and_loads_no_model(model_path, tmp_path, 
     def fails(*arguments, **options):
         raise AssertionError("the model was loaded again")
 
-    monkeypatch.setattr(reference, "load_model", fails)
+    monkeypatch.setattr(reference_scores, "load_model", fails)
     again = with_reference_scores(groups, model_path, normalize="sum", cache_dir=tmp_path)
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a.reference_scores, b.reference_scores)

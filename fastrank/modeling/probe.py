@@ -37,7 +37,7 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
 
 
-def check_head(
+def probe_head(
     model: PreTrainedModel, forward: Callable[..., Any], hidden_states: Callable[..., Tensor]
 ) -> Head:
     """Measure the head on one short row; ``forward`` is the model's own."""
