@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,3 +29,54 @@ def oasst_path() -> Path:
 def story_model_path() -> Path:
     """A real pre-trained Llama of 260 K parameters."""
     return _shared_or_skip("models/tinystories-260k")
+
+
+@pytest.fixture(scope="session")
+def policy_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of a few thousand weights with its tokenizer; not to be written to."""
+    import tiny_models
+
+    return tiny_models.save_llama(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="session")
+def other_policy_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Like `policy_path`, with other weights."""
+    import tiny_models
+
+    return tiny_models.save_llama(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Write rows as JSON lines and return the file's path."""
+
+    def write(rows: Sequence[dict[str, Any]], name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def read_rows() -> Callable[[Path], list[dict[str, Any]]]:
+    """Read a file of JSON lines."""
+
+    def read(path: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    return read
+
+
+@pytest.fixture
+def run_json(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Run a command that must succeed with ``--json``; returns its result, the last line."""
+
+    def run(*arguments: object) -> dict[str, Any]:
+        from fastrank.cli.main import main
+
+        assert main([*map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import SHAREABLE, build
+from architectures import build
 from pack_cases import RAGGED, gradients, random_groups, separate_scores
 from torch import Tensor
 
@@ -130,9 +130,8 @@ def test_gathered_gradients_are_deterministic():
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gpt_oss", "llama4_text"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_by_auto(model_type, dtype):
-    fields = {**SHAREABLE[model_type], "head_dim": 16}
-    model = build(model_type, fields).to(CUDA, dtype)
-    exact = build(model_type, fields)
+    model = build(model_type, head_dim=16).to(CUDA, dtype)
+    exact = build(model_type, head_dim=16)
     groups = random_groups(RAGGED)
     expected = separate_scores(exact, groups)
     weights = torch.linspace(-1.5, 2.0, len(expected))

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import FLOAT32_INSIDE, REFUSED, SHAREABLE, build
-from pack_cases import RAGGED, assert_same_gradients, gradients, random_groups, separate_scores
+from pack_cases import (
+    RAGGED,
+    assert_same_gradients,
+    gradients,
+    one_pack,
+    random_groups,
+    separate_scores,
+)
 from transformers import PreTrainedModel
 
 import fastrank
@@ -26,7 +33,7 @@ def assert_exact(
     weights = torch.linspace(-1.5, 2.0, len(expected), dtype=expected.dtype)
     reference = gradients(model, expected, weights)
     fastrank.prepare_model(model, shared_prompts=shared_prompts)
-    (pack,) = fastrank.pack(groups, max_tokens=4096, shared_prompts=shared_prompts)
+    pack = one_pack(groups, shared_prompts=shared_prompts)
     assert pack.group_index == tuple(range(len(groups)))
     scores = model(pack=pack).scores
     assert scores.dtype == expected.dtype
@@ -36,19 +43,19 @@ def assert_exact(
 
 @pytest.mark.parametrize("model_type", SHAREABLE)
 def test_packs_are_exact_in_float32(model_type):
-    assert_exact(build(model_type, SHAREABLE[model_type]), 1e-5, 1e-5)
+    assert_exact(build(model_type), 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("model_type", SHAREABLE)
 def test_packs_are_exact_in_float64(model_type):
     scores = 1e-6 if model_type in FLOAT32_INSIDE else 1e-7
-    assert_exact(build(model_type, SHAREABLE[model_type]).double(), scores, 1e-6)
+    assert_exact(build(model_type).double(), scores, 1e-6)
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_what_cannot_share_is_refused_and_exact_without(model_type):
-    reason, fields = REFUSED[model_type]
-    model = build(model_type, fields)
+    reason, _ = REFUSED[model_type]
+    model = build(model_type)
     with pytest.raises(InputError, match=rf"cannot share prompts: .*{reason}.*shared_prompts=Fal"):
         fastrank.prepare_model(model)
     assert "\n" not in refusal(model)
@@ -56,10 +63,9 @@ def test_what_cannot_share_is_refused_and_exact_without(model_type):
 
 
 def test_a_shared_pack_for_a_model_without_sharing_is_an_error():
-    model = fastrank.prepare_model(build("mamba", REFUSED["mamba"][1]), shared_prompts=False)
-    (pack,) = fastrank.pack(random_groups(RAGGED), max_tokens=4096)
+    model = fastrank.prepare_model(build("mamba"), shared_prompts=False)
     with pytest.raises(ValueError, match="was prepared with shared_prompts=False"):
-        model(pack=pack)
+        model(pack=one_pack())
 
 
 CHECKPOINTED = ("gemma2", "gpt_oss", "llama4_text", "mistral", "nemotron", "stablelm", "qwen3_moe")
@@ -68,8 +74,7 @@ CHECKPOINTED = ("gemma2", "gpt_oss", "llama4_text", "mistral", "nemotron", "stab
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("model_type", CHECKPOINTED)
 def test_gradient_checkpointing_is_exact(model_type, use_reentrant):
-    model = build(model_type, SHAREABLE[model_type])
-    (pack,) = fastrank.pack(random_groups(RAGGED), max_tokens=4096)
+    model, pack = build(model_type), one_pack()
     weights = torch.linspace(-1.5, 2.0, pack.num_candidates)
     fastrank.prepare_model(model)
     model.train()
@@ -90,14 +95,12 @@ def test_gradient_checkpointing_is_exact(model_type, use_reentrant):
 @pytest.mark.parametrize("model_type", ["mistral", "llama4_text", "gpt_oss"])
 @pytest.mark.parametrize("size", [1, 2, 8, 16, 40])
 def test_windows_and_chunks_count_positions(model_type, size):
-    fields = {**SHAREABLE[model_type], "sliding_window": size, "attention_chunk_size": size}
-    model = build(model_type, fields)
+    model = build(model_type, sliding_window=size, attention_chunk_size=size)
     assert_exact(model, 1e-5, 1e-5, [(7, [3, 12]), (1, [2, 9, 1]), (13, [6])])
 
 
 def longrope(boundary: int) -> dict[str, object]:
     return {
-        **SHAREABLE["phi3"],
         "original_max_position_embeddings": boundary,
         "rope_parameters": {
             "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings":
@@ -109,16 +112,16 @@ def longrope(boundary: int) -> dict[str, object]:
 @pytest.mark.parametrize("boundary", [40, 5])
 @pytest.mark.parametrize("shared_prompts", [True, False])
 def test_longrope_is_exact_on_either_side_of_its_boundary(boundary, shared_prompts):
-    model = build("phi3", longrope(boundary))
+    model = build("phi3", **longrope(boundary))
     shapes = [(7, [3, 1, 9]), (5, [4, 2]), (12, [5])]
     assert_exact(model, 1e-5, 1e-5, shapes, shared_prompts)
 
 
 @pytest.mark.parametrize("shared_prompts", [True, False])
 def test_longrope_refuses_a_pack_on_both_sides(shared_prompts):
-    model = fastrank.prepare_model(build("phi3", longrope(9)), shared_prompts=shared_prompts)
+    model = fastrank.prepare_model(build("phi3", **longrope(9)), shared_prompts=shared_prompts)
     groups = random_groups([(7, [3, 1, 9]), (5, [4, 2])])
-    (pack,) = fastrank.pack(groups, max_tokens=4096, shared_prompts=shared_prompts)
+    pack = one_pack(groups, shared_prompts=shared_prompts)
     message = "up to 9 tokens differently .* group 1 with 7 and group 0 with 16; pack them apart"
     with pytest.raises(ValueError, match=message):
         model(pack=pack)
@@ -132,9 +135,9 @@ def dynamic(limit: int) -> dict[str, object]:
 
 
 def test_dynamic_rope_is_exact_within_its_length_and_refused_beyond():
-    assert_exact(build("llama", dynamic(17)), 1e-5, 1e-5)
-    model = fastrank.prepare_model(build("llama", dynamic(17)))
-    (pack,) = fastrank.pack(random_groups([(7, [3, 11])]), max_tokens=4096)
+    assert_exact(build("llama", **dynamic(17)), 1e-5, 1e-5)
+    model = fastrank.prepare_model(build("llama", **dynamic(17)))
+    pack = one_pack(random_groups([(7, [3, 11])]))
     with pytest.raises(ValueError, match="model's context of 17 tokens, got 18"):
         model(pack=pack)
 
@@ -147,15 +150,14 @@ def test_fixed_rope_scalings_are_exact(kind):
     }  # fmt: skip
     if kind != "llama3":
         parameters = {k: v for k, v in parameters.items() if not k.endswith("freq_factor")}
-    assert_exact(build("llama", {"rope_parameters": parameters}), 1e-5, 1e-5)
+    assert_exact(build("llama", rope_parameters=parameters), 1e-5, 1e-5)
 
 
-def test_the_context_limits_paths_and_not_packs():
-    fields = {**SHAREABLE["gpt2"], "n_positions": 16, "max_position_embeddings": ...}
-    model = fastrank.prepare_model(build("gpt2", fields))
-    (pack,) = fastrank.pack(random_groups([(7, [9, 9, 9]), (3, [4, 5])]), max_tokens=4096)
+def test_the_context_limits_sequences_and_not_packs():
+    model = fastrank.prepare_model(build("gpt2", n_positions=16, max_position_embeddings=...))
+    pack = one_pack(random_groups([(7, [9, 9, 9]), (3, [4, 5])]))
     assert pack.num_tokens > 16
     assert bool(torch.isfinite(model(pack=pack).scores).all())
-    (pack,) = fastrank.pack(random_groups([(1, [2]), (7, [9, 10])]), max_tokens=4096)
+    pack = one_pack(random_groups([(1, [2]), (7, [9, 10])]))
     with pytest.raises(ValueError, match="group 1: prompt and response must fit .* 16 .* got 17"):
         model(pack=pack)

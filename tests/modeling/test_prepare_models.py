@@ -5,111 +5,77 @@ from __future__ import annotations
 import copy
 import inspect
 
-import pack_cases
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
+from architectures import build
+from pack_cases import (
+    assert_same_gradients,
+    gradients,
+    one_pack,
+    random_groups,
+    separate_scores,
 )
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import fastrank
-
-SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": None,
-}
-
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True),
-    "qwen2": lambda: Qwen2Config(**SMALL),
-    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=16),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0,
-        resid_pdrop=0.0, embd_pdrop=0.0, initializer_range=0.2, bos_token_id=0, eos_token_id=0,
-    ),
-}  # fmt: skip
+from fastrank.modeling.prepare import release_model
 
 
-def build(config: PretrainedConfig, seed: int = 0, **options) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
-
-
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=["llama", "qwen2", "qwen3", "gpt2"])
 def model(request) -> PreTrainedModel:
-    return build(CONFIGS[request.param]())
-
-
-def one_pack(groups, **options):
-    (only,) = fastrank.pack(groups, max_tokens=4096, **options)
-    return only
+    return build(request.param)
 
 
 @pytest.mark.parametrize("shared_prompts", [True, False])
 def test_scores_and_gradients_equal_separate_passes(model, shared_prompts):
-    groups = pack_cases.random_groups(pack_cases.RAGGED)
-    expected = pack_cases.separate_scores(model, groups)
+    groups = random_groups()
+    expected = separate_scores(model, groups)
     weights = torch.linspace(-1.5, 2.0, len(expected))
-    reference = pack_cases.gradients(model, expected, weights)
+    reference = gradients(model, expected, weights)
 
     fastrank.prepare_model(model, shared_prompts=shared_prompts)
     pack = one_pack(groups, shared_prompts=shared_prompts)
     assert pack.group_index == (0, 1, 2, 3)
     scores = model(pack=pack).scores
     torch.testing.assert_close(scores, expected.detach(), atol=1e-5, rtol=0)
-    pack_cases.assert_same_gradients(pack_cases.gradients(model, scores, weights), reference, 1e-5)
+    assert_same_gradients(gradients(model, scores, weights), reference, 1e-5)
 
 
 @pytest.mark.parametrize("loss", [fastrank.RRHF(), fastrank.PRO(), fastrank.DPO()], ids=repr)
 def test_the_loss_equals_the_loss_on_separate_scores(model, loss):
-    groups = pack_cases.random_groups(pack_cases.RAGGED)
+    groups = random_groups()
     pack = one_pack(groups)
-    scores = pack_cases.separate_scores(model, groups)
+    scores = separate_scores(model, groups)
     if loss.normalize == "sum":
         scores = scores * (pack.cu_responses[1:] - pack.cu_responses[:-1])
     rank = fastrank.ranking_loss(scores, pack.rewards, loss=loss, cu_groups=pack.cu_groups)
     best = [int(g.rewards.argmax()) + int(o) for g, o in zip(groups, pack.cu_groups, strict=False)]
-    sums = pack_cases.separate_scores(model, groups) * (
-        pack.cu_responses[1:] - pack.cu_responses[:-1]
-    )
+    sums = separate_scores(model, groups) * (pack.cu_responses[1:] - pack.cu_responses[:-1])
     sft = torch.zeros(())
     for group, index in zip(groups, best, strict=True):
         length = int(pack.cu_responses[index + 1] - pack.cu_responses[index])
         scale = loss.sft_weight * ((group.num_candidates - 1) ** 2 if loss == fastrank.PRO() else 1)
         sft = sft - scale * sums[index] / (length if loss.sft_reduction == "mean" else 1)
     expected = rank + sft / len(groups)
-    reference = pack_cases.gradients(model, expected, torch.tensor(1.0))
+    reference = gradients(model, expected, torch.tensor(1.0))
 
     fastrank.prepare_model(model)
     output = model(pack=pack, loss=loss)
     assert isinstance(output, fastrank.RankingOutput)
     torch.testing.assert_close(output.loss, expected.detach(), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(output.scores, scores.detach(), atol=1e-4, rtol=0)
-    got = pack_cases.gradients(model, output.loss, torch.tensor(1.0))
-    pack_cases.assert_same_gradients(got, reference, 1e-5)
+    got = gradients(model, output.loss, torch.tensor(1.0))
+    assert_same_gradients(got, reference, 1e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(model, use_reentrant):
-    groups = pack_cases.random_groups(pack_cases.RAGGED)
+    groups = random_groups()
     pack = one_pack(groups)
     fastrank.prepare_model(model)
     model.train()
     weights = torch.linspace(-1.5, 2.0, pack.num_candidates)
-    expected = pack_cases.gradients(model, model(pack=pack).scores, weights)
+    expected = gradients(model, model(pack=pack).scores, weights)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant:
         model.enable_input_require_grads()
@@ -119,7 +85,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, use_reentrant):
     handle.remove()
     implementation = model.config._attn_implementation
     assert calls and implementation == "sdpa"
-    pack_cases.assert_same_gradients(pack_cases.gradients(model, scores, weights), expected, 1e-6)
+    assert_same_gradients(gradients(model, scores, weights), expected, 1e-6)
     assert model.config._attn_implementation == implementation
 
 
@@ -155,7 +121,7 @@ def test_the_signature_and_the_checkpoint_are_unchanged(model, tmp_path):
 
 
 def test_a_copy_of_a_prepared_model_is_one_of_its_own(model):
-    pack = one_pack(pack_cases.random_groups(pack_cases.RAGGED))
+    pack = one_pack()
     fastrank.prepare_model(model)
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -167,8 +133,6 @@ def test_a_copy_of_a_prepared_model_is_one_of_its_own(model):
 
 
 def test_release_gives_the_model_back(model):
-    from fastrank.modeling.prepare import release_model
-
     before = dict(model.__dict__)
     hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
     fastrank.prepare_model(model)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import SHAREABLE, build
-from pack_cases import RAGGED, assert_same_gradients, gradients, random_groups, separate_scores
+from architectures import build
+from pack_cases import assert_same_gradients, gradients, one_pack, random_groups, separate_scores
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 import fastrank
@@ -17,7 +17,7 @@ def adapted(seed: int = 0):
     config = LoraConfig(
         r=3, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
     )
-    model = get_peft_model(build("llama", SHAREABLE["llama"]), config)
+    model = get_peft_model(build("llama"), config)
     torch.manual_seed(seed + 1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -28,7 +28,7 @@ def adapted(seed: int = 0):
 @pytest.mark.parametrize("use_reentrant", [None, True, False])
 def test_adapters_take_part_and_get_the_gradients(use_reentrant):
     model = adapted()
-    groups = random_groups(RAGGED)
+    groups = random_groups()
     expected = separate_scores(model, groups)
     weights = torch.linspace(-1.5, 2.0, len(expected))
     reference = gradients(model, expected, weights)
@@ -38,7 +38,7 @@ def test_adapters_take_part_and_get_the_gradients(use_reentrant):
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         model.enable_input_require_grads()
-    (pack,) = fastrank.pack(groups, max_tokens=4096)
+    pack = one_pack(groups)
     scores = model(pack=pack).scores
     torch.testing.assert_close(scores, expected.detach(), atol=1e-5, rtol=0)
     assert_same_gradients(gradients(model, scores, weights), reference, 1e-5)
@@ -48,16 +48,16 @@ def test_adapters_take_part_and_get_the_gradients(use_reentrant):
 
 
 def test_wrapping_a_prepared_model_works_as_well():
-    base = fastrank.prepare_model(build("llama", SHAREABLE["llama"]))
+    base = fastrank.prepare_model(build("llama"))
     model = get_peft_model(
         base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    groups = random_groups(RAGGED)
+    groups = random_groups()
     expected = separate_scores(model.eval(), groups).detach()
-    (pack,) = fastrank.pack(groups, max_tokens=4096)
+    pack = one_pack(groups)
     torch.testing.assert_close(model(pack=pack).scores, expected, atol=1e-5, rtol=0)
     assert model(pack=pack, loss=fastrank.PRO()).loss.requires_grad
 
@@ -73,6 +73,6 @@ def test_the_adapter_checkpoint_is_unchanged(tmp_path):
 
 def test_virtual_tokens_are_refused():
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    model = get_peft_model(build("llama", SHAREABLE["llama"]), config)
+    model = get_peft_model(build("llama"), config)
     with pytest.raises(InputError, match="PROMPT_TUNING puts virtual tokens before the prompt"):
         fastrank.prepare_model(model)

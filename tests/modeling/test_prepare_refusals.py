@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import COMMON, SHAREABLE, build
-from pack_cases import RAGGED, random_groups, separate_scores
+from architectures import COMMON, build
+from pack_cases import one_pack, random_groups, separate_scores
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -21,11 +21,6 @@ from fastrank.modeling.dropout import disable_dropout
 from fastrank.modeling.prepare import prepared_state
 
 
-def one_pack(shapes=RAGGED, **options):
-    (pack,) = fastrank.pack(random_groups(shapes), max_tokens=4096, **options)
-    return pack
-
-
 @pytest.mark.parametrize(
     ("model_type", "fields", "name"),
     [
@@ -34,19 +29,19 @@ def one_pack(shapes=RAGGED, **options):
     ],
 )
 def test_attention_dropout_is_refused_until_it_is_off(model_type, fields, name):
-    model = build(model_type, {**SHAREABLE[model_type], **fields})
+    model = build(model_type, **fields)
     with pytest.raises(InputError, match=f"attention dropout must be 0, got {name}"):
         fastrank.prepare_model(model)
     assert prepared_state(model) is None
     assert disable_dropout(model)
-    groups = random_groups(RAGGED)
+    groups = random_groups()
     expected = separate_scores(model.train(), groups).detach()
     fastrank.prepare_model(model)
     torch.testing.assert_close(model(pack=one_pack()).scores, expected, atol=1e-5, rtol=0)
 
 
 def test_dropout_switched_on_later_is_refused_in_the_forward():
-    model = fastrank.prepare_model(build("llama", SHAREABLE["llama"])).train()
+    model = fastrank.prepare_model(build("llama")).train()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(
@@ -59,7 +54,7 @@ def test_dropout_switched_on_later_is_refused_in_the_forward():
 def test_what_is_no_causal_language_model_is_refused():
     with pytest.raises(TypeError, match="must be a transformers causal language model.*Linear"):
         fastrank.prepare_model(torch.nn.Linear(2, 2))
-    llama = build("llama", SHAREABLE["llama"])
+    llama = build("llama")
     with pytest.raises(InputError, match="LlamaModel has no language-model head"):
         fastrank.prepare_model(LlamaModel(llama.config))
     small = {
@@ -88,15 +83,14 @@ def test_bidirectional_attention_is_refused():
 
 def test_alibi_is_refused():
     pytest.importorskip("transformers.models.falcon")
-    fields = {"alibi": True, "num_kv_heads": 4, "head_dim": ..., "hidden_dropout": 0.0}
-    model = build("falcon", fields)
+    model = build("falcon", alibi=True, num_kv_heads=4, head_dim=..., hidden_dropout=0.0)
     with pytest.raises(InputError, match="ALiBi biases count packed indices"):
         fastrank.prepare_model(model)
 
 
 def test_a_model_that_mixes_tokens_unseen_is_caught_at_the_start():
     """No configuration tells that this layer reads its neighbour; the start-up check does."""
-    model = build("llama", SHAREABLE["llama"])
+    model = build("llama")
 
     def mix(module, args, output):
         return output + torch.nn.functional.pad(output, (0, 0, 1, -1))
@@ -109,10 +103,10 @@ def test_a_model_that_mixes_tokens_unseen_is_caught_at_the_start():
 
 def test_packs_are_not_what_restarted_positions_alone_give():
     """The control of the matrix: without the layout only the first response is right."""
-    model = build("llama", SHAREABLE["llama"])
+    model = build("llama")
     groups = random_groups([(7, [5, 5, 5])])
     expected = separate_scores(model, groups).detach()
-    (pack,) = fastrank.pack(groups, max_tokens=4096)
+    pack = one_pack(groups)
     with torch.no_grad():
         logits = model(input_ids=pack.input_ids, position_ids=pack.position_ids).logits[0]
     logp = logits.log_softmax(-1)[pack.rows].gather(1, pack.labels[:, None])[:, 0]
@@ -131,14 +125,14 @@ def test_packs_are_not_what_restarted_positions_alone_give():
     ],
 )
 def test_forward_arguments_that_contradict_each_other(arguments, message):
-    model = fastrank.prepare_model(build("llama", SHAREABLE["llama"]))
+    model = fastrank.prepare_model(build("llama"))
     given = {k: one_pack() if v is ... else v for k, v in arguments.items()}
     with pytest.raises(TypeError, match=message):
         model(**given)
 
 
 def test_unknown_backends_and_backends_that_do_not_serve():
-    model = build("llama", SHAREABLE["llama"])
+    model = build("llama")
     expected = "attention must be one of auto, cpu, varlen, flex, segmentwise"
     with pytest.raises(ValueError, match=expected):
         fastrank.prepare_model(model, attention="magic")
@@ -149,14 +143,14 @@ def test_unknown_backends_and_backends_that_do_not_serve():
 
 @pytest.mark.parametrize("attention", ["cpu", "segmentwise"])
 def test_backends_by_name_agree(attention):
-    model = fastrank.prepare_model(build("llama", SHAREABLE["llama"]), attention=attention)
-    expected = fastrank.prepare_model(build("llama", SHAREABLE["llama"]))
+    model = fastrank.prepare_model(build("llama"), attention=attention)
+    expected = fastrank.prepare_model(build("llama"))
     got, reference = model(pack=one_pack()).scores, expected(pack=one_pack()).scores
     torch.testing.assert_close(got, reference, atol=1e-5, rtol=0)
 
 
 def test_the_attention_implementation_is_restored_after_an_error():
-    model = fastrank.prepare_model(build("llama", SHAREABLE["llama"]))
+    model = fastrank.prepare_model(build("llama"))
     segments = one_pack().segments
     with pytest.raises(RuntimeError, match="inside"):
         with shared_prompt_attention([model.config], segments, "auto"):
@@ -169,7 +163,7 @@ def test_the_attention_implementation_is_restored_after_an_error():
 
 
 def test_disable_dropout_says_what_it_changed():
-    model = build("gpt2", {**SHAREABLE["gpt2"], "attn_pdrop": 0.1, "embd_pdrop": 0.2})
+    model = build("gpt2", attn_pdrop=0.1, embd_pdrop=0.2)
     changed = disable_dropout(model)
     assert "transformer.drop: 0.2" in changed
     assert any("attn_dropout: 0.1" in line for line in changed)
@@ -177,12 +171,12 @@ def test_disable_dropout_says_what_it_changed():
 
 
 def test_the_auxiliary_loss_of_experts_is_said_to_be_left_out(caplog):
-    model = build("qwen3_moe", {**SHAREABLE["qwen3_moe"], "output_router_logits": True})
+    model = build("qwen3_moe", output_router_logits=True)
     fastrank.prepare_model(model)
     assert "auxiliary load-balancing loss" in caplog.text
-    groups = random_groups(RAGGED)
+    groups = random_groups()
     expected = separate_scores(model, groups).detach()
     torch.testing.assert_close(model(pack=one_pack()).scores, expected, atol=1e-5, rtol=0)
     caplog.clear()
-    fastrank.prepare_model(build("qwen3_moe", SHAREABLE["qwen3_moe"]))
+    fastrank.prepare_model(build("qwen3_moe"))
     assert "auxiliary" not in caplog.text

@@ -130,22 +130,26 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 FLOAT32_INSIDE = ("gemma2", "llama4_text", "vaultgemma")
 
 
-def build(model_type: str, fields: dict[str, Any], seed: int = 0) -> PreTrainedModel:
-    """A model with random weights, in float32 and evaluation mode, experts in plain products.
+def build(
+    model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changed: Any
+) -> PreTrainedModel:
+    """A model with random weights, in evaluation mode, experts in plain products.
 
-    Skips the test where this transformers does not know the architecture.
+    ``changed`` are configuration fields that differ from the tables above. Skips the test where
+    this transformers does not know the architecture.
     """
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {model_type}")
     config_class = CONFIG_MAPPING[model_type]
     known = config_class()
-    common = {name: value for name, value in COMMON.items() if hasattr(known, name)}
-    chosen = {k: v for k, v in {**common, **fields}.items() if v is not ...}
+    fields = {name: value for name, value in COMMON.items() if hasattr(known, name)}
+    fields |= SHAREABLE.get(model_type) or REFUSED.get(model_type, ("", {}))[1]
+    fields |= changed
     torch.manual_seed(seed)
-    config = config_class(**chosen)
+    config = config_class(**{name: value for name, value in fields.items() if value is not ...})
     # Older versions of transformers take PyTorch's attention for them, which drops the soft cap.
     options = {"attn_implementation": "eager"} if "attn_logit_softcapping" in fields else {}
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     for parameter in model.parameters():
         if parameter.dim() == 1:  # norms, biases and sinks: away from ones and zeros
             torch.nn.init.normal_(parameter, float(parameter.detach().mean()), 0.2)

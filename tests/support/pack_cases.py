@@ -1,21 +1,38 @@
-"""Random groups, and the separate forward passes that packs must equal."""
+"""Random groups, the separate forward passes that packs must equal, and gradients to compare."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from fastrank.data.packing import Group
+import fastrank
+from fastrank.data.packing import Group, Pack
 
 VOCAB = 61
 
+# Shapes of groups: (prompt length, response lengths).
+# One-token prompts and responses, a single candidate, ragged numbers and lengths.
+RAGGED = [(7, [3, 1, 9]), (1, [4, 2]), (12, [5]), (4, [6, 6, 2, 11])]
+# Two of these groups are larger than a pack of 24 tokens.
+LARGE = [(7, [3, 1, 9]), (1, [4, 2]), (12, [5]), (4, [6, 6, 2, 11, 5, 5, 7]), (9, [15, 3, 8])]
+
 
 def random_groups(
-    shapes: Sequence[tuple[int, Sequence[int]]], vocab: int = VOCAB, seed: int = 0
+    shapes: Sequence[tuple[int, Sequence[int]]] = RAGGED,
+    vocab: int = VOCAB,
+    seed: int = 0,
+    *,
+    references: bool = False,
+    name: str | None = None,
 ) -> list[Group]:
-    """Groups of (prompt length, response lengths) with random tokens and rewards."""
+    """Groups of random tokens and rewards, with reference scores if asked for.
+
+    ``name`` numbers the groups: ``"data"`` makes ``data:0``, ``data:1``.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(length: int) -> Tensor:
@@ -26,13 +43,38 @@ def random_groups(
             draw(prompt),
             tuple(draw(length) for length in responses),
             torch.rand(len(responses), generator=generator),
+            -20 * torch.rand(len(responses), generator=generator) if references else None,
+            name=f"{name}:{number}" if name else None,
         )
-        for prompt, responses in shapes
+        for number, (prompt, responses) in enumerate(shapes)
     ]
 
 
-# One-token prompts and responses, a single candidate, ragged numbers and lengths.
-RAGGED = [(7, [3, 1, 9]), (1, [4, 2]), (12, [5]), (4, [6, 6, 2, 11])]
+def tied_groups(
+    seed: int, max_candidates: int, vocab: int = 32, name: str = "group"
+) -> list[Group]:
+    """23 groups of 1 to ``max_candidates`` candidates of 1 to 9 tokens, with tied rewards; tokens
+    0 to 2 are left to the special ones."""
+    generator = random.Random(seed)
+    groups = []
+    for number in range(23):
+        count = generator.randint(1, max_candidates)
+        prompt = [generator.randrange(3, vocab) for _ in range(generator.randint(1, 7))]
+        responses = [
+            [generator.randrange(3, vocab) for _ in range(generator.randint(1, 9))]
+            for _ in range(count)
+        ]
+        rewards = [float(generator.randint(0, 3)) for _ in range(count)]
+        groups.append(Group(prompt, responses, rewards, name=f"{name}:{number}"))
+    return groups
+
+
+def one_pack(groups: Sequence[Group] | None = None, **options: bool) -> Pack:
+    """All groups (`random_groups` without any) in one pack."""
+    (only,) = fastrank.pack(
+        random_groups() if groups is None else groups, max_tokens=4096, **options
+    )
+    return only
 
 
 def separate_scores(model: nn.Module, groups: Sequence[Group]) -> Tensor:
@@ -48,13 +90,22 @@ def separate_scores(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     return torch.stack(scores)
 
 
+def take_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Whole gradients by parameter name; the model is left without any."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        if grad is not None:
+            found[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    model.zero_grad(set_to_none=True)
+    return found
+
+
 def gradients(model: nn.Module, scores: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Parameter gradients of a weighted sum of scores."""
     model.zero_grad(set_to_none=True)
     (scores * weights).sum().backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
+    return take_gradients(model)
 
 
 def assert_same_gradients(
