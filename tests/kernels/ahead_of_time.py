@@ -3,7 +3,7 @@
 Run by ``test_ahead_of_time.py`` in a process of its own (compiling and interpreting exclude each
 other):
 
-    python ahead_of_time.py {rows|rank} {few|all}
+    python ahead_of_time.py {rows|unit|rank} {few|all}
 
 A launch is planned by the package itself, from CPU tensors, so what is compiled here are the
 argument types and the pinned settings that a GPU would be given.
@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -32,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "torch-ext"))
 from fastrank_kernels import RankSpec  # noqa: E402
 from fastrank_kernels.compact import plan_segment_sum  # noqa: E402
 from fastrank_kernels.dlogits import plan_dlogits  # noqa: E402
-from fastrank_kernels.launch import Launch  # noqa: E402
+from fastrank_kernels.launch import Launch, row_pitch  # noqa: E402
 from fastrank_kernels.rank import plan_rank  # noqa: E402
 from fastrank_kernels.row_stats import plan_row_stats  # noqa: E402
+from fastrank_kernels.unit_dlogits import plan_unit_dlogits  # noqa: E402
 
 NVIDIA = [GPUTarget("cuda", architecture, 32) for architecture in (80, 90)]
 TARGETS = [*NVIDIA, GPUTarget("cuda", 100, 32), GPUTarget("hip", "gfx942", 64)]
@@ -99,8 +101,20 @@ def memory_steps(assembly: str) -> str:
     return "".join(match.lastgroup or "" for match in re.finditer(pattern, assembly))
 
 
+def accesses(ptx: str) -> dict[str, int]:
+    """How many loads and stores of global memory a program has, by their bytes per thread."""
+    found = re.findall(r"(ld|st)\.global(?:\.v(\d))?\.b(\d+)", ptx)
+    return dict(Counter(f"{kind}{int(many or 1) * int(bits) // 8}" for kind, many, bits in found))
+
+
+def padded_rows(vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    """Logits as the fused loss holds them: V columns in rows of an aligned pitch."""
+    return torch.empty(4, row_pitch(vocab), dtype=dtype)[:, :vocab]
+
+
 def row_cases(few: bool) -> Iterator[Case]:
-    """Row statistics and logits gradients: types, options, block sizes, aligned rows or not."""
+    """Row statistics and logits gradients: types, options, block sizes, vocabularies that 16
+    divides or not."""
     vocabs = (128256, 50257) if few else (128256, 50257, 33, 64, 200, 500, 1000, 2000)
     dtypes = (torch.float32, torch.bfloat16) if few else FLOATS
     options = [(False, 1.0, None), (True, 0.5, 30.0)]
@@ -111,7 +125,7 @@ def row_cases(few: bool) -> Iterator[Case]:
         large, everything = vocab > 50000, (with_bias, scale, cap) == (True, 0.5, 30.0)
         if (few and (vocab == 50257) != with_bias) or not (large or everything):
             continue
-        logits = torch.empty(4, vocab, dtype=dtype)
+        logits = padded_rows(vocab, dtype)
         labels = torch.zeros(4, dtype=torch.int64)
         stats = torch.empty(4)
         bias = torch.empty(vocab, dtype=dtype) if with_bias else None
@@ -127,13 +141,33 @@ def row_cases(few: bool) -> Iterator[Case]:
 
         outs = FLOATS if large and not few else sorted({dtype, torch.bfloat16}, key=str)
         for narrow in outs:
-            separate = torch.empty(4, vocab, dtype=narrow)
+            separate = padded_rows(vocab, narrow)
             yield f"dlogits separate {narrow} {name}", gradient(separate), TARGETS
             if everything:
                 yield f"dlogits live {narrow} {name}", gradient(separate, labels), TARGETS
             if narrow.itemsize <= dtype.itemsize:
                 overlay = logits.view(narrow)[:, :vocab]
                 yield f"dlogits in place {narrow} {name}", gradient(overlay), TARGETS
+
+
+def unit_cases(few: bool) -> Iterator[Case]:
+    """The one pass over float32 logits: options, block sizes, over the logits or not."""
+    options = [(False, 1.0, None), (True, 0.5, 30.0)]
+    for vocab, (with_bias, scale, cap) in product(
+        (128256, 50257) if few else (128256, 50257, 33, 200, 1000), options
+    ):
+        logits, labels, stats = (
+            padded_rows(vocab, torch.float32),
+            torch.zeros(4).long(),
+            torch.empty(4),
+        )
+        bias = torch.empty(vocab, dtype=torch.bfloat16) if with_bias else None
+        outs = {"in place": logits.view(torch.bfloat16)[:, :vocab]}
+        if not few:
+            outs |= {"separate": padded_rows(vocab, torch.bfloat16)}
+        for place, out in outs.items():
+            launch = plan_unit_dlogits(logits, labels, bias, scale, cap, out, stats, stats)
+            yield f"unit {place} V={vocab} bias={with_bias}", launch, TARGETS
 
 
 def rank_cases(few: bool) -> Iterator[Case]:
@@ -192,7 +226,8 @@ def rank_from_scores(spec, tile, *, valid=False) -> tuple[str, Launch]:
 
 
 def main(subject: str, extent: str) -> None:
-    cases = {"rows": row_cases, "rank": rank_cases}[subject](extent == "few")
+    subjects = {"rows": row_cases, "unit": unit_cases, "rank": rank_cases}
+    cases = subjects[subject](extent == "few")
     for name, launch, targets in cases:
         for target in targets:
             compiled = compile_launch(launch, target)
@@ -204,6 +239,7 @@ def main(subject: str, extent: str) -> None:
             }
             if nvidia:
                 record |= resources(compiled.asm["cubin"])
+                record["accesses"] = accesses(compiled.asm["ptx"])
             print(json.dumps(record), flush=True)
 
 

@@ -51,4 +51,4 @@ def test_slow_contracts() -> None:
 
 
 def test_no_contract_is_left_out() -> None:
-    assert len(CONTRACTS) == 5
+    assert len(CONTRACTS) == 6

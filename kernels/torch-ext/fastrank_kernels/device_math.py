@@ -53,13 +53,51 @@ def log1p(x):
 def final_logits(x, bias, columns, inside, logit_scale, softcap):
     """``z = κ tanh(σ(x + b) / κ)``, or ``σ(x + b)``, of one block of a row, in float32.
 
-    ``bias`` and ``softcap`` are None where the model has none, and ``logit_scale`` is None for 1.
+    ``bias`` and ``softcap`` are None where the model has none, ``logit_scale`` is None for 1, and
+    ``inside`` is None where every column is one of the row's.
     """
     z = x.to(tl.float32)
     if bias is not None:
-        z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+        if inside is None:
+            z += tl.load(bias + columns).to(tl.float32)
+        else:
+            z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     if logit_scale is not None:
         z *= logit_scale
     if softcap is not None:
         z = tanh(z * (1.0 / softcap)) * softcap
     return z
+
+
+@triton.jit
+def load_block(logits, bias, columns, vocab, read_end, logit_scale, softcap, MASKED: tl.constexpr):
+    """Final logits of one block of a row. Masked, for a row's last block, places from ``vocab`` on
+    are -inf; ``read_end`` is as `launch.read_end` says."""
+    if MASKED:
+        x = tl.load(logits + columns, mask=columns < read_end, other=0.0)
+        inside = columns < vocab
+        z = final_logits(x, bias, columns, inside, logit_scale, softcap)
+        z = tl.where(inside, z, float("-inf"))
+    else:
+        x = tl.load(logits + columns)
+        z = final_logits(x, bias, columns, None, logit_scale, softcap)
+    return z
+
+
+@triton.jit
+def store_block(row, columns, values, write_end, MASKED: tl.constexpr):
+    """Store one block of a row in the row's own type, up to ``write_end`` if masked."""
+    values = values.to(row.dtype.element_ty)
+    if MASKED:
+        tl.store(row + columns, values, mask=columns < write_end)
+    else:
+        tl.store(row + columns, values)
+
+
+@triton.jit
+def load_target(logits, bias, label, vocab, logit_scale, softcap):
+    """The label's final logit, and whether the label is in the vocabulary (if not: -inf)."""
+    known = (label >= 0) & (label < vocab)
+    x = tl.load(logits + label, mask=known, other=0.0)
+    z = final_logits(x, bias, label, known, logit_scale, softcap)
+    return tl.where(known, z, float("-inf")), known

@@ -14,18 +14,53 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_math import final_logits, negative_expm1
+from .device_math import load_block, negative_expm1, store_block
 from .launch import (
     FLOATS,
     INTEGERS,
     Launch,
+    read_end,
     require_device,
     require_dtype,
     require_rows,
+    require_separate_rows,
     require_shape,
     run,
+    write_end,
 )
 from .row_stats import block_of_row
+
+
+@triton.jit
+def write_block(
+    columns,
+    logits,
+    bias,
+    out,
+    label,
+    at_label,
+    row_lse,
+    c,
+    vocab,
+    read_end,
+    write_end,
+    logit_scale,
+    softcap,
+    IN_PLACE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The gradient of one block of a row."""
+    z = load_block(logits, bias, columns, vocab, read_end, logit_scale, softcap, MASKED)
+    # onehot - p in float32 before any cast: rounded probabilities lose confident tokens.
+    grad = tl.where(columns == label, at_label, tl.exp(z - row_lse) * -c)
+    if softcap is not None:
+        ratio = z * (1.0 / softcap)
+        grad *= 1.0 - ratio * ratio
+    if logit_scale is not None:
+        grad *= logit_scale
+    if IN_PLACE:
+        tl.debug_barrier()
+    store_block(out, columns, grad, write_end, MASKED)
 
 
 @triton.jit(do_not_specialize=["labels", "lse", "logp", "coefficients", "live"])
@@ -39,6 +74,8 @@ def dlogits_kernel(
     live,
     out,
     vocab,
+    read_end,
+    write_end,
     stride,
     out_stride,
     logit_scale,
@@ -59,28 +96,25 @@ def dlogits_kernel(
     label = tl.minimum(tl.maximum(tl.load(labels + row), 0), vocab - 1).to(tl.int32)
     at_label = negative_expm1(row_logp) * c
     finite = (tl.abs(row_lse) < float("inf")) & (row_logp == row_logp)
+    lanes = tl.arange(0, BLOCK)
+    whole = vocab // BLOCK * BLOCK
     if (c == 0.0) & finite:
         # Zero whatever the logits are: a dead row is written without being read.
-        for start in range(0, vocab, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            zero = tl.zeros((BLOCK,), tl.float32).to(out.dtype.element_ty)
-            tl.store(out + columns, zero, mask=columns < vocab)
+        zero = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, whole, BLOCK):
+            store_block(out, start + lanes, zero, write_end, MASKED=False)
+        store_block(out, whole + lanes, zero, write_end, MASKED=True)
     else:
-        for start in range(0, vocab, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            inside = columns < vocab
-            x = tl.load(logits + columns, mask=inside, other=0.0)
-            z = final_logits(x, bias, columns, inside, logit_scale, softcap)
-            # onehot - p in float32 before any cast: rounded probabilities lose confident tokens.
-            grad = tl.where(columns == label, at_label, tl.exp(z - row_lse) * -c)
-            if softcap is not None:
-                ratio = z * (1.0 / softcap)
-                grad *= 1.0 - ratio * ratio
-            if logit_scale is not None:
-                grad *= logit_scale
-            if IN_PLACE:
-                tl.debug_barrier()
-            tl.store(out + columns, grad.to(out.dtype.element_ty), mask=inside)
+        for start in range(0, whole, BLOCK):
+            write_block(
+                start + lanes, logits, bias, out, label, at_label, row_lse, c, vocab, read_end,
+                write_end, logit_scale, softcap, IN_PLACE, MASKED=False,
+            )  # fmt: skip
+        if whole < vocab:
+            write_block(
+                whole + lanes, logits, bias, out, label, at_label, row_lse, c, vocab, read_end,
+                write_end, logit_scale, softcap, IN_PLACE, MASKED=True,
+            )  # fmt: skip
 
 
 def overlays(logits: Tensor, out: Tensor) -> bool:
@@ -140,6 +174,8 @@ def plan_dlogits(
         "live": None if live is None else live.contiguous(),
         "out": out,
         "vocab": vocab,
+        "read_end": read_end(logits),
+        "write_end": write_end(logits, out) if in_place else vocab,
         "stride": logits.stride(0),
         "out_stride": out.stride(0),
         "logit_scale": None if logit_scale == 1.0 else float(logit_scale),
@@ -191,8 +227,7 @@ def dlogits(
     count = rows if live is None else live.numel()
     if out.shape[0] < count or out.shape[1] != vocab:
         raise ValueError(f"out must have shape [{count} or more, {vocab}], got {tuple(out.shape)}")
-    if count > 1 and out.stride(0) < vocab:
-        raise ValueError(f"out must have rows that do not overlap, got strides {out.stride()}")
+    require_separate_rows(out=out[:count])
     launch = plan_dlogits(
         logits, labels, lse, logp, coefficients, bias, logit_scale, softcap, out, live
     )

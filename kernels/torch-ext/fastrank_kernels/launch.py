@@ -98,6 +98,49 @@ def require_rows(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must have contiguous rows, got strides {tensor.stride()}")
 
 
+def require_separate_rows(**tensors: Tensor) -> None:
+    """No two rows of what is written share memory."""
+    for name, tensor in tensors.items():
+        if tensor.shape[0] > 1 and tensor.stride(0) < tensor.shape[1]:
+            strides = tensor.stride()
+            raise ValueError(f"{name} must have rows that do not overlap, got strides {strides}")
+
+
+# Elements of a row up to which masks and pitches are rounded: 16 make any mask as wide as the
+# widest access (eight 2-byte elements), and triton knows integers that 16 divides.
+_MASK_STEP = 16
+# A pitch of 64 elements begins each row on a 128-byte line even in 2-byte elements.
+_PITCH_STEP = 64
+
+
+def row_pitch(width: int) -> int:
+    """Elements from one row of logits to the next: ``width`` rounded up so that rows are aligned,
+    for the vendor's matrix products as for vectorised loads, whatever divides the vocabulary.
+
+    >>> row_pitch(128256), row_pitch(50257)
+    (128256, 50304)
+    """
+    return -(-width // _PITCH_STEP) * _PITCH_STEP
+
+
+def read_end(matrix: Tensor) -> int:
+    """Where a masked load of a row may end: the width rounded up to the step of vectorised masks,
+    or just the width where the memory ends before. What lies between is read and not used."""
+    rows, width = matrix.shape
+    rounded = -(-width // _MASK_STEP) * _MASK_STEP
+    end = matrix.storage_offset() + (rows - 1) * matrix.stride(0) + rounded
+    return rounded if end * matrix.element_size() <= matrix.untyped_storage().nbytes() else width
+
+
+def write_end(wide: Tensor, over: Tensor) -> int:
+    """As `read_end` for stores into ``over``, a narrower matrix laid over the rows of ``wide``:
+    it may end behind its own width as long as that is inside the wide row."""
+    width = wide.shape[1]
+    rounded = -(-width // _MASK_STEP) * _MASK_STEP
+    fits = rounded * over.element_size() <= width * wide.element_size()
+    return rounded if fits else width
+
+
 def power_of_two(number: int) -> int:
     """The smallest power of two that is not below ``number`` (1 for anything below 1)."""
     return 1 << max(number - 1, 0).bit_length()

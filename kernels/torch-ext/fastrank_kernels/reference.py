@@ -129,6 +129,50 @@ def dlogits(
     return out[:count]
 
 
+def unit_dlogits(
+    logits: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    *,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Label log-probability of each row of a logits chunk and its gradient, in one pass.
+
+    Returns ``logp`` and ``factor``, both [rows] in float32 (float64 for float64 logits), such that
+    ``factor[:, None] * out`` is the derivative of each row's ``logp`` by the bare logits. ``out``
+    [rows, V] may lie over ``logits`` as in `dlogits`; what it holds are exponentials relative to
+    the row's maximum, so that it may be narrow before the factor is known. A label outside the
+    vocabulary gives NaN in ``logp`` and at one place of ``out``.
+    """
+    rows, vocab = logits.shape
+    dtype = accumulation_dtype(logits.dtype)
+    logp = torch.empty(rows, dtype=dtype, device=logits.device)
+    factor = torch.empty_like(logp)
+    valid = (labels >= 0) & (labels < vocab)
+    safe_labels = labels.clamp(0, max(vocab - 1, 0))
+    scratch = _block_memory(vocab, dtype, logits.device)
+    for start, stop in _row_blocks(rows, vocab):
+        z = _final_logits(logits[start:stop], bias, logit_scale, softcap, scratch)
+        label, known = safe_labels[start:stop, None], valid[start:stop, None]
+        target = z.gather(1, label)
+        top = z.amax(-1, keepdim=True)
+        top.masked_fill_(top.isinf(), 0.0)
+        slope = None if softcap is None else 1.0 - (z / softcap).square_()
+        # z may be a view of `logits` (nothing was applied): `out` is written last.
+        grad = torch.sub(z, top, out=scratch[: stop - start]).exp_()
+        at_label = grad.gather(1, label)
+        rest = grad.scatter_(1, label, 0.0).sum(-1, keepdim=True)
+        total = rest + at_label
+        # Rounding can lift the label's logit above the log-sum-exp.
+        logp[start:stop] = (target - (top + total.log())).clamp_(max=0.0).squeeze(1)
+        factor[start:stop] = (-logit_scale / total).squeeze(1)
+        grad.scatter_(1, label, torch.where(known, -rest, float("nan")))
+        out[start:stop] = grad if slope is None else grad.mul_(slope)
+    return logp.masked_fill_(~valid, float("nan")), factor
+
+
 def live_rows(coefficients: Tensor) -> Tensor:
     """Indices (int64, rising) of the rows whose coefficient is not exactly zero; NaN is live."""
     return torch.nonzero(coefficients != 0).squeeze(1)

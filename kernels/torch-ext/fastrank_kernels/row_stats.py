@@ -15,18 +15,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_math import final_logits
+from .device_math import load_block, load_target
 from .launch import (
     FLOATS,
     INTEGERS,
     Launch,
     power_of_two,
+    read_end,
     require_device,
     require_dtype,
     require_rows,
     require_shape,
     run,
 )
+
+
+@triton.jit
+def add_block(z, top, total):
+    """Add one block's logits to the lanes' running maxima and sums."""
+    # top starts finite, so that -inf - top is -inf and not NaN.
+    decay = tl.exp(-tl.abs(z - top))
+    higher = z > top
+    total = tl.where(higher, total * decay + 1.0, total + decay)
+    return tl.where(higher, z, top), total
 
 
 @triton.jit(do_not_specialize=["labels", "lse", "logp"])
@@ -37,6 +48,7 @@ def row_stats_kernel(
     lse,
     logp,
     vocab,
+    read_end,
     stride,
     logit_scale,
     softcap,
@@ -47,25 +59,24 @@ def row_stats_kernel(
     lowest = -3.4028234663852886e38
     top = tl.full((BLOCK,), lowest, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocab, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < vocab
-        x = tl.load(logits + columns, mask=inside, other=0.0)
-        z = final_logits(x, bias, columns, inside, logit_scale, softcap)
-        z = tl.where(inside, z, float("-inf"))
-        # top starts finite, so that -inf - top is -inf and not NaN.
-        decay = tl.exp(-tl.abs(z - top))
-        higher = z > top
-        total = tl.where(higher, total * decay + 1.0, total + decay)
-        top = tl.where(higher, z, top)
+    lanes = tl.arange(0, BLOCK)
+    whole = vocab // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        z = load_block(
+            logits, bias, start + lanes, vocab, read_end, logit_scale, softcap, MASKED=False
+        )
+        top, total = add_block(z, top, total)
+    if whole < vocab:
+        z = load_block(
+            logits, bias, whole + lanes, vocab, read_end, logit_scale, softcap, MASKED=True
+        )
+        top, total = add_block(z, top, total)
     peak = tl.max(top, 0)
     row_lse = peak + tl.log(tl.sum(total * tl.exp(top - peak), 0))
     row_lse = tl.where(peak == float("inf"), peak, row_lse)
 
-    label = tl.load(labels + row)
-    known = (label >= 0) & (label < vocab)
-    x = tl.load(logits + label, mask=known, other=0.0)
-    row_logp = final_logits(x, bias, label, known, logit_scale, softcap) - row_lse
+    target, known = load_target(logits, bias, tl.load(labels + row), vocab, logit_scale, softcap)
+    row_logp = target - row_lse
     # Rounding can lift the label's logit above the log-sum-exp; a log-probability is never > 0.
     row_logp = tl.where(row_logp > 0.0, 0.0, row_logp)
     tl.store(lse + row, row_lse)
@@ -97,12 +108,16 @@ def plan_row_stats(
         "lse": lse,
         "logp": logp,
         "vocab": vocab,
+        "read_end": read_end(logits),
         "stride": logits.stride(0),
         "logit_scale": None if logit_scale == 1.0 else float(logit_scale),
         "softcap": None if softcap is None else float(softcap),
         "BLOCK": block,
     }
-    return Launch(row_stats_kernel, (rows,), arguments, num_warps, fp_fusion=True)
+    max_registers = None if logits.dtype == torch.float32 else 128
+    return Launch(
+        row_stats_kernel, (rows,), arguments, num_warps, fp_fusion=True, max_registers=max_registers
+    )
 
 
 def row_stats(

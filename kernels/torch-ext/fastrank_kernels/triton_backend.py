@@ -1,4 +1,4 @@
-"""The Triton backend: the six functions of `reference` under the same names and signatures.
+"""The Triton backend: the functions of `reference` under the same names and signatures.
 
 Importing this module imports triton; importing the package does not. Whoever picks a backend
 imports this module when it is asked for, and says what is missing where triton is.
@@ -10,5 +10,14 @@ from .compact import live_rows, segment_sum
 from .dlogits import dlogits
 from .rank import rank_scores, rank_tokens
 from .row_stats import row_stats
+from .unit_dlogits import unit_dlogits
 
-__all__ = ["dlogits", "live_rows", "rank_scores", "rank_tokens", "row_stats", "segment_sum"]
+__all__ = [
+    "dlogits",
+    "live_rows",
+    "rank_scores",
+    "rank_tokens",
+    "row_stats",
+    "segment_sum",
+    "unit_dlogits",
+]
