@@ -8,50 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pack_cases
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    LlamaConfig,
-    PhiConfig,
-    PreTrainedModel,
+from architectures import build
+from pack_cases import (
+    assert_same_gradients,
+    one_pack,
+    random_groups,
+    separate_scores,
+    take_gradients,
 )
+from torch import Tensor, nn
 
 import fastrank
 from fastrank.modeling.prepare import prepared_state
 
-SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": None,
-}
 
-
-def build(config_class=LlamaConfig, *, dtype=torch.float32, **options) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = config_class(**{**SMALL, **options})
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+def llama(*, tied: bool = False, **changed) -> nn.Module:
+    return build("llama", tie_word_embeddings=tied, **changed)
 
 
 def with_bias() -> nn.Module:
-    model = build(PhiConfig, resid_pdrop=0.0, embd_pdrop=0.0, attention_dropout=0.0)
+    model = build("phi")
     nn.init.normal_(model.lm_head.bias)
     return model
 
 
 def frozen(*names: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        model = build()
+        model = llama()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(names))
         return model
@@ -65,7 +50,7 @@ def adapted(*, tied: bool = False, **options) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         peft = pytest.importorskip("peft")
         config = peft.LoraConfig(r=2, lora_alpha=4, **options)
-        model = peft.get_peft_model(build(tie_word_embeddings=tied), config)
+        model = peft.get_peft_model(llama(tied=tied), config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -123,7 +108,7 @@ class QuantizedTensor(Tensor):
 
 def with_head(change: Callable[[nn.Linear], nn.Module]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        model = build()
+        model = llama()
         model.lm_head = change(model.lm_head)
         return model
 
@@ -158,13 +143,13 @@ def temperature(head: nn.Linear) -> nn.Module:
 
 # kind: (builder, whether the fused loss multiplies the head)
 KINDS = {
-    "untied": (build, True),
-    "tied": (lambda: build(tie_word_embeddings=True), True),
+    "untied": (llama, True),
+    "tied": (lambda: llama(tied=True), True),
     "frozen head": (frozen("lm_head"), True),
     "frozen trunk": (frozen("model"), True),
     "bias": (with_bias, True),
-    "softcap": (lambda: build(Gemma2Config, head_dim=8, final_logit_softcapping=2.0), True),
-    "scale": (lambda: build(CohereConfig, logit_scale=0.3), True),
+    "softcap": (lambda: build("gemma2"), True),
+    "scale": (lambda: build("cohere", logit_scale=0.3), True),
     "parametrized": (with_head(parametrized), True),
     "lora on head": (adapted(target_modules=["q_proj", "lm_head"]), False),
     "lora on head alone": (adapted(target_modules=["lm_head"]), False),
@@ -187,15 +172,9 @@ KINDS = {
 }  # fmt: skip
 
 
-def take_gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
-
-
 def plain_loss(model: nn.Module, groups) -> Tensor:
     """RRHF with its supervised term (mean), by a forward pass for every response."""
-    scores = pack_cases.separate_scores(model, groups)
+    scores = separate_scores(model, groups)
     total = torch.zeros(())
     for group, own in zip(groups, scores.split([g.num_candidates for g in groups]), strict=True):
         for i, better in enumerate(group.rewards.tolist()):
@@ -211,7 +190,7 @@ def plain_loss(model: nn.Module, groups) -> Tensor:
 def test_value_and_every_gradient_equal_the_plain_computation(kind):
     make, fused = KINDS[kind]
     model = make()
-    groups = pack_cases.random_groups(pack_cases.RAGGED)
+    groups = random_groups()
     expected = plain_loss(model, groups)
     expected.backward()
     reference = take_gradients(model)
@@ -219,30 +198,30 @@ def test_value_and_every_gradient_equal_the_plain_computation(kind):
     assert reference.keys() == trainable and all(g.any() for g in reference.values())
 
     fastrank.prepare_model(model)
-    (pack,) = fastrank.pack(groups, max_tokens=4096)
+    pack = one_pack(groups)
     output = model(pack=pack, loss=fastrank.RRHF())
     head = prepared_state(model).head
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     assert (head.weights(lm) is not None) == fused, head.reason
     torch.testing.assert_close(output.loss, expected.detach(), atol=1e-5, rtol=1e-5)
     output.loss.backward()
-    pack_cases.assert_same_gradients(take_gradients(model), reference, 1e-5)
+    assert_same_gradients(take_gradients(model), reference, 1e-5)
 
     output = fastrank.two_phase_backward(model, groups, loss=fastrank.RRHF(), max_tokens=40)
     torch.testing.assert_close(output.loss, expected.detach(), atol=1e-5, rtol=1e-5)
-    pack_cases.assert_same_gradients(take_gradients(model), reference, 1e-5)
+    assert_same_gradients(take_gradients(model), reference, 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_dynamically_quantized_head():
     """torch's own int8 head has no gradient by its inputs: it can be scored with. Its activations
     are rounded on a scale of all rows of a call, so a pack rounds a little differently."""
-    model = build()
-    groups = pack_cases.random_groups(pack_cases.RAGGED)
+    model = llama()
+    groups = random_groups()
     with torch.no_grad():
-        exact = pack_cases.separate_scores(model, groups)
+        exact = separate_scores(model, groups)
         torch.ao.quantization.quantize_dynamic(model, {"lm_head"}, inplace=True)
-        expected = pack_cases.separate_scores(model, groups)
+        expected = separate_scores(model, groups)
     fastrank.prepare_model(model)
     scores = torch.cat(fastrank.score(model, groups, max_tokens=4096))
     rounding = float((expected - exact).abs().max())
@@ -254,12 +233,12 @@ def test_a_dynamically_quantized_head():
 @pytest.mark.parametrize("frozen_head", [True, False])
 def test_a_float32_head_over_a_bfloat16_trunk(casts, frozen_head):
     """Without the hook the model could not even make its own logits."""
-    model = build(dtype=torch.bfloat16)
+    model = llama(dtype=torch.bfloat16)
     model.lm_head.float().requires_grad_(not frozen_head)
     if casts:
         model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     fastrank.prepare_model(model)
-    (pack,) = fastrank.pack(pack_cases.random_groups(pack_cases.RAGGED), max_tokens=4096)
+    pack = one_pack()
 
     # The plain head on the trunk's own hidden rows of the same pack: everything after the trunk.
     rows = []
@@ -292,12 +271,12 @@ def test_a_float32_head_over_a_bfloat16_trunk(casts, frozen_head):
 
 def test_the_head_follows_adapters_that_come_and_go():
     peft = pytest.importorskip("peft")
-    groups = pack_cases.random_groups(pack_cases.RAGGED)
-    model = fastrank.prepare_model(build())
+    groups = random_groups()
+    model = fastrank.prepare_model(llama())
 
     def check() -> Tensor:
         with torch.no_grad():
-            expected = pack_cases.separate_scores(model, groups)
+            expected = separate_scores(model, groups)
         scores = torch.cat(fastrank.score(model, groups, max_tokens=4096))
         torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
         return scores
@@ -346,18 +325,18 @@ class Partitioned:
 
 
 def test_a_zero3_partitioned_head_is_gathered_by_its_own_forward():
-    model = build()
-    groups = pack_cases.random_groups(pack_cases.RAGGED)
+    model = llama()
+    groups = random_groups()
     expected = plain_loss(model, groups)
     expected.backward()
     reference = take_gradients(model)
     head = Partitioned(model.lm_head)
     fastrank.prepare_model(model)
-    (pack,) = fastrank.pack(groups, max_tokens=4096)
+    pack = one_pack(groups)
     for _ in range(2):
         head.release()
         output = model(pack=pack, loss=fastrank.RRHF())
         assert "ZeRO-3" in prepared_state(model).head.reason
         torch.testing.assert_close(output.loss, expected.detach(), atol=1e-5, rtol=1e-5)
         output.loss.backward()
-        pack_cases.assert_same_gradients(take_gradients(model), reference, 1e-5)
+        assert_same_gradients(take_gradients(model), reference, 1e-5)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import reference_processes as worker
 import tiny_models
 import torch
 import torch.multiprocessing as mp
+from pack_cases import separate_scores
 from transformers import AutoModelForCausalLM
 
 from fastrank.data.packing import Group
@@ -17,34 +16,18 @@ from fastrank.modeling import reference_scores
 from fastrank.modeling.reference_scores import with_reference_scores
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.save_llama(tmp_path_factory.mktemp("reference"))
-
-
-def plain_scores(path: Path, groups: list[Group], normalize: str) -> list[torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
-    scores = []
-    for group in groups:
-        row = []
-        for response in group.response_ids:
-            ids = torch.cat((group.prompt_ids, response))[None]
-            with torch.no_grad():
-                logp = model(ids).logits[0].log_softmax(-1)[len(group.prompt_ids) - 1 : -1]
-            tokens = logp.gather(1, response[:, None])
-            row.append(tokens.sum() if normalize == "sum" else tokens.mean())
-        scores.append(torch.stack(row).float())
-    return scores
-
-
 @pytest.mark.parametrize("normalize", ["sum", "mean"])
-def test_scores_are_the_models_log_probabilities(model_path, normalize):
+def test_scores_are_the_models_log_probabilities(policy_path, normalize):
     groups = worker.make_groups()
-    found = with_reference_scores(groups, model_path, normalize=normalize)
-    for group, new, expected in zip(
-        groups, found, plain_scores(model_path, groups, normalize), strict=True
-    ):
-        torch.testing.assert_close(new.reference_scores, expected, atol=1e-4, rtol=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(policy_path, dtype=torch.float64).eval()
+    with torch.no_grad():
+        expected = separate_scores(model, groups)
+    if normalize == "sum":
+        expected = expected * torch.tensor([len(r) for g in groups for r in g.response_ids])
+    found = with_reference_scores(groups, policy_path, normalize=normalize)
+    scores = torch.cat([group.reference_scores for group in found])
+    torch.testing.assert_close(scores, expected.float(), atol=1e-4, rtol=1e-5)
+    for group, new in zip(groups, found, strict=True):
         assert torch.equal(new.prompt_ids, group.prompt_ids)
         assert torch.equal(new.rewards, group.rewards)
     assert len(found) == 7 and len(found[2:5]) == 3
@@ -56,33 +39,33 @@ def test_scores_are_the_models_log_probabilities(model_path, normalize):
     assert turned.sizes.num_candidates.tolist() == [1, 4]
 
 
-def test_a_loaded_model_is_asked_as_it_is_and_released(model_path):
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+def test_a_loaded_model_is_asked_as_it_is_and_released(policy_path):
+    model = AutoModelForCausalLM.from_pretrained(policy_path, dtype=torch.float32)
     before = dict(model.__dict__)
     groups = worker.make_groups()
     found = with_reference_scores(groups, model, normalize="sum")
-    expected = with_reference_scores(groups, model_path, normalize="sum")
+    expected = with_reference_scores(groups, policy_path, normalize="sum")
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a.reference_scores, b.reference_scores)
     assert set(model.__dict__) == set(before)
 
 
-def test_a_second_run_reads_the_scores_and_loads_no_model(model_path, tmp_path, monkeypatch):
+def test_a_second_run_reads_the_scores_and_loads_no_model(policy_path, tmp_path, monkeypatch):
     groups = worker.make_groups()
-    first = with_reference_scores(groups, model_path, normalize="sum", cache_dir=tmp_path)
+    first = with_reference_scores(groups, policy_path, normalize="sum", cache_dir=tmp_path)
 
     def fails(*arguments, **options):
         raise AssertionError("the model was loaded again")
 
     monkeypatch.setattr(reference_scores, "load_model", fails)
-    again = with_reference_scores(groups, model_path, normalize="sum", cache_dir=tmp_path)
+    again = with_reference_scores(groups, policy_path, normalize="sum", cache_dir=tmp_path)
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a.reference_scores, b.reference_scores)
     for changed in (groups[:-1], groups[::-1]):
         with pytest.raises(AssertionError, match="loaded again"):
-            with_reference_scores(changed, model_path, normalize="sum", cache_dir=tmp_path)
+            with_reference_scores(changed, policy_path, normalize="sum", cache_dir=tmp_path)
     with pytest.raises(AssertionError, match="loaded again"):
-        with_reference_scores(groups, model_path, normalize="mean", cache_dir=tmp_path)
+        with_reference_scores(groups, policy_path, normalize="mean", cache_dir=tmp_path)
 
 
 def test_a_model_trained_on_in_its_folder_is_asked_again(tmp_path):
@@ -96,24 +79,26 @@ def test_a_model_trained_on_in_its_folder_is_asked_again(tmp_path):
     assert len(list(cache.iterdir())) == 2
 
 
-def test_a_broken_cache_is_made_again(model_path, tmp_path):
+def test_a_broken_cache_is_made_again(policy_path, tmp_path):
     groups = worker.make_groups()
-    first = with_reference_scores(groups, model_path, normalize="sum", cache_dir=tmp_path)
+    first = with_reference_scores(groups, policy_path, normalize="sum", cache_dir=tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:20])
-    again = with_reference_scores(groups, model_path, normalize="sum", cache_dir=tmp_path)
+    again = with_reference_scores(groups, policy_path, normalize="sum", cache_dir=tmp_path)
     assert torch.equal(first[0].reference_scores, again[0].reference_scores)
 
 
-def test_tokens_of_another_tokenizer_are_one_line(model_path):
+def test_tokens_of_another_tokenizer_are_one_line(policy_path):
     group = Group([1, 5000], ([3, 4],), [1.0], name="data.jsonl:3")
     with pytest.raises(InputError, match="as reference model: data.jsonl:3: token ids must lie"):
-        with_reference_scores([group], model_path, normalize="sum")
+        with_reference_scores([group], policy_path, normalize="sum")
 
 
-def test_two_processes_share_the_work_and_agree(model_path, tmp_path):
-    mp.spawn(worker.run, args=(2, str(tmp_path), str(model_path)), nprocs=2)
-    expected = with_reference_scores(worker.make_groups(), model_path, normalize="sum")
+def test_two_processes_share_the_work_and_agree(policy_path, tmp_path):
+    # Forked: processes of their own would spend their time importing.
+    arguments = (2, str(tmp_path), str(policy_path))
+    mp.start_processes(worker.run, arguments, nprocs=2, start_method="fork")
+    expected = with_reference_scores(worker.make_groups(), policy_path, normalize="sum")
     for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         for scores, group in zip(found, expected, strict=True):

@@ -6,25 +6,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from pack_cases import random_groups
 
 from fastrank.data.packing import Group
 from fastrank.modeling.reference_scores import with_reference_scores
 
 
 def make_groups() -> list[Group]:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(length: int) -> torch.Tensor:
-        return torch.randint(6, 100, (length,), generator=generator)
-
-    return [
-        Group(draw(k % 4 + 1), tuple(draw(k % 3 + j + 1) for j in range(k % 4 + 1)), range_of(k))
-        for k in range(7)
-    ]
-
-
-def range_of(k: int) -> torch.Tensor:
-    return torch.arange(k % 4 + 1, dtype=torch.float32)
+    """Seven groups of one to four candidates, for the tokenizer of `tiny_models`."""
+    shapes = [(k % 4 + 1, [k % 3 + j + 1 for j in range(k % 4 + 1)]) for k in range(7)]
+    return random_groups(shapes, vocab=100)
 
 
 def run(rank: int, world: int, folder: str, model: str) -> None:
