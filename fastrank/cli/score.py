@@ -155,9 +155,8 @@ def _load(options: ScoreOptions) -> tuple[PreTrainedModel, bool, str]:
     import torch
 
     from fastrank.attention.gate import refusal
-    from fastrank.modeling.device import choose_device, choose_dtype
     from fastrank.modeling.prepare import prepare_model
-    from fastrank.modeling.pretrained import load_model
+    from fastrank.modeling.pretrained import choose_device, choose_dtype, load_model
 
     device = choose_device(options.device)
     dtype, why = choose_dtype(options.dtype, device)

@@ -1,7 +1,7 @@
-"""Checks of a pack against what a model can place: context length and position-dependent RoPE.
+"""Checks of a pack against a model's context length and position-dependent RoPE.
 
-Both are about single sequences, [prompt; response], and not about the pack, whose row may be much
-longer than the model's context.
+Both concern single sequences, [prompt; response], not the row of the pack, which may be much longer
+than the model's context.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from fastrank.data.packing import Pack
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Positions that the model was made for; None if its configuration does not say."""
+    """Maximum number of positions; None if the configuration does not say."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
 
 
 def rope_boundary(config: PretrainedConfig) -> int | None:
-    """The length at which longrope switches its frequencies, for every position of the row."""
+    """Length beyond which longrope uses other frequencies, for every position of the row."""
     for parameters in _rope_parameters(config):
         if parameters.get("rope_type") == "longrope":
             boundary = parameters.get("original_max_position_embeddings")
@@ -29,7 +29,7 @@ def rope_boundary(config: PretrainedConfig) -> int | None:
 
 
 def check_sequences(pack: Pack, config: PretrainedConfig) -> None:
-    """Raise ValueError if a sequence is too long, or if the pack's cannot share frequencies."""
+    """Raise ValueError if a sequence is too long, or if sequences need different frequencies."""
     limit = context_length(config)
     longest, shortest = pack.longest_sequence, pack.shortest_sequence
     if limit is not None and longest > limit:
@@ -47,7 +47,7 @@ def check_sequences(pack: Pack, config: PretrainedConfig) -> None:
 
 
 def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """RoPE parameters of the model, or of each of its layer types."""
+    """RoPE parameters of the model, or one set per layer type."""
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return nested or [parameters]

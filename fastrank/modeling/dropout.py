@@ -1,7 +1,7 @@
-"""What is random in a model while it trains: dropout, and noise that some routers add.
+"""Sources of randomness in a training model: dropout, and the noise of some routers.
 
-With dropout the same prompt would be encoded differently for each of its responses, and the second
-phase of two-phase training would differentiate another function than the first one scored.
+With dropout a prompt would be encoded differently for each of its responses, and the second phase
+of two-phase training would differentiate a function other than the one scored in the first.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _NOISE = ("jitter", "layerdrop", "neftune_noise_alpha")
 
 
 def disable_dropout(model: nn.Module) -> list[str]:
-    """Set every dropout rate of a model to 0; returns what was changed, as ``"name: 0.1"``.
+    """Set every dropout rate of a model to 0; return the changes, each as ``"name: 0.1"``.
 
     Covers ``nn.Dropout`` modules (LoRA's too) and the rates that attention modules keep as plain
-    numbers. The configuration is left alone: it says what the model was made with.
+    numbers. The configuration is left alone: it records how the model was made.
     """
     changed: list[str] = []
     for module, name, label, value in _dropouts(model):
@@ -30,7 +30,7 @@ def disable_dropout(model: nn.Module) -> list[str]:
 
 
 def random_rates(model: nn.Module) -> list[str]:
-    """Every dropout rate, and every rate of other noise, that is not 0, as ``"name: 0.1"``."""
+    """Every nonzero rate of dropout or other noise, as ``"name: 0.1"``."""
     dropouts = [f"{label}: {value}" for _, _, label, value in _dropouts(model)]
     noise = [
         f"{path}.{name}: {value}"

@@ -1,13 +1,13 @@
-"""The output head: which weight, bias, scale and softcap turn hidden rows into logits.
+"""The output head: the weight, bias, scale and softcap that turn hidden states into logits.
 
-The fused loss multiplies the head itself, so it must know exactly what the model does after its
-last hidden state. Names in configurations do not tell: Granite divides by ``logits_scaling``,
+The fused loss multiplies by the head itself, so it must know exactly what the model does after its
+last hidden state. Configuration names do not tell: Granite divides by ``logits_scaling``,
 HyperCLOVAX multiplies by an attribute of the same name. So the head is *measured*: the model's own
-logits on a few rows are compared with what the head gives there, and a scale is accepted only if it
-reproduces them. Whatever cannot be reproduced (and a head that is no plain linear layer: with an
-adapter, quantised, partitioned by ZeRO-3) takes the logits fallback, where the model makes its own
-logits. Multiplying an adapter's factors here as well would save memory for one kind of adapter;
-the logits fallback is right for every kind.
+logits on a few rows are compared with those computed from the head, and a scale is accepted only if
+it reproduces them. What cannot be reproduced, and a head that is not a plain linear layer (with an
+adapter, quantised, partitioned by ZeRO-3), takes the logits fallback: the model computes its own
+logits. Multiplying by an adapter's factors here would save memory for one kind of adapter; the
+logits fallback is right for every kind.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 
 class HeadWeights(NamedTuple):
-    """``z = softcap tanh(scale (W h + b) / softcap)``."""
+    """Logits are ``softcap * tanh(logit_scale * (weight @ h + bias) / softcap)``."""
 
     weight: Tensor
     bias: Tensor | None
@@ -35,7 +35,7 @@ class HeadWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """How logits are made: ``fused`` by the loss from the head's weights, or by the model."""
+    """How logits are computed: by the loss from the head's weights (``fused``), or by the model."""
 
     fused: bool
     reason: str
@@ -51,9 +51,9 @@ class Head:
 
 
 def not_plain(model: PreTrainedModel) -> str | None:
-    """Why the head is not a plain matrix whose gradient is enough; None if it is.
+    """Reason why the head is not a plain weight matrix; None if it is one.
 
-    Asked before every pack, because adapters come and go.
+    Checked before every pack, because adapters come and go.
     """
     module = _linear(model)
     if not isinstance(module, nn.Linear):
@@ -74,8 +74,11 @@ def not_plain(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def head_in_own_dtype(model: PreTrainedModel) -> Iterator[None]:
-    """Meanwhile the head takes inputs of any type: a float32 head over a bfloat16 trunk, which the
-    fused loss multiplies in float32, need not be callable for the model itself."""
+    """Let the head take inputs of any dtype.
+
+    The fused loss multiplies by a float32 head over a bfloat16 trunk in float32; the model itself
+    need not be able to call such a head.
+    """
     module = _linear(model)
     weight: Any = module.weight
     handle = module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(weight.dtype),))
@@ -94,17 +97,17 @@ def _linear(model: PreTrainedModel) -> nn.Module:
 
 
 def measure_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> Head:
-    """Find scale and softcap such that the head on ``hidden`` gives ``logits``.
+    """Find the scale and softcap with which the head maps ``hidden`` to ``logits``.
 
     Args:
-        model: the causal language model; its head is plain (`not_plain`).
-        hidden: [S, D], its last hidden states on some tokens.
-        logits: [S, V], its own logits there.
+        model: a causal language model with a plain head (`not_plain`).
+        hidden: [S, D], last hidden states of some tokens.
+        logits: [S, V], the model's own logits of these tokens.
     """
     module: Any = _linear(model)
     if module.weight.shape[1] != hidden.shape[1]:
         return Head(False, "the model transforms its last hidden state before the head")
-    # Not the module itself: its hooks are part of what the model does, and are measured so.
+    # Not by calling the module: its hooks belong to what is measured.
     plain = nn.functional.linear(hidden.to(module.weight.dtype), module.weight, module.bias)
     plain = plain.double()
     logits = logits.double()
@@ -124,14 +127,11 @@ def measure_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> Head
 
 def _softcaps(config: PretrainedConfig) -> list[float | None]:
     cap = getattr(config, "final_logit_softcapping", None)
-    found: list[float | None] = [None]
-    if cap:
-        found.insert(0, float(cap))
-    return found
+    return [float(cap), None] if cap else [None]
 
 
 def _scales(config: PretrainedConfig) -> list[float]:
-    """1, and every number that a configuration might mean as a factor or divisor of logits."""
+    """1, and every number of the configuration that may be a factor or divisor of logits."""
     scales = [1.0]
     base = getattr(config, "dim_model_base", None)
     if base:  # MiniCPM divides its last hidden states by hidden_size / dim_model_base

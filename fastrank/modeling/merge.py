@@ -1,8 +1,8 @@
-"""Adapters merged into the weights they adapt: a plain model, as every other command takes it.
+"""Merging of adapters into the weights they adapt, which gives a plain model.
 
-Merging adds an adapter's change to the base weight in place. Where input and output embeddings are
-one tensor, a change meant for one of them would reach the other, and a checkpoint that says "tied"
-would drop one of the two: such embeddings are separated first.
+Merging adds an adapter's update to the base weight in place. Where input and output embeddings
+share one tensor, an update meant for one of them would reach the other, and a checkpoint marked as
+tied would drop one of the two: such embeddings are untied first.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 
 def merge_adapter(model: Any) -> PreTrainedModel:
-    """The base model of a ``PeftModel`` with its active adapter merged in; the ``PeftModel`` is
-    used up.
+    """Merge the active adapter of a ``PeftModel`` into its base model and return that.
+
+    The ``PeftModel`` is unusable afterwards.
 
     Raises:
         ValueError: the merged weights are not finite.
@@ -27,8 +28,7 @@ def merge_adapter(model: Any) -> PreTrainedModel:
 
 
 def _untie_adapted(base: PreTrainedModel) -> None:
-    """Give the head a weight of its own if it shares one with the embedding and either of them is
-    adapted or trained as a copy."""
+    """Untie the head from the embedding if either is adapted or trained as a copy."""
     modules: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
     inner = [_original(module) for module in modules]
     if inner[0].weight is not inner[1].weight:
@@ -42,7 +42,7 @@ def _untie_adapted(base: PreTrainedModel) -> None:
 
 
 def _original(module: Any) -> Any:
-    """The module that an adapter or a trained copy was put around."""
+    """The module that an adapter or a trained copy wraps."""
     if hasattr(module, "get_base_layer"):
         return module.get_base_layer()
     return getattr(module, "original_module", module)

@@ -1,10 +1,12 @@
 """`prepare_model`: a transformers model that takes packs.
 
-The model stays what it is: same class, same parameters, same ``save_pretrained``, same behaviour
-for every call without a pack. Only its ``forward`` is replaced on the instance, because that is
-where DDP, FSDP2 and accelerate hook in: the ranking loss must be computed *inside* the wrapped
-forward, or gradients are not synchronised. A wrapping ``nn.Module`` would have changed parameter
-names and checkpoints.
+The model keeps its class, its parameters, its ``save_pretrained`` and its behaviour for every call
+without a pack. Only ``forward`` is replaced on the instance, because that is where DDP, FSDP2 and
+accelerate hook in: the ranking loss must be computed *inside* the wrapped forward, or gradients are
+not synchronised. A wrapping ``nn.Module`` would change parameter names and checkpoints.
+
+Shapes: N tokens of a pack with shared prompts (one row), C candidates, L tokens of the longest
+sequence, D hidden size.
 """
 
 from __future__ import annotations
@@ -33,7 +35,13 @@ from fastrank.modeling.context import check_sequences
 from fastrank.modeling.heads import Head
 from fastrank.modeling.logits import model_logprobs, ranking_from_logprobs
 from fastrank.modeling.probe import check_causal, check_sharing, probe_head
-from fastrank.modeling.unwrap import causal_lm, evaluation_mode, is_materialized, model_configs
+from fastrank.modeling.unwrap import (
+    causal_lm,
+    evaluation_mode,
+    is_materialized,
+    model_configs,
+    unwrap,
+)
 from fastrank.outputs import RankingOutput, ScoreOutput
 
 logger = logging.getLogger(__name__)
@@ -45,7 +53,7 @@ _STATE = "_fastrank"
 
 @dataclass(eq=False)
 class Prepared:
-    """What `prepare_model` keeps on a model."""
+    """State that `prepare_model` keeps on a model."""
 
     shared_prompts: bool
     attention: str
@@ -56,17 +64,17 @@ class Prepared:
 
 
 def prepare_model(model: ModelT, *, attention: str = "auto", shared_prompts: bool = True) -> ModelT:
-    """Let a causal language model take packs; returns the same model.
+    """Prepare a causal language model to take packs, in place, and return it.
 
-    Afterwards ``model(pack=pack, loss=fastrank.RRHF(), reduction="mean")`` gives a `RankingOutput`
-    and ``model(pack=pack)`` a `ScoreOutput` whose token log-probabilities carry gradients. A pack
-    is moved to the model's device if it is elsewhere. Every other call behaves as before.
+    Afterwards ``model(pack=pack, loss=fastrank.RRHF(), reduction="mean")`` returns a
+    `RankingOutput` and ``model(pack=pack)`` a `ScoreOutput` whose token log-probabilities carry
+    gradients. A pack on another device is moved to the model's. Every other call behaves as before.
 
     The auxiliary load-balancing loss of mixtures of experts is not added to the ranking loss; with
-    shared prompts it would count a prompt's tokens once and not once a response.
+    shared prompts it would count a prompt's tokens once instead of once per response.
 
     Args:
-        model: a transformers causal language model, PEFT-wrapped or not. To be called before DDP,
+        model: a transformers causal language model, PEFT-wrapped or not. Prepare it before DDP,
             FSDP2 or ``torch.compile`` wrap it.
         attention: ``"auto"``, or the backend for shared prompts by name: ``"cpu"`` (parts of one
             softmax merged), ``"varlen"``, ``"flex"``, ``"segmentwise"`` (every sequence by itself).
@@ -74,9 +82,9 @@ def prepare_model(model: ModelT, *, attention: str = "auto", shared_prompts: boo
             take packs made with ``shared_prompts=False``.
 
     Raises:
-        TypeError: not a transformers model.
-        InputError: the model cannot share prompts, and why.
-        ValueError: an unknown backend.
+        TypeError: the model is not a transformers model.
+        InputError: the model cannot share prompts; the message says why.
+        ValueError: the backend is unknown.
     """
     if attention not in ("auto", *BACKENDS):
         expected = ", ".join(("auto", *BACKENDS))
@@ -110,7 +118,7 @@ def prepare_model(model: ModelT, *, attention: str = "auto", shared_prompts: boo
 
 
 def release_model(model: nn.Module) -> None:
-    """Undo `prepare_model`; nothing happens to a model that is not prepared."""
+    """Undo `prepare_model`; leave a model that is not prepared alone."""
     state = model.__dict__.pop(_STATE, None)
     if state is None:
         return
@@ -122,16 +130,16 @@ def release_model(model: nn.Module) -> None:
 
 
 def prepared_state(model: nn.Module) -> Prepared | None:
-    """What `prepare_model` left on a model, also under a wrapper's ``module``; None without."""
-    return model.__dict__.get(_STATE) or getattr(model, "module", model).__dict__.get(_STATE)
+    """State of a prepared model, wrapped or not; None if it is not prepared."""
+    return unwrap(model).__dict__.get(_STATE)
 
 
 def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
-    """The prepared forward for models of a class.
+    """The forward of prepared models of a class.
 
-    Its signature is that of the class: transformers' Trainer reads from it which columns and
-    keyword arguments the model takes. ``__wrapped__`` must not be set, because accelerate follows
-    it down to the class's forward when it unwraps.
+    It has the signature of the class's own, from which transformers' Trainer reads the columns and
+    keyword arguments that the model takes. ``__wrapped__`` must not be set, because accelerate
+    follows it to the class's forward when it unwraps.
     """
 
     @functools.wraps(cls.forward)
@@ -162,7 +170,7 @@ def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _inner(model: nn.Module) -> Callable[..., Any]:
-    """The forward that the model had before."""
+    """The forward of the model before it was prepared."""
     state: Prepared = model.__dict__[_STATE]
     return state.inner_forward or MethodType(type(model).forward, model)
 
@@ -217,7 +225,7 @@ def _pack_forward(
 
 
 def _pack_hidden(lm: PreTrainedModel, state: Prepared, pack: Pack) -> Tensor:
-    """Last hidden states, [1, N, D] or [C, L, D]."""
+    """Last hidden states: [1, N, D] with shared prompts, [C, L, D] without."""
     return _run(lm, state, pack, functools.partial(_hidden_states, lm))
 
 
@@ -231,7 +239,7 @@ def _run(
 ) -> Tensor:
     """Call ``function`` with the pack's model inputs, under the attention that the pack needs."""
     if pack.segments is None:
-        # Nothing attends to what stands on its right: padding needs no mask.
+        # No token attends to what follows it: padding needs no mask.
         return function(input_ids=pack.input_ids)
     with shared_prompt_attention(model_configs(lm), pack.segments, state.attention) as context:
         # The mask of ones keeps transformers from looking for packed rows in the positions.

@@ -1,15 +1,16 @@
-"""Models and tokenizers from a folder or a Hub name, with one clear line when there is none.
+"""Models and tokenizers from a folder or a Hub name, and the device and dtype for inference.
 
-Weights are read from safetensors only (no pickle), code from a model's repository runs only where
-it was asked for, and a name that can only be meant as a path is never asked of the Hub. A model
-whose weights are incomplete is refused: transformers would fill the gap with random numbers.
+Weights are read from safetensors only (no pickle), code from a model's repository runs only on
+request, and a name that can only be meant as a path is never looked up on the Hub. A model with
+incomplete weights is refused: transformers would initialise the missing ones at random.
 
-The folder of a PEFT adapter, as ``fastrank train --use_peft`` writes it, is loaded as the base
-model that it names with the adapter merged in: a plain model, as every command takes it.
+The folder of a PEFT adapter, as ``fastrank train --use_peft`` writes it, is loaded as its base
+model with the adapter merged in: a plain model, which every command takes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import warnings
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrank.data.files import looks_like_path, one_line
+from fastrank.data.identity import content_hash
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,19 +28,53 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-#: Tokenizers that know no limit state 1e30; no context comes near this.
+#: Tokenizers without a limit state 1e30; no context comes near this.
 _NO_LIMIT = 10**9
 
+#: Files of a model folder that its output depends on.
+_CONTENT = ("*.json", "*.jinja", "*.safetensors")
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def check_model_path(path: str | Path, needed: str = "config.json") -> str:
-    """The path as text, if it is a folder with a ``needed`` file or can be a Hub name; for the
-    folder of an adapter, that of its base model.
+def choose_device(name: str) -> torch.device:
+    """The device of that name; ``"auto"`` is the first CUDA device, or the CPU without one.
 
     Raises:
-        InputError: it is a file, a folder without that file, or a path that is not there.
+        InputError: the name is no device, or the device is not on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(
+            f"--device must be auto, cpu or cuda[:index], got '{name[:40]}'"
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise InputError(f"--device {name}: {found} CUDA devices are here")
+    return device
+
+
+def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
+    """The dtype to load weights in, and why: "auto" is the stored one, or float32 on a CPU."""
+    if dtype != "auto":
+        return dtype, "asked for"
+    if device.type == "cpu":
+        return "float32", "on a CPU"
+    return "auto", "as stored"
+
+
+def check_model_path(path: str | Path, needed: str = "config.json") -> str:
+    """The path as text, if it is a folder with the ``needed`` file or may be a Hub name.
+
+    For the folder of an adapter, the path of its base model.
+
+    Raises:
+        InputError: it is a file, a folder without the needed file, or a path that does not exist.
     """
     if needed == "config.json" and is_adapter(path):
         return check_model_path(adapter_base(path))
@@ -61,16 +97,16 @@ def check_model_path(path: str | Path, needed: str = "config.json") -> str:
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a path is the folder of an adapter alone."""
+    """Whether a path is a folder with an adapter but no model."""
     local = Path(path).expanduser()
     return (local / ADAPTER_CONFIG).is_file() and not (local / "config.json").is_file()
 
 
 def adapter_base(path: str | Path) -> str:
-    """The model that an adapter's folder says it adapts.
+    """The base model that an adapter's folder names.
 
     Raises:
-        InputError: it does not say, names itself, or its weights are no safetensors.
+        InputError: it names none, names another adapter, or has no weights in safetensors.
     """
     folder = Path(path).expanduser()
     try:
@@ -87,11 +123,30 @@ def adapter_base(path: str | Path) -> str:
     return base
 
 
+def model_identity(path: str | Path) -> str:
+    """Hash of a model folder's configuration, tokenizer and weights, to recognise the model by.
+
+    The hash of an adapter covers its folder and its base model, that of a Hub name only the name.
+    Of weight files beyond 64 MiB only evenly spaced blocks are read: training changes every tensor,
+    and with it every block.
+    """
+    local = Path(path).expanduser()
+    digest = hashlib.blake2b(digest_size=16)
+    if not local.is_dir():
+        digest.update(str(path).encode())
+        return digest.hexdigest()
+    if is_adapter(local):
+        digest.update(model_identity(adapter_base(local)).encode())
+    for file in sorted(found for pattern in _CONTENT for found in local.glob(pattern)):
+        digest.update(f"{file.name} {content_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or Hub name.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: it does not exist or cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -115,26 +170,20 @@ def load_model(
     """The causal language model of a folder or Hub name, on the CPU, in evaluation mode.
 
     Args:
-        path: a folder with ``config.json`` and safetensors, or a Hub name; or the folder of an
-            adapter.
+        path: a folder with ``config.json`` and safetensors, the folder of an adapter, or a Hub
+            name.
         dtype: a torch dtype, its name, or "auto" (as stored).
         trust_remote_code: run the model code that comes with the weights.
         options: further keyword arguments of ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        InputError: there is none, it cannot be read, is no causal language model, or lacks weights.
+        InputError: it does not exist, cannot be read, is no causal language model, or lacks
+            weights.
     """
     from transformers import AutoModelForCausalLM
 
-    what = "causal language model"
-    return _load(
-        AutoModelForCausalLM,
-        path,
-        what,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        **options,
-    )
+    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    return _load(AutoModelForCausalLM, path, "causal language model", **options)
 
 
 def load_reward_model(
@@ -143,7 +192,7 @@ def load_reward_model(
     """The sequence-classification model with one label of a folder or Hub name; see `load_model`.
 
     Raises:
-        InputError: there is none, it cannot be read, lacks weights, or has more than one label.
+        InputError: it does not exist, cannot be read, lacks weights, or has more than one label.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -193,7 +242,7 @@ def _with_adapter(base: PreTrainedModel, path: str | Path, what: str) -> PreTrai
 
 @contextmanager
 def _bars_on_terminals_only() -> Iterator[None]:
-    """Keep transformers' loading bar out of log files."""
+    """Show transformers' loading bar only on a terminal."""
     from transformers.utils import logging
 
     silence = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
@@ -207,7 +256,7 @@ def _bars_on_terminals_only() -> Iterator[None]:
 
 
 def tokenizer_context(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The context for a tokenizer alone: of the model beside it, or what the tokenizer states."""
+    """Context length for a tokenizer: of the model beside it, or the one that it states."""
     from transformers import AutoConfig
 
     from fastrank.modeling.context import context_length

@@ -1,8 +1,8 @@
-"""Looking before leaping: a few tokens through the model when it is prepared.
+"""Start-up checks: a few tokens through the model when it is prepared.
 
-Two silent errors are caught here that no configuration reveals: a head whose logits are not what
-the fused loss would make of its hidden rows, and an architecture on which a response in a shared
-pack is not what it is in a row of its own. The cost is a handful of passes over a few tokens.
+They catch two silent errors that no configuration reveals: a head whose logits differ from those
+that the fused loss would compute, and an architecture on which a response in a shared pack differs
+from the same response in a row of its own. The cost is a handful of passes over a few tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastrank.data.files import one_line
 from fastrank.data.packing import Group, pack
 from fastrank.errors import InputError
 from fastrank.modeling.heads import Head, head_in_own_dtype, measure_head, not_plain
@@ -23,18 +24,13 @@ _PROMPT_LENGTH, _RESPONSE_LENGTHS = 3, (3, 3)
 
 
 def probe_group(model: PreTrainedModel) -> Group:
-    """A group of random tokens, the same in every process."""
+    """Group of random tokens, the same in every process."""
     generator = torch.Generator().manual_seed(0)
     draws = [
         torch.randint(0, vocab_size(model), (length,), generator=generator)
         for length in (_PROMPT_LENGTH, *_RESPONSE_LENGTHS)
     ]
     return Group(draws[0], tuple(draws[1:]), torch.arange(2.0), name="start-up check")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's text, for messages of one line."""
-    return str(error).strip().split("\n", 1)[0]
 
 
 def probe_head(
@@ -53,7 +49,7 @@ def probe_head(
 
 
 def check_causal(model: PreTrainedModel, hidden_states: Callable[..., Tensor]) -> None:
-    """Padded rows need that nothing on its right changes a token; raise InputError otherwise."""
+    """Raise InputError if later tokens, such as padding, change a token's hidden state."""
     group = probe_group(model)
     row = torch.cat((group.prompt_ids, *group.response_ids))[None].to(model.device)
     cut = len(group.prompt_ids) + len(group.response_ids[0])
@@ -72,7 +68,7 @@ def check_sharing(
     pack_hidden: Callable[..., Tensor],
     hidden_states: Callable[..., Tensor],
 ) -> None:
-    """Compare a shared pack with rows of their own; raise InputError where they differ."""
+    """Raise InputError if a shared pack gives other hidden states than one row per sequence."""
     group = probe_group(model)
     shared = pack(
         [group, Group(group.response_ids[1], group.response_ids, group.rewards)], max_tokens=64
@@ -80,10 +76,10 @@ def check_sharing(
     try:
         packed = pack_hidden(shared)[0]
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        # Architectures that compute with the mask themselves stumble over the layout in its place.
+        # Architectures that compute with the mask themselves fail on the layout in its place.
         raise InputError(
             f"{type(model).__name__} cannot share prompts: it fails on a pack "
-            f"({type(error).__name__}: {first_line(error)}); use shared_prompts=False"
+            f"({type(error).__name__}: {one_line(error)}); use shared_prompts=False"
         ) from error
     assert shared.segments is not None
     together, alone = [], []
@@ -92,8 +88,8 @@ def check_sharing(
         for response in span.responses:
             own = shared.input_ids[0, response.start : response.stop]
             together.append(packed[response.start : response.stop])
-            path = torch.cat((prompt, own))[None]
-            alone.append(hidden_states(input_ids=path)[0, len(prompt) :])
+            row = torch.cat((prompt, own))[None]
+            alone.append(hidden_states(input_ids=row)[0, len(prompt) :])
     found = _disagreement(model, torch.cat(together), torch.cat(alone))
     if found is not None:
         raise InputError(
@@ -104,11 +100,11 @@ def check_sharing(
 
 
 def _disagreement(model: PreTrainedModel, found: Tensor, expected: Tensor) -> float | None:
-    """The relative error of hidden states [S, D] if it is more than rounding, else None.
+    """Relative error of hidden states [S, D] if it exceeds rounding, else None.
 
-    In float32 the worst token decides; in lower precisions the median, because a single token may
-    flip an expert of a mixture. InputError if a plain row is not finite: then the weights are at
-    fault, and no comparison can say anything.
+    The worst token decides in float32, the median in lower precisions, where a single token may be
+    routed to another expert. Raises InputError if ``expected``, from plain rows, is not finite:
+    then the weights are at fault.
     """
     if not bool(expected.isfinite().all()):
         raise InputError(

@@ -37,9 +37,8 @@ from fastrank.data.columns import (
 from fastrank.data.packing import Group
 from fastrank.data.write import atomic_path
 from fastrank.errors import InputError
-from fastrank.modeling.identity import model_identity
 from fastrank.modeling.prepare import prepare_model, prepared_state, release_model
-from fastrank.modeling.pretrained import load_model
+from fastrank.modeling.pretrained import load_model, model_identity
 from fastrank.modeling.score import enough_tokens, score
 from fastrank.modeling.unwrap import causal_lm, evaluation_mode
 

@@ -1,4 +1,4 @@
-"""Scores of candidates under a model: its own mean (or summed) log-probability of each."""
+"""Scores of candidates: their mean or summed log-probability under a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastrank.data.candidate_packs import Part, split_groups
 from fastrank.data.columns import group_sizes
 from fastrank.data.packing import Group, pack
 from fastrank.modeling.prepare import prepare_model, prepared_state, release_model
-from fastrank.modeling.unwrap import causal_lm, evaluation_mode, vocab_size
+from fastrank.modeling.unwrap import causal_lm, evaluation_mode, unwrap, vocab_size
 
 
 def score(
@@ -25,17 +25,17 @@ def score(
     prompts where it supports them.
 
     Args:
-        model: a transformers causal language model; or a prepared one, wrapped or not.
+        model: a transformers causal language model, prepared or not; a prepared one may be wrapped.
         groups: tokenised candidates.
-        max_tokens: tokens of a pack, see `fastrank.pack`; larger groups are scored in parts.
+        max_tokens: maximum tokens per pack, see `fastrank.pack`; larger groups are split.
         normalize: ``"mean"`` or ``"sum"`` of a response's token log-probabilities.
 
     Returns:
-        One float32 [n] on the host for each group, in the given order.
+        One float32 [n] per group, on the host, in the given order.
 
     Raises:
-        ValueError: a prompt with one of its responses that does not fit into ``max_tokens`` or the
-            model's context.
+        ValueError: a prompt with one of its responses exceeds ``max_tokens`` or the model's
+            context.
     """
     state = prepared_state(model)
     if state is None:
@@ -50,7 +50,7 @@ def score(
         [part.group for part in parts],
         max_tokens=max_tokens,
         shared_prompts="auto" if state.shared_prompts else False,
-        vocab_size=vocab_size(causal_lm(getattr(model, "module", model))),
+        vocab_size=vocab_size(causal_lm(unwrap(model))),
     )
     scores = [torch.empty(group.num_candidates) for group in groups]
     with torch.no_grad(), evaluation_mode(model):
@@ -63,13 +63,12 @@ def score(
 
 
 def enough_tokens(groups: Sequence[Group], max_tokens: int) -> int:
-    """``max_tokens``, or the longest [prompt; response] of the groups if that is more: what `score`
-    needs to take them all."""
+    """``max_tokens``, raised to the longest sequence of the groups if that is longer."""
     return max(max_tokens, int(group_sizes(groups).longest_sequence.max(initial=0)))
 
 
 def _parts(groups: Sequence[Group], max_tokens: int, shared_prompts: bool) -> list[Part]:
-    """The groups, those alone in parts that do not fit into a pack as they are."""
+    """The groups as parts; only groups larger than a pack are split into several."""
     found = []
     sizes = group_sizes(groups).pack_tokens(shared_prompts)
     for index, (group, size) in enumerate(zip(groups, sizes, strict=True)):

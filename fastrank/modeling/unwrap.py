@@ -1,4 +1,4 @@
-"""The causal language model inside what users hand over."""
+"""The causal language model inside its wrappers (DDP, torch.compile, PEFT), and its parts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ from fastrank.attention.gate import trunk
 from fastrank.errors import InputError
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside DDP (DeepSpeed's engine names it alike) and ``torch.compile``."""
+    for name in ("module", "_orig_mod"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module):
+            return unwrap(inner)
+    return model
+
+
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, or the one that PEFT wraps.
 
     Raises:
-        TypeError: neither a transformers model nor one wrapped by PEFT.
-        InputError: a PEFT method that puts virtual tokens before the prompt, or no output head.
+        TypeError: the model is neither a transformers model nor PEFT-wrapped.
+        InputError: its PEFT method cannot be supported, or it has no output head.
     """
     inner: Any = model
     if hasattr(inner, "get_base_model"):
@@ -56,13 +65,13 @@ def _check_peft(model: Any) -> None:
 
 
 def vocab_size(model: PreTrainedModel) -> int:
-    """Token ids that the model can embed."""
+    """Number of token ids that the model can embed."""
     embedding: Any = model.get_input_embeddings()
     return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
 
 
 def model_configs(model: nn.Module) -> list[PretrainedConfig]:
-    """Every config object that a module of the model reads its attention implementation from."""
+    """Every configuration from which a module reads its attention implementation."""
     configs: dict[int, PretrainedConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -72,7 +81,7 @@ def model_configs(model: nn.Module) -> list[PretrainedConfig]:
 
 
 def is_materialized(model: nn.Module) -> bool:
-    """Whether every weight is whole and here: not on the meta device, sharded or emptied."""
+    """Whether every weight holds its data: none on the meta device, sharded or emptied."""
     return all(
         parameter.numel() > 0 and not parameter.is_meta and not isinstance(parameter, DTensor)
         for parameter in model.parameters()
@@ -81,7 +90,7 @@ def is_materialized(model: nn.Module) -> bool:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """``model.eval()`` for a while; afterwards every module is as it was."""
+    """Put the model into evaluation mode; restore every module's mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -85,8 +85,7 @@ def evaluate(
     Raises:
         InputError: something the user gave cannot be used.
     """
-    from fastrank.modeling.device import choose_device
-    from fastrank.modeling.pretrained import check_model_path
+    from fastrank.modeling.pretrained import check_model_path, choose_device
 
     choose_device(loading.device)
     for path in (options.model, options.against, options.perplexity_model):

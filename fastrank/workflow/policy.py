@@ -16,8 +16,13 @@ from fastrank.data.report import Report
 from fastrank.data.tokenize import TokenizeOptions, encode_prompt, truncate
 from fastrank.errors import InputError
 from fastrank.modeling.context import context_length
-from fastrank.modeling.device import choose_device, choose_dtype
-from fastrank.modeling.pretrained import check_model_path, load_model, load_tokenizer
+from fastrank.modeling.pretrained import (
+    check_model_path,
+    choose_device,
+    choose_dtype,
+    load_model,
+    load_tokenizer,
+)
 from fastrank.workflow.decoding import Decoding
 from fastrank.workflow.generation import Response, batch_seed, generate
 from fastrank.workflow.options import ModelOptions

@@ -78,7 +78,7 @@ def reward_file(options: RewardOptions, loading: ModelOptions) -> dict[str, Any]
     """
     from tqdm import tqdm
 
-    from fastrank.modeling.identity import model_identity
+    from fastrank.modeling.pretrained import model_identity
 
     target = check_output(options.output, "--output")
     check_distinct(options.data, "--data", options.output)

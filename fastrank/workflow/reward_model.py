@@ -29,9 +29,14 @@ from fastrank.data.tokenize import (
 )
 from fastrank.errors import InputError
 from fastrank.modeling.context import context_length
-from fastrank.modeling.device import choose_device, choose_dtype
 from fastrank.modeling.prepare import prepare_model
-from fastrank.modeling.pretrained import check_model_path, load_reward_model, load_tokenizer
+from fastrank.modeling.pretrained import (
+    check_model_path,
+    choose_device,
+    choose_dtype,
+    load_reward_model,
+    load_tokenizer,
+)
 from fastrank.modeling.score import enough_tokens, score
 from fastrank.workflow.items import Item
 from fastrank.workflow.options import ModelOptions

@@ -52,9 +52,7 @@ def sample_file(
     """
     from tqdm import tqdm
 
-    from fastrank.modeling.device import choose_device
-    from fastrank.modeling.identity import model_identity
-    from fastrank.modeling.pretrained import check_model_path
+    from fastrank.modeling.pretrained import check_model_path, choose_device, model_identity
 
     if not options.model:
         raise InputError("--model must name at least one model, got none")
