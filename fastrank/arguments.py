@@ -1,12 +1,17 @@
-"""Checks of tensor arguments that several public functions share: dtype, shape and device.
+"""Checks that several public functions share: choices, and dtype, shape and device of tensors.
 
 Values (offsets, labels) are checked inside the operators, where a compiled step reaches them too.
 """
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
+
+Reduction = Literal["mean", "sum", "none"]
+Normalize = Literal["mean", "sum"]
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -16,7 +21,7 @@ def check_tensor(
     value: object,
     shape: tuple[int | str, ...],
     *,
-    kind: str = "floating",
+    kind: Literal["floating", "int64", "offsets", "bool"] = "floating",
     device: torch.device | None = None,
 ) -> Tensor:
     """``value`` must be a tensor of ``shape`` (a string stands for any size), of a ``kind`` of
@@ -35,8 +40,8 @@ def check_tensor(
         "bool": value.dtype == torch.bool,
     }[kind]
     if not good:
-        expected = "int32 (or int64)" if kind == "offsets" else kind
-        raise TypeError(f"{name} must be {expected}, got {value.dtype}")
+        wanted = "int32 (or int64)" if kind == "offsets" else kind
+        raise TypeError(f"{name} must be {wanted}, got {value.dtype}")
     fits = value.dim() == len(shape) and all(
         isinstance(want, str) or want == got for want, got in zip(shape, value.shape, strict=True)
     )
@@ -48,8 +53,8 @@ def check_tensor(
     return value
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """``value`` must be one of ``choices``, else ValueError."""
-    if value not in choices:
-        expected = ", ".join(repr(choice) for choice in choices)
+def check_choice(name: str, value: object, choices: object) -> None:
+    """``value`` must be one of a Literal's ``choices``, else ValueError."""
+    if value not in get_args(choices):
+        expected = ", ".join(repr(choice) for choice in get_args(choices))
         raise ValueError(f"{name} must be one of {expected}, got {value!r}")

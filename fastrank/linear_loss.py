@@ -3,23 +3,22 @@
 A ranking loss couples tokens only inside one prompt's group. So while a group's logits are there,
 its loss and its logits' gradient can be made, and the logits be forgotten: 3 matrix products
 instead of the 4 of a generic chunked cross-entropy, and memory for the logits of a few groups. The
-price is
-that only one scalar can scale gradients made in the forward: ``reduction="none"`` therefore
-goes through `fastrank.token_logprobs`.
+price is that only one scalar can scale gradients made in the forward: ``reduction="none"``
+therefore goes through `fastrank.token_logprobs`.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 import fastrank_kernels
+from fastrank_kernels import Backend
 
-from .arguments import check_choice, check_tensor
-from .logprobs import check_head, compute_dtype, sequence_scores, token_logprobs
+from .arguments import Reduction, check_choice, check_tensor
+from .logprobs import checked_projection
 from .losses import Loss
 from .outputs import RankingOutput
-from .ranking import check_loss, reduce_groups
+from .ranking import check_loss, ranking_from_logprobs, reduce_groups
 
 
 def linear_ranking_loss(
@@ -36,10 +35,10 @@ def linear_ranking_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     reference_scores: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     logits_memory: int | None = None,
     validate: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> RankingOutput:
     """Ranking term plus supervised term of G groups of C candidates with T response tokens in all.
 
@@ -59,7 +58,7 @@ def linear_ranking_loss(
         reference_scores: [C], the reference model's scores, normalised as the loss says; for the
             losses that use them (DPO, IPO), which are reference-free without.
         reduction: ``"mean"`` over groups, ``"sum"`` (to normalise by a global count), or ``"none"``
-            for a loss of each group.
+            for one value per group.
         logits_memory: bytes of logits that may exist at once; None for the device's default. A
             group that does not fit costs one more matrix product.
         validate: also check values that live on a GPU, which waits for it.
@@ -72,8 +71,10 @@ def linear_ranking_loss(
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
     check_loss(loss)
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
-    check_head(hidden, weight, labels, rows, bias, softcap, logits_memory, backend)
+    check_choice("reduction", reduction, Reduction)
+    call = checked_projection(
+        hidden, weight, labels, rows, bias, softcap, logit_scale, logits_memory, validate, backend
+    )
     check_tensor("cu_responses", cu_responses, ("C + 1",), kind="offsets")
     check_tensor("cu_groups", cu_groups, ("G + 1",), kind="offsets")
     candidates = cu_responses.shape[0] - 1
@@ -83,65 +84,25 @@ def linear_ranking_loss(
             raise ValueError(f"reference_scores goes with DPO or IPO, got {type(loss).__name__}")
         check_tensor("reference_scores", reference_scores, (candidates,), device=hidden.device)
     if reduction == "none":
-        logprobs = token_logprobs(
-            hidden,
-            weight,
-            labels,
-            rows=rows,
-            bias=bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            logits_memory=logits_memory,
+        return ranking_from_logprobs(
+            fastrank_kernels.linear_logprobs(call),
+            rewards,
+            cu_responses=cu_responses,
+            cu_groups=cu_groups,
+            loss=loss,
+            reference_scores=reference_scores,
+            reduction=reduction,
             validate=validate,
             backend=backend,
         )
-        return _per_group(logprobs, rewards, cu_responses, cu_groups, loss, reference_scores)
-    scale = None if reduction == "mean" else 1.0
     total, rank_loss, sft_loss, scores, logprobs = fastrank_kernels.linear_ranking(
-        hidden,
-        weight,
-        labels,
+        call,
         rewards,
-        cu_responses,
-        cu_groups,
-        loss.spec(),
-        rows=rows,
-        bias=bias,
+        cu_responses=cu_responses,
+        cu_groups=cu_groups,
+        spec=loss.spec(),
         reference_scores=reference_scores,
-        logit_scale=float(logit_scale),
-        softcap=None if softcap is None else float(softcap),
-        compute_dtype=compute_dtype(hidden, weight),
-        scale=scale,
-        logits_memory=logits_memory or 0,
-        validate=validate,
-        backend=backend or "",
+        scale=None if reduction == "mean" else 1.0,
     )
     rank_loss, sft_loss = reduce_groups(rank_loss, reduction), reduce_groups(sft_loss, reduction)
     return RankingOutput(total, rank_loss, sft_loss, scores, logprobs)
-
-
-def _per_group(
-    logprobs: Tensor,
-    rewards: Tensor,
-    cu_responses: Tensor,
-    cu_groups: Tensor,
-    loss: Loss,
-    reference_scores: Tensor | None,
-) -> RankingOutput:
-    """The same loss unfused, one value a group, from differentiable token log-probabilities."""
-    spec = loss.spec()
-    scores = sequence_scores(logprobs, cu_responses, normalize=spec.normalize)
-    ranked = scores if reference_scores is None else scores - reference_scores
-    rank_loss = fastrank_kernels.rank_scores(ranked, rewards, cu_groups, None, spec)
-    best_term = sequence_scores(logprobs, cu_responses, normalize=spec.sft_reduction)
-    weights = fastrank_kernels.sft_weights(rewards, cu_groups, spec, scores.dtype)
-    # where, not a product: a candidate that is not the best may have a score of -inf.
-    penalty = torch.where(weights != 0, -weights * best_term, torch.zeros_like(best_term))
-    sft_loss = fastrank_kernels.segment_sum(penalty, cu_groups, "")
-    return RankingOutput(
-        rank_loss + sft_loss,
-        rank_loss.detach(),
-        sft_loss.detach(),
-        scores.detach(),
-        logprobs.detach(),
-    )

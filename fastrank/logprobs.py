@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import fastrank_kernels
+from fastrank_kernels import Backend, Projection
 
-from .arguments import check_choice, check_tensor
+from .arguments import Normalize, check_choice, check_tensor
 
 
 def token_logprobs(
@@ -26,7 +27,7 @@ def token_logprobs(
     logit_scale: float = 1.0,
     logits_memory: int | None = None,
     validate: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Log-probability of each label under ``z = κ tanh(σ (W h + b) / κ)``.
 
@@ -49,24 +50,24 @@ def token_logprobs(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
-    check_head(hidden, weight, labels, rows, bias, softcap, logits_memory, backend)
     return fastrank_kernels.linear_logprobs(
-        hidden,
-        weight,
-        labels,
-        rows=rows,
-        bias=bias,
-        logit_scale=float(logit_scale),
-        softcap=None if softcap is None else float(softcap),
-        compute_dtype=compute_dtype(hidden, weight),
-        logits_memory=logits_memory or 0,
-        validate=validate,
-        backend=backend or "",
+        checked_projection(
+            hidden,
+            weight,
+            labels,
+            rows,
+            bias,
+            softcap,
+            logit_scale,
+            logits_memory,
+            validate,
+            backend,
+        )  # fmt: skip
     )
 
 
 def sequence_scores(
-    token_logprobs: Tensor, cu_responses: Tensor, *, normalize: str = "mean"
+    token_logprobs: Tensor, cu_responses: Tensor, *, normalize: Normalize = "mean"
 ) -> Tensor:
     """Score of each response: the mean (or sum) of its tokens' log-probabilities.
 
@@ -86,8 +87,8 @@ def sequence_scores(
     """
     check_tensor("token_logprobs", token_logprobs, ("T",))
     check_tensor("cu_responses", cu_responses, ("C + 1",), kind="offsets")
-    check_choice("normalize", normalize, ("mean", "sum"))
-    sums = fastrank_kernels.segment_sum(token_logprobs, cu_responses, "")
+    check_choice("normalize", normalize, Normalize)
+    sums: Tensor = fastrank_kernels.segment_sum(token_logprobs, cu_responses)
     if normalize == "sum":
         return sums
     lengths = cu_responses[1:] - cu_responses[:-1]
@@ -130,17 +131,19 @@ def flatten(
     return rows, labels[keep], cu_responses
 
 
-def check_head(
+def checked_projection(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     rows: Tensor | None,
     bias: Tensor | None,
     softcap: float | None,
+    logit_scale: float,
     logits_memory: int | None,
-    backend: str | None,
-) -> None:
-    """The checks that every function over hidden rows and a head makes first."""
+    validate: bool,
+    backend: Backend | None,
+) -> Projection:
+    """The call of the operators, after the checks that every function over a head makes."""
     check_tensor("hidden", hidden, ("N", "D"))
     device = hidden.device
     check_tensor("weight", weight, ("V", hidden.shape[1]), device=device)
@@ -159,6 +162,19 @@ def check_head(
         raise ValueError(f"logits_memory must be a positive number of bytes, got {logits_memory}")
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend must be 'torch', 'triton' or None, got {backend!r}")
+    return Projection(
+        hidden=hidden,
+        weight=weight,
+        labels=labels,
+        rows=rows,
+        bias=bias,
+        logit_scale=float(logit_scale),
+        softcap=None if softcap is None else float(softcap),
+        compute_dtype=compute_dtype(hidden, weight),
+        logits_memory=logits_memory,
+        validate=validate,
+        backend=backend,
+    )
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

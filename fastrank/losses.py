@@ -1,10 +1,10 @@
-"""The ranking losses: what each one is, and nothing of how it is computed.
+"""The ranking losses and their options; the operators compute them.
 
 Write s_i for a candidate's score (its length-normalised log-probability under the model), r_i for
 its reward. The losses differ only in the ranking term ℓ(s, r) of a prompt's group and in the
 weight λ of the supervised term on the group's best candidate. Every loss is a frozen dataclass of
-its hyper-parameters, so it can be a key, be compared and be printed; `Loss.spec` hands the
-operators the few numbers they need. One definition of each loss's score gradient serves every path.
+its hyper-parameters, so it can be compared, printed and used as a key; `Loss.spec` is the same loss
+as the operators take it.
 
 >>> import torch, fastrank
 >>> scores = torch.tensor([-1.0, -3.0, -2.0], dtype=torch.float64, requires_grad=True)
@@ -25,21 +25,21 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
-from fastrank_kernels.spec import RankSpec
+from fastrank_kernels import RankSpec
 
-_CHOICES = {
-    "sft_reduction": ("mean", "sum"),
-    "normalize": ("mean", "sum"),
-    "pairs": ("all", "best_worst"),
-}
+from .arguments import Normalize
+
+Pairs = Literal["all", "best_worst"]
+
+_CHOICES = {"sft_reduction": Normalize, "normalize": Normalize, "pairs": Pairs}
 _POSITIVE = ("beta", "temperature", "top_k")
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """What every ranking loss has.
+    """The options of every ranking loss.
 
     Args:
         sft_weight: weight λ >= 0 of the supervised term ``-λ Σ_t logp_t`` of the best candidate.
@@ -49,8 +49,8 @@ class Loss:
 
     _: dataclasses.KW_ONLY
     sft_weight: float = 0.0
-    sft_reduction: str = "mean"
-    normalize: str = "mean"
+    sft_reduction: Normalize = "mean"
+    normalize: Normalize = "mean"
 
     uses_reference: ClassVar[bool] = False
     """Whether a reference model's scores are subtracted from the model's own."""
@@ -63,7 +63,7 @@ class Loss:
         """The same loss as the operators take it."""
         raise TypeError(f"{type(self).__name__} is not a loss by itself; use one of {_names()}")
 
-    def _spec(self, form: str, **fields: Any) -> RankSpec:
+    def _spec(self, form: Literal["pairwise", "staged", "softmax"], **fields: Any) -> RankSpec:
         return RankSpec(
             form=form,
             sft_weight=float(self.sft_weight),
@@ -82,9 +82,9 @@ class PairwiseLoss(Loss):
     """
 
     _: dataclasses.KW_ONLY
-    pairs: str = "all"
+    pairs: Pairs = "all"
 
-    def _pairwise(self, phi: str, **fields: Any) -> RankSpec:
+    def _pairwise(self, phi: Literal["hinge", "logistic", "square"], **fields: Any) -> RankSpec:
         return self._spec("pairwise", phi=phi, pairs=self.pairs, **fields)
 
 
@@ -117,7 +117,7 @@ class PRO(Loss):
     """
 
     sft_weight: float = dataclasses.field(default=0.05, kw_only=True)
-    sft_reduction: str = dataclasses.field(default="sum", kw_only=True)
+    sft_reduction: Normalize = dataclasses.field(default="sum", kw_only=True)
 
     def spec(self) -> RankSpec:
         return self._spec("staged", stage_scale="reward_gap", sft_growth="square")
@@ -189,7 +189,7 @@ class DPO(PairwiseLoss):
     """
 
     beta: float = 0.1
-    normalize: str = dataclasses.field(default="sum", kw_only=True)
+    normalize: Normalize = dataclasses.field(default="sum", kw_only=True)
     uses_reference: ClassVar[bool] = True
 
     def spec(self) -> RankSpec:
@@ -267,8 +267,9 @@ def loss_from_name(name: str, **options: Any) -> Loss:
 
 def _check(owner: str, name: str, value: Any) -> None:
     if name in _CHOICES:
-        if value not in _CHOICES[name]:
-            expected = " or ".join(repr(choice) for choice in _CHOICES[name])
+        choices = get_args(_CHOICES[name])
+        if value not in choices:
+            expected = " or ".join(repr(choice) for choice in choices)
             raise ValueError(f"{owner}: {name} must be {expected}, got {value!r}")
         return
     if name == "top_k" and value is None:

@@ -1,4 +1,4 @@
-"""The ranking term on scores that already exist: the unfused way in, for any model and any scorer.
+"""The ranking loss of scores or token log-probabilities that exist already: the unfused way in.
 
 Gradients by the scores are closed forms, made together with the value; nothing of size n² is
 kept for the backward.
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import fastrank_kernels
+from fastrank_kernels import Backend
 
-from .arguments import check_choice, check_tensor
+from .arguments import Reduction, check_choice, check_tensor
 from .losses import Loss
-
-_REDUCTIONS = ("mean", "sum", "none")
+from .outputs import RankingOutput
 
 
 def ranking_loss(
@@ -24,10 +24,9 @@ def ranking_loss(
     loss: Loss,
     cu_groups: Tensor | None = None,
     where: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
-    """The ranking term ℓ of groups of candidates; the supervised term needs tokens and is not in
-    it.
+    """The ranking term ℓ of groups of candidates, without the supervised term, which needs tokens.
 
     Args:
         scores: [C] with ``cu_groups`` (without: one group), or [G, n]. Any float dtype; computed in
@@ -54,7 +53,7 @@ def ranking_loss(
     tensor([1., 3.])
     """
     check_loss(loss)
-    check_choice("reduction", reduction, _REDUCTIONS)
+    check_choice("reduction", reduction, Reduction)
     if not isinstance(scores, Tensor) or scores.dim() not in (1, 2):
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"scores must be a tensor of shape [C] or [G, n], got {got}")
@@ -78,12 +77,45 @@ def ranking_loss(
     else:
         check_tensor("cu_groups", cu_groups, ("G + 1",), kind="offsets")
     per_group = fastrank_kernels.rank_scores(
-        scores, rewards, cu_groups, valid, loss.spec(), width=width
+        scores, rewards, cu_groups=cu_groups, valid=valid, spec=loss.spec(), width=width
     )
     return reduce_groups(per_group, reduction)
 
 
-def reduce_groups(values: Tensor, reduction: str) -> Tensor:
+def ranking_from_logprobs(
+    token_logprobs: Tensor,
+    rewards: Tensor,
+    *,
+    cu_responses: Tensor,
+    cu_groups: Tensor,
+    loss: Loss,
+    reference_scores: Tensor | None = None,
+    reduction: Reduction = "mean",
+    validate: bool = False,
+    backend: Backend | None = None,
+) -> RankingOutput:
+    """What `fastrank.linear_ranking_loss` computes, from token log-probabilities [T] that exist
+    already; differentiable in them. Arguments as there."""
+    per_group, result = fastrank_kernels.token_ranking(
+        token_logprobs,
+        rewards,
+        cu_responses=cu_responses,
+        cu_groups=cu_groups,
+        spec=loss.spec(),
+        reference_scores=reference_scores,
+        validate=validate,
+        backend=backend,
+    )
+    return RankingOutput(
+        loss=reduce_groups(per_group, reduction),
+        rank_loss=reduce_groups(result.rank_loss, reduction),
+        sft_loss=reduce_groups(result.sft_loss, reduction),
+        scores=result.scores,
+        token_logprobs=token_logprobs.detach(),
+    )
+
+
+def reduce_groups(values: Tensor, reduction: Reduction) -> Tensor:
     """[G] by ``reduction``; the mean over no group is 0."""
     if reduction == "none":
         return values

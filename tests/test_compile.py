@@ -12,47 +12,62 @@ from fastrank_kernels import ops
 TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-def linear_arguments(problem, needs=(True, True, True), memory=0) -> tuple:
-    return (
-        problem.hidden, problem.weight, problem.labels, problem.rewards, problem.cu_responses,
-        problem.cu_groups, problem.rows, problem.bias, None, 0.7, 5.0, torch.float64,
-        *fastrank.RRHF().spec(), 0.2, *needs, True, memory, False, "",
-    )  # fmt: skip
+RRHF = fastrank.RRHF().spec().encode()
 
 
-@pytest.mark.parametrize("memory", [0, 97 * 8 * 2])
+def head_call(problem, needs, memory) -> dict:
+    """The keyword arguments that every operator over logits takes."""
+    problem.softcap = 5.0
+    return problem.projection(needs=list(needs), logits_memory=memory)._asdict()
+
+
+def opcheck(operator, **arguments) -> None:
+    """By name, as they are called; the checkers want what may be positional to be so."""
+    tensors = [
+        arguments.pop(argument.name)
+        for argument in operator._opoverload._schema.arguments
+        if not argument.kwarg_only
+    ]
+    torch.library.opcheck(operator, tuple(tensors), arguments, test_utils=TESTS)
+
+
+@pytest.mark.parametrize("memory", [None, 97 * 8 * 2])
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False,) * 3])
 def test_opcheck_linear_ranking(needs, memory) -> None:
     problem = make_problem(0)
     with torch.no_grad():
-        torch.library.opcheck(
-            ops.linear_ranking, linear_arguments(problem, needs, memory), test_utils=TESTS
-        )
+        opcheck(
+            ops.linear_ranking, **head_call(problem, needs, memory), **problem.groups(),
+            reference_scores=None, spec=RRHF, scale=0.2, drop_dead_rows=True,
+        )  # fmt: skip
 
 
-@pytest.mark.parametrize("memory", [0, 97 * 8 * 2])
+@pytest.mark.parametrize("memory", [None, 97 * 8 * 2])
 @pytest.mark.parametrize("need_head", [True, False])
 def test_opcheck_linear_logprobs(need_head, memory) -> None:
-    p = make_problem(0)
-    head = (0.7, 5.0, torch.float64)
+    call = head_call(make_problem(0), (True, need_head, need_head), memory)
     with torch.no_grad():
-        forward = (p.hidden, p.weight, p.labels, p.rows, p.bias, *head, True, need_head, memory,
-                   False, "")  # fmt: skip
-        torch.library.opcheck(ops.linear_logprobs, forward, test_utils=TESTS)
-        logp, lse, saved = ops.linear_logprobs(*forward)
-        backward = (torch.randn_like(logp), p.hidden, p.weight, p.labels, p.rows, p.bias, logp,
-                    lse, saved, *head, True, need_head, need_head, memory, "")  # fmt: skip
-        torch.library.opcheck(ops.linear_logprobs_backward, backward, test_utils=TESTS)
+        opcheck(ops.linear_logprobs, **call)
+        logp, lse, saved = ops.linear_logprobs(**call)
+        opcheck(
+            ops.linear_logprobs_backward, **call, grad=torch.randn_like(logp), logp=logp, lse=lse,
+            saved=saved,
+        )  # fmt: skip
 
 
-def test_opcheck_rank_scores_and_segment_sum() -> None:
+def test_opcheck_of_scores_and_tokens() -> None:
     scores, rewards = torch.randn(9), torch.rand(9)
-    offsets = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    cu_groups = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    cu_responses = torch.arange(10, dtype=torch.int32)
     for loss in (fastrank.RRHF(), fastrank.PRO(), fastrank.ListNet()):
-        torch.library.opcheck(
-            ops.rank_scores, (scores, rewards, offsets, None, *loss.spec(), ""), test_utils=TESTS
-        )
-    torch.library.opcheck(ops.segment_sum, (scores.requires_grad_(), offsets, ""))
+        common = {"rewards": rewards, "cu_groups": cu_groups, "spec": loss.spec().encode(),
+                  "backend": None}  # fmt: skip
+        opcheck(ops.rank_scores, scores=scores, valid=None, **common)
+        opcheck(
+            ops.rank_tokens, token_logprobs=scores, cu_responses=cu_responses,
+            reference_scores=None, scale=0.3, validate=False, **common,
+        )  # fmt: skip
+    torch.library.opcheck(ops.segment_sum, (scores.requires_grad_(), cu_groups))
 
 
 def fused(p, hidden, weight, bias):

@@ -9,7 +9,7 @@ from plain_linear import Problem, largest_error, make_problem
 import fastrank
 import fastrank_kernels
 from fastrank.losses import LOSSES
-from fastrank_kernels import linear
+from fastrank_kernels.projection import Logits
 
 LOSS_CASES = [cls() for cls in LOSSES.values()] + [
     fastrank.RRHF(sft_reduction="sum"),
@@ -111,10 +111,10 @@ def test_gradients_only_for_what_needs_them(needs, memory) -> None:
     upstream = torch.tensor(2.5, dtype=torch.float64)
     got = run(problem, fastrank.RRHF(), upstream, logits_memory=memory)
     assert largest_error(got, reference(problem, fastrank.RRHF(), upstream)) < 1e-12
+    call = problem.projection(needs=[bool(need) for need in needs], logits_memory=memory)
     grads = fastrank_kernels.ops.linear_ranking(
-        problem.hidden, problem.weight, problem.labels, problem.rewards, problem.cu_responses,
-        problem.cu_groups, problem.rows, problem.bias, None, 1.0, None, torch.float64,
-        *fastrank.RRHF().spec(), 1.0, *map(bool, needs), True, memory or 0, False, "",
+        **call._asdict(), **problem.groups(), reference_scores=None,
+        spec=fastrank.RRHF().spec().encode(), scale=1.0, drop_dead_rows=True,
     )[4:]  # fmt: skip
     assert [g.numel() > 0 for g in grads] == list(map(bool, needs))
 
@@ -164,9 +164,8 @@ def test_dropping_dead_rows_changes_no_live_row() -> None:
     grads = []
     for drop in (True, False):
         loss, *_ = fastrank_kernels.linear_ranking(
-            problem.hidden, problem.weight, problem.labels, problem.rewards,
-            problem.cu_responses, problem.cu_groups, spec, bias=problem.bias, drop_dead_rows=drop,
-        )  # fmt: skip
+            problem.projection(), **problem.groups(), spec=spec, drop_dead_rows=drop
+        )
         grads.append(torch.autograd.grad(loss, problem.leaves()))
     live = (grads[1][0] != 0).any(1)
     assert 0 < live.sum() < live.numel()
@@ -189,10 +188,8 @@ def test_chunks_of_groups_do_not_change_the_result(monkeypatch) -> None:
     upstream = torch.tensor(1.0, dtype=torch.float64)
     want = run(problem, fastrank.PRO(), upstream)
     seen = []
-    make = linear.Logits.make
-    monkeypatch.setattr(
-        linear.Logits, "make", lambda self, h: seen.append(h.shape[0]) or make(self, h)
-    )
+    make = Logits.make
+    monkeypatch.setattr(Logits, "make", lambda self, h: seen.append(h.shape[0]) or make(self, h))
     monkeypatch.setattr("fastrank_kernels.planner.CPU_CHUNK_ROWS", 25)
     got = run(problem, fastrank.PRO(), upstream)
     assert len(seen) > 2

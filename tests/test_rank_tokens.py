@@ -31,8 +31,9 @@ def test_coefficients_are_the_derivative_of_the_loss(loss, with_reference):
         reference = -torch.rand(len(rewards), generator=generator, dtype=torch.float64)
     cu_responses, cu_groups = offsets(LENGTHS), offsets(GROUPS)
     result = fastrank_kernels.rank_tokens(
-        logp, rewards, cu_responses, cu_groups, loss.spec(), reference_scores=reference, scale=0.7
-    )
+        logp, rewards, cu_responses=cu_responses, cu_groups=cu_groups, spec=loss.spec(),
+        reference_scores=reference, scale=0.7,
+    )  # fmt: skip
 
     leaf = logp.clone().requires_grad_()
     scores = fastrank.sequence_scores(leaf, cu_responses, normalize=loss.normalize)
@@ -52,16 +53,18 @@ def test_coefficients_are_the_derivative_of_the_loss(loss, with_reference):
     assert not result.coefficients.requires_grad
 
 
-def test_offsets_that_do_not_fit_are_refused():
-    logp, rewards = torch.zeros(5), torch.zeros(2)
-    spec = fastrank.RRHF().spec()
-    with pytest.raises(ValueError, match=r"cu_responses must end at 5 \(number of token_logprobs"):
-        fastrank_kernels.rank_tokens(logp, rewards, offsets([2, 2]), offsets([2]), spec)
-    with pytest.raises(ValueError, match=r"cu_groups must end at 2"):
-        fastrank_kernels.rank_tokens(logp, rewards, offsets([2, 3]), offsets([1]), spec)
-    with pytest.raises(ValueError, match="cu_responses must rise"):
-        fastrank_kernels.rank_tokens(logp, rewards, offsets([0, 5]), offsets([2]), spec)
-    with pytest.raises(ValueError, match="backend must be one of"):
+@pytest.mark.parametrize(
+    ("lengths", "groups", "backend", "text"),
+    [
+        ([2, 2], [2], None, r"cu_responses must end at 5 \(number of token_logprobs"),
+        ([2, 3], [1], None, "cu_groups must end at 2"),
+        ([0, 5], [2], None, "cu_responses must rise"),
+        ([2, 3], [2], "magic", "backend must be one of"),
+    ],
+)
+def test_what_does_not_fit_is_refused(lengths, groups, backend, text):
+    with pytest.raises(ValueError, match=text):
         fastrank_kernels.rank_tokens(
-            logp, rewards, offsets([2, 3]), offsets([2]), spec, backend="magic"
-        )
+            torch.zeros(5), torch.zeros(2), cu_responses=offsets(lengths),
+            cu_groups=offsets(groups), spec=fastrank.RRHF().spec(), backend=backend,
+        )  # fmt: skip

@@ -62,13 +62,11 @@ def _make_every_row(problem: LossProblem) -> Step:
 
     def step() -> Outputs:
         loss, *_ = fastrank_kernels.linear_ranking(
-            problem.hidden,
-            problem.weight,
-            problem.labels,
+            fastrank_kernels.Projection(problem.hidden, problem.weight, problem.labels),
             problem.rewards.view(-1),
-            problem.cu_responses,
-            problem.cu_groups,
-            problem.loss.spec(),
+            cu_responses=problem.cu_responses,
+            cu_groups=problem.cu_groups,
+            spec=problem.loss.spec(),
             scale=1.0 / problem.workload.groups,
             drop_dead_rows=False,
         )

@@ -74,11 +74,11 @@ def _make_graph(problem: RankProblem) -> Step:
     rewards = problem.rewards.reshape(-1)
     cu_groups = torch.arange(w.groups + 1, dtype=torch.int32) * w.candidates
     cu_groups = cu_groups.to(problem.device)
-    spec = problem.loss.spec()
+    spec = problem.loss.spec().encode()
 
     def launch() -> tuple[Tensor, Tensor]:
         loss, grads = fastrank_kernels.ops.rank_scores(
-            scores, rewards, cu_groups, None, *spec, "triton"
+            scores, rewards, cu_groups, None, spec=spec, backend="triton"
         )
         return loss, grads
 

@@ -175,7 +175,7 @@ def _model(options: DoctorOptions) -> dict[str, Any]:
 def _device(device: torch.device, options: DoctorOptions, vocab: int) -> dict[str, Any]:
     import torch
 
-    from fastrank_kernels.ops import choose_backend
+    from fastrank_kernels import choose_backend
     from fastrank_kernels.planner import default_logits_memory
 
     dtype = torch.float32

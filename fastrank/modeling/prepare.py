@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastrank.arguments import Normalize, Reduction
 from fastrank.attention.adapter import attention_modules, hook_attention, shared_prompt_attention
 from fastrank.attention.backends import BACKENDS
 from fastrank.attention.gate import check_shareable, trunk
@@ -33,7 +34,7 @@ from fastrank.logprobs import sequence_scores, token_logprobs
 from fastrank.losses import Loss
 from fastrank.modeling.context import check_sequences
 from fastrank.modeling.heads import Head
-from fastrank.modeling.logits import model_logprobs, ranking_from_logprobs
+from fastrank.modeling.logits import model_logprobs
 from fastrank.modeling.probe import check_causal, check_sharing, probe_head
 from fastrank.modeling.unwrap import (
     causal_lm,
@@ -43,6 +44,8 @@ from fastrank.modeling.unwrap import (
     unwrap,
 )
 from fastrank.outputs import RankingOutput, ScoreOutput
+from fastrank.ranking import ranking_from_logprobs
+from fastrank_kernels import Backend
 
 logger = logging.getLogger(__name__)
 
@@ -148,10 +151,10 @@ def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
         *args: Any,
         pack: Pack | None = None,
         loss: Loss | None = None,
-        reduction: str = "mean",
-        normalize: str = "mean",
+        reduction: Reduction = "mean",
+        normalize: Normalize = "mean",
         logits_memory: int | None = None,
-        backend: str | None = None,
+        backend: Backend | None = None,
         **kwargs: Any,
     ) -> Any:
         if pack is None:
@@ -179,8 +182,8 @@ def _pack_forward(
     model: nn.Module,
     pack: Pack,
     loss: Loss | None,
-    reduction: str,
-    normalize: str,
+    reduction: Reduction,
+    normalize: Normalize,
     options: dict[str, Any],
 ) -> RankingOutput | ScoreOutput:
     state: Prepared = model.__dict__[_STATE]
@@ -197,28 +200,28 @@ def _pack_forward(
         _check(model, state)
     assert state.head is not None
     head = state.head.weights(lm)
+    groups: dict[str, Any] = {}
+    if loss is not None:
+        groups = {
+            "cu_responses": pack.cu_responses,
+            "cu_groups": pack.cu_groups,
+            "loss": loss,
+            "reference_scores": pack.reference_scores if loss.uses_reference else None,
+            "reduction": reduction,
+        }
     if head is None:
         logprobs = _model_logprobs(model, lm, state, pack)
         if loss is not None:
-            return ranking_from_logprobs(logprobs, pack, loss, reduction)
+            rewards = pack.rewards.to(logprobs.dtype)
+            return ranking_from_logprobs(logprobs, rewards, backend=options["backend"], **groups)
     else:
         hidden = _pack_hidden(lm, state, pack)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         common = {**head._asdict(), "rows": pack.rows, **options}
         weight = common.pop("weight")
         if loss is not None:
-            return linear_ranking_loss(
-                hidden,
-                weight,
-                pack.labels,
-                pack.rewards.to(torch.promote_types(hidden.dtype, torch.float32)),
-                cu_responses=pack.cu_responses,
-                cu_groups=pack.cu_groups,
-                loss=loss,
-                reference_scores=pack.reference_scores if loss.uses_reference else None,
-                reduction=reduction,
-                **common,
-            )
+            rewards = pack.rewards.to(torch.promote_types(hidden.dtype, torch.float32))
+            return linear_ranking_loss(hidden, weight, pack.labels, rewards, **groups, **common)
         logprobs = token_logprobs(hidden, weight, pack.labels, **common)
     scores = sequence_scores(logprobs, pack.cu_responses, normalize=normalize)
     return ScoreOutput(scores, logprobs)
@@ -259,8 +262,10 @@ def _run(
 
 def _hidden_states(lm: PreTrainedModel, **inputs: Any) -> Tensor:
     output = trunk(lm)(**inputs, use_cache=False)
-    hidden = getattr(output, "last_hidden_state", None)
-    return output[0] if hidden is None else hidden
+    hidden: Tensor | None = getattr(output, "last_hidden_state", None)
+    if hidden is None:
+        hidden = output[0]
+    return hidden
 
 
 def _check(model: nn.Module, state: Prepared) -> None:

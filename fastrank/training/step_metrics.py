@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+import fastrank_kernels
 from fastrank import metrics
 from fastrank.losses import Loss
 from fastrank.outputs import RankingOutput
-from fastrank.ranking import ranking_loss
 
 Gather = Callable[[list[Any]], list[Any]]
 """Concatenates every process's list, in the order of processes, on every process."""
@@ -174,20 +174,18 @@ def live_fraction(scored: list[Scored], loss: Loss) -> float:
     """Share of the response tokens whose candidate has a gradient that is not exactly zero."""
     live = total = 0
     for part in scored:
-        scores = part.scores.clone().requires_grad_()
-        cu_groups = torch.tensor([0, *itertools.accumulate(part.sizes)], dtype=torch.int32)
-        relative = scores
-        if loss.uses_reference and part.reference_scores is not None:
-            relative = scores - part.reference_scores
-        with torch.enable_grad():
-            term = ranking_loss(relative, part.rewards, loss=loss, cu_groups=cu_groups)
-            (grad,) = torch.autograd.grad(term, scores)
-        alive = grad != 0
-        if loss.sft_weight:
-            first = 0
-            for size, rewards in zip(part.sizes, part.rewards.split(part.sizes), strict=True):
-                alive[first + int(rewards.argmax())] = True
-                first += size
+        # A response of one token whose log-probability is the score has the same gradient but for
+        # a factor.
+        cu_responses = torch.arange(len(part.scores) + 1, dtype=torch.int32)
+        ranked = fastrank_kernels.rank_tokens(
+            part.scores,
+            part.rewards,
+            cu_responses=cu_responses,
+            cu_groups=torch.tensor([0, *itertools.accumulate(part.sizes)], dtype=torch.int32),
+            spec=loss.spec(),
+            reference_scores=part.reference_scores if loss.uses_reference else None,
+        )
+        alive = fastrank_kernels.live_candidates(ranked.coefficients, cu_responses)
         live += int(part.tokens[alive].sum())
         total += int(part.tokens.sum())
     return live / total if total else math.nan

@@ -41,6 +41,7 @@ from fastrank.ranking import check_loss
 from fastrank.training.determinism import check_deterministic, no_random_numbers
 from fastrank.training.engine import Engine, engine_of, unwrap
 from fastrank.training.step_metrics import work_saved
+from fastrank_kernels import live_candidates
 
 
 class TwoPhaseOutput(NamedTuple):
@@ -234,9 +235,9 @@ class Phases:
         found = fastrank_kernels.rank_tokens(
             logprobs,
             candidates.rewards.to(logprobs.dtype),
-            candidates.cu_responses,
-            candidates.cu_groups,
-            self.loss.spec(),
+            cu_responses=candidates.cu_responses,
+            cu_groups=candidates.cu_groups,
+            spec=self.loss.spec(),
             reference_scores=candidates.reference_scores if self.loss.uses_reference else None,
             scale=scale,
             backend=self.backend,
@@ -248,10 +249,8 @@ class Phases:
     ) -> TwoPhaseOutput:
         """Phase two: back-propagate Σ c_t logp_t of the candidates that have a gradient."""
         candidates, logprobs = scored.candidates, scored.token_logprobs
-        # One coefficient a candidate: its tokens all have the same. Reading it waits for the
-        # device.
-        first_tokens = candidates.cu_responses[:-1].long().to(self.device)
-        live = (ranked.coefficients[first_tokens] != 0).cpu()
+        # Reading which candidates are live waits for the device.
+        live = live_candidates(ranked.coefficients, candidates.cu_responses).cpu()
         packs = candidate_packs(
             groups,
             max_tokens=self.max_tokens,

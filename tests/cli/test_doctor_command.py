@@ -12,7 +12,7 @@ from transformers import MambaConfig
 
 from fastrank.cli import doctor
 from fastrank.cli.main import main
-from fastrank_kernels.ops import choose_backend
+from fastrank_kernels import choose_backend
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastrank
 from fastrank.losses import PRO, Loss
+from fastrank_kernels import Projection
 
 
 @dataclass
@@ -50,6 +51,18 @@ class Problem:
             "bias": self.bias,
             "softcap": self.softcap,
             "logit_scale": self.logit_scale,
+        }
+
+    def projection(self, **options) -> Projection:
+        """The call of the operators."""
+        return Projection(self.hidden, self.weight, self.labels, **self.head(), **options)
+
+    def groups(self) -> dict:
+        """The keyword arguments that say how the tokens make candidates and groups."""
+        return {
+            "rewards": self.rewards,
+            "cu_responses": self.cu_responses,
+            "cu_groups": self.cu_groups,
         }
 
     def fused(self, loss: Loss, **options) -> fastrank.RankingOutput:

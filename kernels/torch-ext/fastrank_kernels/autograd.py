@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls
 """Autograd over the operators: gradients that the forward made are scaled by what comes from above.
 
 What needs a gradient is passed in as flags, because ``ctx.needs_input_grad`` is True under
@@ -14,31 +15,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
-from .reference import group_scale, segment_index
+from .projection import Projection
+from .reference import RankResult, group_scale, segment_index
 from .spec import RankSpec
-
-
-def wants_grad(tensor: Tensor | None) -> bool:
-    """Whether a backward will ask for this tensor's gradient."""
-    return tensor is not None and torch.is_grad_enabled() and tensor.requires_grad
 
 
 def rank_scores(
     scores: Tensor,
     rewards: Tensor,
+    *,
     cu_groups: Tensor,
-    valid: Tensor | None,
     spec: RankSpec,
-    backend: str = "",
+    valid: Tensor | None = None,
     width: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Ranking term of each group, [G], differentiable in ``scores`` [C].
 
-    ``cu_groups`` int32 [G + 1]; ``valid`` bool [C] leaves candidates out; ``backend`` is
-    ``"torch"``, ``"triton"`` or empty for the device's own. ``width`` is the size of the groups if
-    they are known to be of one size, which makes the backward cheaper.
+    ``cu_groups`` int32 [G + 1]; ``valid`` bool [C] leaves candidates out; ``width`` is the size of
+    the groups if they are known to be of one size, which makes the backward cheaper.
     """
-    return _RankScores.apply(scores, rewards, cu_groups, valid, spec, backend, width)
+    loss: Tensor = _RankScores.apply(scores, rewards, cu_groups, valid, width, spec, backend)
+    return loss
 
 
 class _RankScores(torch.autograd.Function):
@@ -49,11 +47,14 @@ class _RankScores(torch.autograd.Function):
         rewards: Tensor,
         cu_groups: Tensor,
         valid: Tensor | None,
-        spec: RankSpec,
-        backend: str,
         width: int | None,
+        spec: RankSpec,
+        backend: str | None,
     ) -> Tensor:
-        loss, grads = ops.rank_scores(scores, rewards, cu_groups, valid, *spec, backend)
+        loss: Tensor
+        loss, grads = ops.rank_scores(
+            scores, rewards, cu_groups, valid, spec=spec.encode(), backend=backend
+        )
         ctx.save_for_backward(grads, cu_groups)
         ctx.dtype, ctx.width = scores.dtype, width
         return loss
@@ -65,45 +66,118 @@ class _RankScores(torch.autograd.Function):
         if ctx.width is not None:
             scaled = (grads.view(grad.shape[0], ctx.width) * grad[:, None]).view(-1)
         else:
-            offsets = cu_groups.to(grad.device, non_blocking=True)
-            scaled = grads * grad[segment_index(offsets, grads.shape[0])]
+            scaled = _scaled_by_segment(grads, grad, cu_groups)
         return scaled.to(ctx.dtype), *(None,) * 6
 
 
-def linear_ranking(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
+def rank_tokens(
+    token_logprobs: Tensor,
     rewards: Tensor,
+    *,
     cu_responses: Tensor,
     cu_groups: Tensor,
     spec: RankSpec,
-    *,
-    rows: Tensor | None = None,
-    bias: Tensor | None = None,
     reference_scores: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    compute_dtype: torch.dtype | None = None,
+    scale: float = 1.0,
+    validate: bool = False,
+    backend: str | None = None,
+) -> RankResult:
+    """Loss and scores of whole groups, and ``coefficients`` [T]: the derivative of
+    ``scale * (rank_loss + sft_loss).sum()`` by each log-probability. Not differentiable;
+    `token_ranking` is.
+
+    For callers that compute log-probabilities and gradients in passes of their own: the fused loss
+    has the same step between two matrix products.
+
+    Args:
+        token_logprobs: [T], response after response; float64 stays float64 on the torch backend.
+        rewards: [C]. reference_scores: [C], subtracted from the scores.
+        cu_responses, cu_groups: int32 ``[C + 1]`` and ``[G + 1]``; on the host, best, where they
+            are always checked.
+        backend: ``"torch"``, ``"triton"``, or None for the device's own.
+
+    Raises:
+        ValueError: offsets that do not cover the tokens or candidates, an empty response, a backend
+            that cannot run.
+    """
+    device = token_logprobs.device
+    return RankResult(
+        *ops.rank_tokens(
+            token_logprobs=token_logprobs.detach(),
+            rewards=rewards.to(device),
+            cu_responses=cu_responses,
+            cu_groups=cu_groups,
+            reference_scores=None if reference_scores is None else reference_scores.to(device),
+            spec=spec.encode(),
+            scale=scale,
+            validate=validate,
+            backend=backend,
+        )
+    )
+
+
+def token_ranking(
+    token_logprobs: Tensor, rewards: Tensor, **options: Any
+) -> tuple[Tensor, RankResult]:
+    """``(loss, result)``: the loss of each group, ``rank_loss + sft_loss``, [G], differentiable in
+    ``token_logprobs`` [T], and the detached `RankResult`. Arguments as for `rank_tokens`."""
+    loss, *result = _TokenRanking.apply(token_logprobs, rewards, options)
+    return loss, RankResult(*result)
+
+
+class _TokenRanking(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, token_logprobs: Tensor, rewards: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        result = rank_tokens(token_logprobs, rewards, **options)
+        cu_responses, cu_groups = options["cu_responses"], options["cu_groups"]
+        tokens = cu_responses[cu_groups.long().to(cu_responses.device)]
+        ctx.save_for_backward(result.coefficients, tokens)
+        ctx.dtype = token_logprobs.dtype
+        ctx.mark_non_differentiable(*result)
+        ctx.set_materialize_grads(False)
+        return result.rank_loss + result.sft_loss, *result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
+        coefficients, tokens = ctx.saved_tensors
+        if grad is None:
+            return None, None, None
+        return _scaled_by_segment(coefficients, grad, tokens).to(ctx.dtype), None, None
+
+
+def linear_ranking(
+    call: Projection,
+    rewards: Tensor,
+    *,
+    cu_responses: Tensor,
+    cu_groups: Tensor,
+    spec: RankSpec,
+    reference_scores: Tensor | None = None,
     scale: float | None = 1.0,
     drop_dead_rows: bool = True,
-    logits_memory: int = 0,
-    validate: bool = False,
-    backend: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(loss, rank_loss [G], sft_loss [G], scores [C], token_logprobs [T])``.
 
     ``loss`` is the scalar ``scale · Σ_g (rank_loss + sft_loss)_g`` (``scale=None``: the mean over
-    groups), differentiable in ``hidden``, ``weight`` and ``bias``; the rest is detached. Shapes as
-    in `linear.Inputs` and `linear.Ranking`; ``compute_dtype`` (default: hidden's) is what the
-    products are made in.
+    groups), differentiable in the call's ``hidden``, ``weight`` and ``bias``; the rest is detached.
+    Shapes as in `linear.Ranking`.
     """
-    return _LinearRanking.apply(
-        hidden, weight, bias, labels, rewards, cu_responses, cu_groups, rows, reference_scores,
-        logit_scale, softcap, compute_dtype or hidden.dtype, spec, scale,
-        (wants_grad(hidden), wants_grad(weight), wants_grad(bias)),
-        drop_dead_rows, logits_memory, validate, backend,
-    )  # fmt: skip
+    groups = {
+        "rewards": rewards,
+        "cu_responses": cu_responses,
+        "cu_groups": cu_groups,
+        "reference_scores": reference_scores,
+        "spec": spec.encode(),
+        "scale": scale,
+        "drop_dead_rows": drop_dead_rows,
+    }
+    call = _with_needs(call)
+    loss, *rest = _LinearRanking.apply(call.hidden, call.weight, call.bias, call, groups)
+    rank_loss, sft_loss, scores, logp = rest
+    return loss, rank_loss, sft_loss, scores, logp
 
 
 class _LinearRanking(torch.autograd.Function):
@@ -113,110 +187,73 @@ class _LinearRanking(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        labels: Tensor,
-        rewards: Tensor,
-        cu_responses: Tensor,
-        cu_groups: Tensor,
-        rows: Tensor | None,
-        reference_scores: Tensor | None,
-        logit_scale: float,
-        softcap: float | None,
-        compute_dtype: torch.dtype,
-        spec: RankSpec,
-        scale: float | None,
-        needs: tuple[bool, bool, bool],
-        drop_dead_rows: bool,
-        logits_memory: int,
-        validate: bool,
-        backend: str,
+        call: Projection,
+        groups: dict[str, Any],
     ) -> tuple[Tensor, ...]:
-        rank_loss, sft_loss, scores, logp, *grads = ops.linear_ranking(
-            hidden, weight, labels, rewards, cu_responses, cu_groups, rows, bias,
-            reference_scores, logit_scale, softcap, compute_dtype, *spec, scale, *needs,
-            drop_dead_rows, logits_memory, validate, backend,
-        )  # fmt: skip
-        loss = (rank_loss + sft_loss).sum() * group_scale(scale, cu_groups)
-        ctx.save_for_backward(*grads)
-        ctx.needs = needs
-        bias_dtype = hidden.dtype if bias is None else bias.dtype
-        ctx.dtypes = (hidden.dtype, weight.dtype, bias_dtype)
-        ctx.mark_non_differentiable(rank_loss, sft_loss, scores, logp)
+        *values, dh, dw, db = ops.linear_ranking(**call._asdict(), **groups)
+        rank_loss, sft_loss, _, _ = values
+        loss = (rank_loss + sft_loss).sum() * group_scale(groups["scale"], groups["cu_groups"])
+        ctx.save_for_backward(dh, dw, db)
+        ctx.needs, ctx.dtypes = call.needs, _dtypes(call)
+        ctx.mark_non_differentiable(*values)
         ctx.set_materialize_grads(False)
-        return loss, rank_loss, sft_loss, scores, logp
+        return loss, *values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = [None, None, None]
-        if grad_loss is not None:
-            for i, saved in enumerate(ctx.saved_tensors):
-                if ctx.needs[i]:
-                    # The factor is a 0-d tensor: the product keeps saved's dtype and the host
-                    # does not wait.
-                    grads[i] = (saved * grad_loss).to(ctx.dtypes[i])
-        return (*grads, *(None,) * 16)
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
+        # The factor is a 0-d tensor: the product keeps the gradient's dtype and the host does not
+        # wait.
+        made = zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
+        return *[(saved * grad).to(d) if need else None for saved, need, d in made], None, None
 
 
-def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    rows: Tensor | None = None,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    compute_dtype: torch.dtype | None = None,
-    logits_memory: int = 0,
-    validate: bool = False,
-    backend: str = "",
-) -> Tensor:
-    """Log-probability of every label, [T] in float32 (float64 for float64), differentiable in
-    ``hidden``, ``weight`` and ``bias`` for any downstream loss."""
-    return _LinearLogprobs.apply(
-        hidden, weight, bias, labels, rows, logit_scale, softcap, compute_dtype or hidden.dtype,
-        (wants_grad(hidden), wants_grad(weight), wants_grad(bias)),
-        logits_memory, validate, backend,
-    )  # fmt: skip
+def linear_logprobs(call: Projection) -> Tensor:
+    """Log-probability of every label, [T] in float32 (float64 for float64), differentiable in the
+    call's ``hidden``, ``weight`` and ``bias`` for any downstream loss."""
+    call = _with_needs(call)
+    logp: Tensor = _LinearLogprobs.apply(call.hidden, call.weight, call.bias, call)
+    return logp
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        rows: Tensor | None,
-        logit_scale: float,
-        softcap: float | None,
-        compute_dtype: torch.dtype,
-        needs: tuple[bool, bool, bool],
-        logits_memory: int,
-        validate: bool,
-        backend: str,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Projection
     ) -> Tensor:
-        logp, lse, saved = ops.linear_logprobs(
-            hidden, weight, labels, rows, bias, logit_scale, softcap, compute_dtype,
-            needs[0], needs[1] or needs[2], logits_memory, validate, backend,
-        )  # fmt: skip
-        ctx.save_for_backward(hidden, weight, bias, labels, rows, logp, lse, saved)
-        ctx.head = (logit_scale, softcap, compute_dtype)
-        ctx.needs, ctx.options = needs, (logits_memory, backend)
+        logp: Tensor
+        logp, lse, saved = ops.linear_logprobs(**call._asdict())
+        ctx.save_for_backward(*call[:5], logp, lse, saved)  # its tensors come first
+        ctx.options = call[5:]
         return logp
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, rows, logp, lse, saved = ctx.saved_tensors
+        *tensors, logp, lse, saved = ctx.saved_tensors
+        call = Projection(*tensors, *ctx.options)
         made = ops.linear_logprobs_backward(
-            grad, hidden, weight, labels, rows, bias, logp, lse, saved,
-            *ctx.head, *ctx.needs, *ctx.options,
-        )  # fmt: skip
-        like = (hidden, weight, bias)
-        grads = [
-            grad.to(tensor.dtype) if need else None
-            for grad, tensor, need in zip(made, like, ctx.needs, strict=True)
-        ]
-        return (*grads, *(None,) * 9)
+            **call._asdict(), grad=grad, logp=logp, lse=lse, saved=saved
+        )
+        grads = zip(made, call.needs, _dtypes(call), strict=True)
+        return *[g.to(dtype) if need else None for g, need, dtype in grads], None
+
+
+def _with_needs(call: Projection) -> Projection:
+    """The call with what a backward will ask for."""
+    enabled = torch.is_grad_enabled()
+    inputs = (call.hidden, call.weight, call.bias)
+    return call._replace(needs=[enabled and x is not None and x.requires_grad for x in inputs])
+
+
+def _dtypes(call: Projection) -> tuple[torch.dtype, ...]:
+    bias = call.hidden if call.bias is None else call.bias
+    return call.hidden.dtype, call.weight.dtype, bias.dtype
+
+
+def _scaled_by_segment(values: Tensor, factors: Tensor, offsets: Tensor) -> Tensor:
+    """Each segment of ``values`` times its factor."""
+    offsets = offsets.to(factors.device, non_blocking=True)
+    return values * factors[segment_index(offsets, values.shape[0])]

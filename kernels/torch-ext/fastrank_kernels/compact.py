@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Which rows still carry a gradient, and sums over segments: both in a fixed order, no atomics.
 
 Live rows are found by ``torch.nonzero``. The number of live rows sizes the matrix products that

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Elementary functions for the kernels, written with what triton's core language has.
 
 ``libdevice`` would give tanh, expm1 and log1p, but it is neither in the interpreter, on which the

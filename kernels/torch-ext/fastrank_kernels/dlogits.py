@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Gradient of the weighted log-probabilities by the logits, over the logits if wanted.
 
 One program a row, blocks in rising order. Written over the logits it needs no second buffer, which

@@ -7,30 +7,97 @@ range is too small for a gradient before the upstream factor is known.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import host_memory
+from .projection import Projection
 from .reference import accumulation_dtype
 
 # Rows of the head whose partial product is added to a wider sum at a time (CPU).
 _HEAD_BLOCK = 4096
 
 
-class HiddenGrad:
-    """Gradient of the gathered hidden rows, [T, D]; `scatter_rows` brings it back to [N, D]."""
+class Gradients(NamedTuple):
+    """Gradients of one call; None where none was asked for. float32 for float16 inputs."""
 
-    def __init__(self, rows: int, hidden: Tensor, compute: torch.dtype, *, zero: bool) -> None:
-        dtype = torch.float32 if compute == torch.float16 else compute
-        make = torch.zeros if zero else torch.empty
-        self.grad = make(rows, hidden.shape[1], dtype=dtype, device=hidden.device)
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
 
-    def add(self, at: slice | Tensor, dlogits: Tensor, weight: Tensor) -> None:
-        """Rows ``at`` of the gradient are ``dlogits @ weight``."""
-        if isinstance(at, slice) and self.grad.dtype == dlogits.dtype:
-            torch.mm(dlogits, weight, out=self.grad[at])
-        else:
-            self.grad[at] = _product(dlogits, weight, self.grad.dtype)
+
+class GradientSums:
+    """The gradients of a call (hidden and weight cast) over ``chunks`` chunks of rows.
+
+    ``sparse``: not every row will be added, and the others' gradient is 0.
+    """
+
+    def __init__(self, call: Projection, *, chunks: int, sparse: bool) -> None:
+        self._call = call
+        self._hidden: Tensor | None = None
+        if call.need_hidden:
+            self._hidden = hidden_gradient(call, sparse=sparse)
+        # One chunk needs no sum: the product's own float32 accumulation is rounded once.
+        dtype = call.weight.dtype
+        narrow = chunks == 1 and dtype != torch.float16
+        self._sum_dtype = dtype if narrow else accumulation_dtype(dtype)
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def add(self, at: slice | Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+        """Add what the labels ``at`` contribute, given their logits' gradient and hidden rows."""
+        if self._hidden is not None:
+            set_rows(self._hidden, at, dlogits, self._call.weight)
+        _, need_weight, need_bias = self._call.needs
+        if need_bias:
+            part = dlogits.sum(0, dtype=accumulation_dtype(dlogits.dtype))
+            self._bias = part if self._bias is None else self._bias.add_(part)
+        if need_weight and self._weight is None:
+            shape = (dlogits.shape[1], hidden.shape[1])
+            self._weight = host_memory.empty(shape, self._sum_dtype, dlogits.device)
+            _add_product(self._weight, dlogits, hidden, first=True)
+        elif self._weight is not None:
+            _add_product(self._weight, dlogits, hidden, first=False)
+
+    def finish(self, lift: float | Tensor | None = None) -> Gradients:
+        """The sums, divided by ``lift``; zeros where nothing was added."""
+        call, wide = self._call, self._call.gradient_dtype
+        weight, bias = self._weight, self._bias
+        if call.needs[1] and weight is None:
+            weight = call.weight.new_zeros(call.weight.shape, dtype=wide)
+        if call.needs[2] and bias is None:
+            bias = call.weight.new_zeros(call.weight.shape[0], dtype=wide)
+        gradients = Gradients(
+            None
+            if self._hidden is None
+            else scatter_rows(self._hidden, call.rows, call.hidden.shape[0]),
+            None if weight is None else weight.to(wide),
+            None if bias is None else bias.to(wide),
+        )
+        if lift is not None:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient /= lift
+        return gradients
+
+
+def hidden_gradient(call: Projection, *, sparse: bool) -> Tensor:
+    """Memory for the gradient of the gathered hidden rows, [T, D]."""
+    make = torch.zeros if sparse else torch.empty
+    shape = (call.num_tokens, call.hidden.shape[1])
+    return make(shape, dtype=call.gradient_dtype, device=call.hidden.device)
+
+
+def set_rows(grad: Tensor, at: slice | Tensor, dlogits: Tensor, weight: Tensor) -> None:
+    """Rows ``at`` of the hidden rows' gradient: ``dlogits @ weight``."""
+    if grad.dtype != dlogits.dtype:
+        grad[at] = torch.ops.aten.mm.dtype(dlogits, weight, grad.dtype)
+    elif isinstance(at, slice):
+        torch.mm(dlogits, weight, out=grad[at])
+    else:
+        grad[at] = torch.mm(dlogits, weight)
 
 
 def scatter_rows(grad: Tensor, rows: Tensor | None, num_hidden: int) -> Tensor:
@@ -54,80 +121,23 @@ def scatter_rows(grad: Tensor, rows: Tensor | None, num_hidden: int) -> Tensor:
     return summed.to(grad.dtype)
 
 
-class HeadGrad:
-    """Gradient of the head's weight [V, D] and bias [V] over several chunks of rows."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        *,
-        need_weight: bool,
-        need_bias: bool,
-        single_chunk: bool,
-    ) -> None:
-        self._weight = weight
-        # One chunk needs no sum: the product's own float32 accumulation is rounded once.
-        narrow = single_chunk and weight.dtype != torch.float16
-        self._sum_dtype = weight.dtype if narrow else accumulation_dtype(weight.dtype)
-        self._need_weight, self._need_bias = need_weight, need_bias
-        self._dweight: Tensor | None = None
-        self._dbias: Tensor | None = None
-
-    def add(self, dlogits: Tensor, hidden: Tensor) -> None:
-        """Add the contribution ``dlogitsᵀ @ hidden`` of one chunk."""
-        if self._need_bias:
-            part = dlogits.sum(0, dtype=accumulation_dtype(dlogits.dtype))
-            self._dbias = part if self._dbias is None else self._dbias.add_(part)
-        if not self._need_weight:
-            return
-        if self._dweight is None:
-            shape = (dlogits.shape[1], hidden.shape[1])
-            self._dweight = host_memory.empty(shape, self._sum_dtype, dlogits.device)
-            self._add_product(self._dweight, dlogits, hidden, first=True)
+def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
+    """Set ``total`` to (``first``), or add to it, ``dlogitsᵀ @ hidden``."""
+    if total.dtype != dlogits.dtype and dlogits.device.type == "cuda":
+        if first:
+            torch.ops.aten.mm.dtype_out(dlogits.t(), hidden, total.dtype, out=total)
         else:
-            self._add_product(self._dweight, dlogits, hidden, first=False)
-
-    def _add_product(self, total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
-        if total.dtype == dlogits.dtype:
-            if first:
-                torch.mm(dlogits.t(), hidden, out=total)
-            else:
-                total.addmm_(dlogits.t(), hidden)
-            return
-        if dlogits.device.type == "cuda":
-            if first:
-                torch.ops.aten.mm.dtype_out(dlogits.t(), hidden, total.dtype, out=total)
-            else:
-                torch.ops.aten.addmm.dtype_out(total, dlogits.t(), hidden, total.dtype, out=total)
-            return
-        # A CPU rounds a narrow product's result to its own dtype, which several chunks would pay
-        # several times over: blocks of the head are multiplied in the sum's dtype instead.
-        hidden = hidden.to(total.dtype)
-        for start in range(0, total.shape[0], _HEAD_BLOCK):
-            part = total[start : start + _HEAD_BLOCK]
-            columns = dlogits[:, start : start + _HEAD_BLOCK].to(total.dtype)
-            if first:
-                torch.mm(columns.t(), hidden, out=part)
-            else:
-                part.addmm_(columns.t(), hidden)
-
-    def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """The two gradients, or None where none was asked for; float32 for a float16 head."""
-        wide = torch.float32 if self._weight.dtype == torch.float16 else self._weight.dtype
-        vocab, width = self._weight.shape
-        device = self._weight.device
-        dweight, dbias = self._dweight, self._dbias
-        if self._need_weight and dweight is None:
-            dweight = torch.zeros(vocab, width, dtype=wide, device=device)
-        if self._need_bias and dbias is None:
-            dbias = torch.zeros(vocab, dtype=wide, device=device)
-        return (
-            None if dweight is None else dweight.to(wide),
-            None if dbias is None else dbias.to(wide),
-        )
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    if left.dtype != dtype:
-        return torch.ops.aten.mm.dtype(left, right, dtype)
-    return torch.mm(left, right)
+            torch.ops.aten.addmm.dtype_out(total, dlogits.t(), hidden, total.dtype, out=total)
+        return
+    # A CPU rounds a narrow product's result to its own dtype, which several chunks would pay
+    # several times over: blocks of the head are multiplied in the sum's dtype instead.
+    hidden = hidden.to(total.dtype)
+    rows = total.shape[0]
+    step = rows if total.dtype == dlogits.dtype else _HEAD_BLOCK
+    for start in range(0, rows, step):
+        part = total[start : start + step]
+        columns = dlogits[:, start : start + step].to(total.dtype)
+        if first:
+            torch.mm(columns.t(), hidden, out=part)
+        else:
+            part.addmm_(columns.t(), hidden)

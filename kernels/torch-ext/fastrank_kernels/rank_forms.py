@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The three forms of a ranking loss as device functions over blocks of a group.
 
 Each form is `prepare_*`, which makes what a candidate must know of all others and leaves it in

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The rank kernel: one program takes a whole group from token log-probabilities to coefficients.
 
 Three stages with a barrier between them: scores of the candidates; what each candidate must know of

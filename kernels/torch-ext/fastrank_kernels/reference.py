@@ -25,7 +25,7 @@ _PAIR_ELEMENTS = 1 << 22
 
 
 class RankResult(NamedTuple):
-    """What the rank operator makes of the token log-probabilities of whole groups."""
+    """Result of the rank operator for whole groups."""
 
     rank_loss: Tensor
     """[G] ranking term of each group, unscaled."""
@@ -174,16 +174,22 @@ def unit_dlogits(
 
 
 def live_rows(coefficients: Tensor) -> Tensor:
-    """Indices (int64, rising) of the rows whose coefficient is not exactly zero; NaN is live."""
-    return torch.nonzero(coefficients != 0).squeeze(1)
+    """Indices (int64, rising) of the live rows: those with a coefficient that is not exactly zero.
+    NaN is live."""
+    return torch.nonzero(coefficients).squeeze(1)
+
+
+def live_candidates(coefficients: Tensor, cu_responses: Tensor) -> Tensor:
+    """bool [C]: whether a candidate's rows are live; its tokens share one coefficient."""
+    first_tokens = cu_responses[:-1].long().to(coefficients.device)
+    return coefficients[first_tokens] != 0
 
 
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     """Sum of each segment ``values[offsets[i]:offsets[i + 1]]`` as [segments], in values' dtype
-    (float32 at least), accumulated in float64."""
-    index = segment_index(offsets, values.shape[0]).to(values.device)
-    sums = torch.zeros(offsets.numel() - 1, dtype=torch.float64, device=values.device)
-    sums.index_add_(0, index, values.to(torch.float64))
+    (float32 at least), accumulated in float64 and in a fixed order."""
+    offsets = offsets.to(values.device).long()
+    sums = torch.segment_reduce(values.to(torch.float64), "sum", offsets=offsets, initial=0)
     return sums.to(accumulation_dtype(values.dtype))
 
 
@@ -191,7 +197,8 @@ def group_scale(scale: float | None, cu_groups: Tensor) -> float:
     """``scale``, or for None that of a mean over groups; symbolic under a compiler."""
     if scale is not None:
         return scale
-    return 1.0 / torch.sym_max(cu_groups.shape[0] - 1, 1)
+    mean: float = 1.0 / torch.sym_max(cu_groups.shape[0] - 1, 1)
+    return mean
 
 
 def segment_index(offsets: Tensor, total: int) -> Tensor:
@@ -294,14 +301,10 @@ def _rank_padded(
     return torch.where(ranked, loss, 0.0), torch.where(ranked[:, None], grads, 0.0)
 
 
-def positions(rewards: Tensor, present: Tensor) -> Tensor:
-    """Place of each candidate by falling reward, ties by index, as int64 [G, n]: 0 is the best.
-    What is not present gets a place behind all others."""
-    return _places(rewards, present)
-
-
 def _places(values: Tensor, present: Tensor) -> Tensor:
-    """position_i = Σ_j [v_j > v_i] + [v_j = v_i and j < i], which needs no sort."""
+    """Place of each value in falling order, ties by index: int64 [G, n], 0 is the largest. What is
+    not present stands behind all others. position_i = Σ_j [v_j > v_i] + [v_j = v_i and j < i] needs
+    no sort."""
     earlier = torch.ones(
         values.shape[1], values.shape[1], dtype=torch.bool, device=values.device
     ).tril(-1)

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Log-sum-exp and label log-probability of each row of a logits chunk, in one pass.
 
 One program a row. Every lane keeps a maximum and a sum of its own over the blocks and the lanes are

@@ -1,20 +1,19 @@
-"""What the operators need to know of a ranking loss: a few numbers and names, nothing else.
+"""A ranking loss as data: a few numbers and names.
 
 Every loss of the family reaches the tokens only through the candidates' scores, and its score part
 is one of three forms. A loss is therefore data (`RankSpec`) and not code: one reference and one
-kernel serve the whole family, and the fields travel through ``torch.library`` operators as plain
-arguments.
+kernel serve the whole family. The ``torch.library`` operators take it as one string
+(`RankSpec.encode`), which a compiler treats as a constant.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-FORMS = ("pairwise", "staged", "softmax")
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 
 class RankSpec(NamedTuple):
-    """One ranking loss, as the operators see it.
+    """One ranking loss as the operators take it.
 
     With ``u_i = score_scale * (s_i - reference_i)`` and ``order`` the candidates by falling reward
     (ties by index), the ranking term of a group is
@@ -27,15 +26,15 @@ class RankSpec(NamedTuple):
     ``-sft_weight * f(n) * sum_t logp_t`` over the best candidate (its mean for ``"mean"``).
     """
 
-    form: str
-    """``"pairwise"``, ``"staged"`` or ``"softmax"``."""
-    phi: str = "hinge"
+    form: Literal["pairwise", "staged", "softmax"]
+    """Which of the three ranking terms above."""
+    phi: Literal["hinge", "logistic", "square"] = "hinge"
     """Pairwise: ``"hinge"`` relu(-z), ``"logistic"`` softplus(-z), ``"square"`` z²."""
-    pairs: str = "all"
+    pairs: Literal["all", "best_worst"] = "all"
     """Pairwise: ``"all"``, or ``"best_worst"`` for the first and the last in order alone."""
-    pair_weight: str = "one"
+    pair_weight: Literal["one", "lambda"] = "one"
     """Pairwise: ``"one"``, or ``"lambda"`` for LambdaRank's change of DCG (detached)."""
-    stage_scale: str = "one"
+    stage_scale: Literal["one", "reward_gap"] = "one"
     """Staged: ``"one"`` (a = 1), or ``"reward_gap"`` (PRO: a_ki = r_k - r_i, a_kk the largest)."""
     top_k: int = 0
     """Staged: number of stages at most; 0 for all of them (n - 1)."""
@@ -47,11 +46,11 @@ class RankSpec(NamedTuple):
     """Softmax: of the target distribution over the rewards."""
     sft_weight: float = 0.0
     """Weight of the supervised term on the best candidate; 0 leaves it out."""
-    sft_growth: str = "one"
+    sft_growth: Literal["one", "square"] = "one"
     """``"one"``, or ``"square"``: the weight is multiplied by (n - 1)² (PRO)."""
-    sft_reduction: str = "mean"
+    sft_reduction: Literal["mean", "sum"] = "mean"
     """The supervised term's ``"mean"`` or ``"sum"`` over the best candidate's tokens."""
-    normalize: str = "mean"
+    normalize: Literal["mean", "sum"] = "mean"
     """A score is the ``"mean"`` or the ``"sum"`` of its tokens' log-probabilities."""
 
     @property
@@ -59,3 +58,15 @@ class RankSpec(NamedTuple):
         """Whether whole candidates can have a gradient of exactly zero, so that dropping their
         rows before the backward products can pay."""
         return self.form == "pairwise" and (self.phi == "hinge" or self.pairs == "best_worst")
+
+    def encode(self) -> str:
+        """The fields as one string."""
+        # A compiler traces an f-string, but not str(), of a number that it does not hold constant.
+        return " ".join([f"{field}" for field in self])
+
+    @staticmethod
+    @lru_cache
+    def decode(text: str) -> RankSpec:
+        """The inverse of `encode`."""
+        kinds = [str, *map(type, RankSpec._field_defaults.values())]
+        return RankSpec(*(kind(word) for kind, word in zip(kinds, text.split(), strict=True)))

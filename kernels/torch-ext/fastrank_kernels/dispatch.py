@@ -1,0 +1,54 @@
+"""Which implementation computes an operator: plain torch, or Triton where it can run."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+
+Backend = Literal["torch", "triton"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+
+def choose_backend(backend: str | None, device: torch.device) -> tuple[Backend, str]:
+    """The backend's name and the reason for it; None leaves the choice to the device.
+
+    Raises:
+        ValueError: an unknown name, or ``"triton"`` where it cannot run: never another one instead.
+    """
+    if backend == "torch":
+        return "torch", "asked for"
+    if backend == "triton":
+        _require_triton(device)
+        return "triton", "asked for"
+    if backend is not None:
+        raise ValueError(f"backend must be one of {BACKENDS} or None, got {backend!r}")
+    if device.type == "cuda":
+        try:
+            import_module("triton")
+        except ImportError:
+            return "torch", "triton is not installed"
+        return "triton", "the tensors are on a GPU"
+    return "torch", f"the tensors are on {device.type}"
+
+
+def backend_module(backend: str | None, device: torch.device) -> ModuleType:
+    """The module with the backend's functions: `reference`, or `triton_backend`."""
+    name, _ = choose_backend(backend, device)
+    return import_module(".reference" if name == "torch" else ".triton_backend", __package__)
+
+
+def _require_triton(device: torch.device) -> None:
+    try:
+        import_module("triton")
+    except ImportError as error:
+        raise ValueError(
+            f"backend='triton' expected an installed triton, got {error}; pip install triton"
+        ) from error
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend='triton' expected CUDA tensors (or TRITON_INTERPRET=1), got {device.type}"
+        )
