@@ -81,3 +81,24 @@ def test_float64_is_pointed_to_the_backend_that_computes_it(device) -> None:
     problem = problem_on(device, 9).to(torch.float64)
     with pytest.raises(ValueError, match="float64; backend='torch' computes in float64"):
         problem.fused(LOSS_OBJECTS["rrhf"], backend="triton")
+
+
+@pytest.mark.parametrize("logits_memory", [None, 97 * 4 * 3])
+@pytest.mark.parametrize("frozen", [False, True], ids=["head", "frozen head"])
+@pytest.mark.parametrize("name", ["rrhf", "pro", "dpo"])
+def test_a_losing_candidate_of_probability_zero(device, name, frozen, logits_memory) -> None:
+    """Its score is -inf and its coefficient exactly 0: values and gradients of the others hold."""
+    loss = type(LOSS_OBJECTS[name])(sft_weight=0.5)
+    problem = problem_on(device, 11, groups=(4, 3), softcap=None, frozen_head=frozen)
+    problem.rewards = torch.tensor([0.5, 1, 0, 2, 1.5, -1, 0], device=device)
+    problem.labels[problem.labels == 96] = 95
+    problem.labels[problem.cu_responses[[2, 5]].long()] = 96
+    with torch.no_grad():
+        problem.bias[96] = float("-inf")
+    want = exact(problem, loss)
+    assert all(x.isfinite().all() for x in want)
+    got = value_and_gradients(problem, loss, backend="triton", logits_memory=logits_memory)
+    assert largest_error(got, want) < 1e-5
+    apart = problem.fused(loss, backend="triton", logits_memory=logits_memory, reduction="none")
+    grads = torch.autograd.grad(-1.7 * apart.loss.mean(), problem.leaves())
+    assert largest_error([apart.loss.mean(), *grads], want) < 1e-5

@@ -1,0 +1,175 @@
+"""A losing candidate with a token of probability 0: right values and gradients on every path.
+
+Its score is -inf. Most losses give it a coefficient of exactly 0, and a product of the two anywhere
+would turn the whole step into NaN.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pack_cases
+import plain_losses
+import pytest
+import torch
+from plain_linear import Problem, make_problem
+from torch import nn
+
+import fastrank
+from fastrank.modeling.prepare import prepared_state
+from fastrank.ranking import ranking_from_logprobs
+
+# In ListNet the loser keeps a share of the target distribution: an infinite loss, finite gradients.
+LOSSES = [
+    fastrank.RRHF(),
+    fastrank.RRHF(normalize="sum", sft_reduction="sum", margin=0.5),
+    fastrank.PRO(),
+    fastrank.DPO(sft_weight=0.3),
+    fastrank.LambdaRank(sft_weight=0.2),
+    fastrank.ListMLE(sft_weight=0.2, sft_reduction="sum"),
+    fastrank.ListNet(sft_weight=0.5),
+]
+by_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
+# Bytes of logits, and what is frozen, for each strategy of the fused loss.
+STRATEGIES = {
+    "group": (None, False),
+    "recompute": (97 * 8 * 2, False),
+    "unit": (97 * 8 * 2, True),
+    "frozen group": (None, True),
+}
+
+
+def impossible_problem(frozen_head: bool = False) -> Problem:
+    """The worst candidates of the first two groups have a label whose bias is -inf."""
+    problem = make_problem(31, groups=(4, 3, 2), softcap=None, frozen_head=frozen_head)
+    problem.rewards = torch.tensor([0.5, 1.0, 0.0, 2.0, 1.5, -1.0, 0.0, 3.0, 1.0]).double()
+    problem.labels[problem.labels == 96] = 95
+    for loser in (2, 5):
+        problem.labels[int(problem.cu_responses[loser])] = 96
+    with torch.no_grad():
+        problem.bias[96] = float("-inf")
+    return problem
+
+
+def gradients(value: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    found = list(torch.autograd.grad(value, leaves))
+    assert all(gradient.isfinite().all() for gradient in found)
+    return found
+
+
+@by_loss
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_fused(loss, strategy, reduction) -> None:
+    memory, frozen = STRATEGIES[strategy]
+    problem = impossible_problem(frozen)
+    want = problem.plain(loss)
+    out = problem.fused(loss, reduction=reduction, logits_memory=memory)
+    assert out.scores[[2, 5]].tolist() == [-torch.inf] * 2
+    torch.testing.assert_close(out.loss, want if reduction == "none" else want.mean())
+    factors = torch.tensor([0.7, -1.3, 2.0]) if reduction == "none" else torch.tensor(0.9)
+    got = gradients((out.loss * factors).sum(), problem.leaves())
+    expected = gradients((want * factors / (1 if want.dim() == factors.dim() else 3)).sum(),
+                         problem.leaves())  # fmt: skip
+    torch.testing.assert_close(got, expected)
+    with torch.no_grad():
+        forward_only = problem.fused(loss, reduction=reduction, logits_memory=memory)
+    torch.testing.assert_close(forward_only, type(out)(*(x.detach() for x in out)))
+
+
+@by_loss
+def test_from_logprobs_and_from_scores(loss) -> None:
+    """Values by the papers' formulas in plain Python; gradients as those of the fused loss."""
+    problem = impossible_problem()
+    reference = problem.reference_scores if loss.uses_reference else None
+    logp = problem.logprobs().detach().requires_grad_()
+    out = ranking_from_logprobs(
+        logp, **problem.groups(), loss=loss, reference_scores=reference, reduction="none"
+    )
+    own = fastrank.sequence_scores(logp, problem.cu_responses, normalize=loss.normalize)
+    compared = own if reference is None else own - reference
+    term = fastrank.ranking_loss(
+        compared, problem.rewards, loss=loss, cu_groups=problem.cu_groups, reduction="none"
+    )
+    name, s, r = type(loss).__name__.lower(), compared.tolist(), problem.rewards.tolist()
+    options = {"margin": loss.margin} if isinstance(loss, fastrank.RRHF) else {}
+    if not isinstance(loss, fastrank.ListNet):
+        want = [
+            plain_losses.rank_term(name, s[a:b], r[a:b], **options)
+            for a, b in pairwise(problem.cu_groups.tolist())
+        ]
+        torch.testing.assert_close(out.rank_loss.tolist(), want)
+    torch.testing.assert_close(term.detach(), out.rank_loss)
+    factors = torch.tensor([0.7, -1.3, 2.0])
+    pool = fastrank.sequence_scores(logp, problem.cu_responses, normalize=loss.sft_reduction)
+    sft = 0.0
+    for factor, best, n in zip(factors, (3, 4, 7), (4, 3, 2), strict=True):
+        weight = plain_losses.sft_weight(name, n, loss.sft_weight)
+        sft = sft - factor * weight * pool[best]
+    torch.testing.assert_close(
+        gradients((out.loss * factors).sum(), [logp]),
+        gradients((term * factors).sum() + sft, [logp]),
+    )
+
+
+def impossible_groups() -> list[fastrank.Group]:
+    """The worst response of two groups begins with token 60, which nothing else has."""
+    groups = pack_cases.random_groups(pack_cases.RAGGED, vocab=60)
+    for group in (groups[0], groups[3]):
+        group.response_ids[int(group.rewards.argmin())][0] = 60
+    return groups
+
+
+def biased_model(adapted: bool) -> nn.Module:
+    """A Phi whose head has a bias of -inf at token 60; with LoRA on the head it has to make its
+    logits itself."""
+    from transformers import AutoModelForCausalLM, PhiConfig
+
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, initializer_range=0.2, resid_pdrop=0.0, pad_token_id=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).train()
+    head = model.lm_head
+    if adapted:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))
+        nn.init.normal_(model.base_model.model.lm_head.lora_B["default"].weight, std=0.2)
+    fastrank.prepare_model(model)  # which probes the head with finite logits
+    with torch.no_grad():
+        head.bias[60] = float("-inf")
+    assert prepared_state(model).head.fused == (not adapted)
+    return model
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["fused head", "model's own logits"])
+@pytest.mark.parametrize("loss", [LOSSES[0], LOSSES[2]], ids=repr)
+def test_models_jointly_and_in_two_phases(loss, adapted) -> None:
+    model, groups = biased_model(adapted), impossible_groups()
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    total = torch.zeros(())
+    scores = pack_cases.separate_scores(model, groups)
+    for group, own in zip(groups, scores.split([g.num_candidates for g in groups]), strict=True):
+        total = total + fastrank.ranking_loss(own, group.rewards, loss=loss)
+        best = int(group.rewards.argmax())
+        tokens = len(group.response_ids[best]) if loss.sft_reduction == "sum" else 1
+        name = type(loss).__name__.lower()
+        sft = plain_losses.sft_weight(name, len(own), loss.sft_weight)
+        total = total - sft * tokens * own[best]
+    total = total / len(groups)
+    want = gradients(total, weights)
+
+    (pack,) = fastrank.pack(groups, max_tokens=4096)
+    for reduction in ("mean", "sum", "none"):
+        out = model(pack=pack, loss=loss, reduction=reduction)
+        scale = 1.0 if reduction == "mean" else 1 / len(groups)
+        torch.testing.assert_close(out.loss.sum() * scale, total, rtol=1e-5, atol=0)
+        got = gradients(out.loss.sum() * scale, weights)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    model.zero_grad()
+    out = fastrank.two_phase_backward(model, groups, loss=loss, max_tokens=40)
+    torch.testing.assert_close(out.loss, total.detach(), rtol=1e-5, atol=0)
+    got = [parameter.grad for parameter in weights]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert out.drift.isfinite()
