@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Row statistics and logits gradient in one pass, for bfloat16 gradients of float32 logits.
 
 The gradient's coefficients depend on the statistics of every row of a group, which seems to need a
