@@ -151,13 +151,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     from transformers import AutoTokenizer
 
     name = check_model_path(path, needed="tokenizer_config.json")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # corrupt folders and the network raise unrelated types here
-        raise _unreadable(path, "tokenizer", error) from error
-    return tokenizer
+    with _errors_in_one_line(path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -207,21 +202,18 @@ def load_reward_model(
 
 def _load(auto_class: Any, path: str | Path, what: str, **options: Any) -> PreTrainedModel:
     name = check_model_path(path)
-    try:
-        with _bars_on_terminals_only():
-            model, info = auto_class.from_pretrained(
-                name, use_safetensors=True, output_loading_info=True, **options
-            )
-    except Exception as error:  # corrupt folders and the network raise unrelated types here
-        raise _unreadable(path, what, error) from error
+    model: PreTrainedModel
+    with _errors_in_one_line(path, what), _bars_on_terminals_only():
+        model, info = auto_class.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True, **options
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(
             f"{path}: {len(missing)} weights are missing, the first is {missing[0]}; "
             f"expected a complete {what}"
         )
-    loaded: PreTrainedModel = model
-    return _with_adapter(loaded, path, what) if is_adapter(path) else loaded
+    return _with_adapter(model, path, what) if is_adapter(path) else model
 
 
 def _with_adapter(base: PreTrainedModel, path: str | Path, what: str) -> PreTrainedModel:
@@ -229,15 +221,21 @@ def _with_adapter(base: PreTrainedModel, path: str | Path, what: str) -> PreTrai
 
     from fastrank.modeling.merge import merge_adapter
 
-    folder = str(Path(path).expanduser())
+    with _errors_in_one_line(path, f"{what} with an adapter"), warnings.catch_warnings():
+        # Weights that the adapter's folder lacks would keep their initial values.
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+        return merge_adapter(PeftModel.from_pretrained(base, Path(path).expanduser())).eval()
+
+
+@contextmanager
+def _errors_in_one_line(path: str | Path, what: str) -> Iterator[None]:
+    """Corrupt folders and the network raise unrelated types, whose text may have many lines."""
     try:
-        with warnings.catch_warnings():
-            # Weights that the adapter's folder lacks would stay as they are initialised.
-            warnings.filterwarnings("error", message=".*missing adapter keys")
-            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
-            return merge_adapter(PeftModel.from_pretrained(base, folder)).eval()
-    except Exception as error:  # corrupt folders raise unrelated types here
-        raise _unreadable(path, f"{what} with an adapter", error) from error
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{path}: cannot be loaded as a {what}: {reason}") from error
 
 
 @contextmanager
@@ -269,8 +267,3 @@ def tokenizer_context(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> i
             pass
     stated = tokenizer.model_max_length
     return int(stated) if 0 < stated < _NO_LIMIT else None
-
-
-def _unreadable(path: str | Path, what: str, error: Exception) -> InputError:
-    reason = f"{type(error).__name__}: {one_line(error)}"
-    return InputError(f"{path}: cannot be loaded as a {what}: {reason}")

@@ -20,17 +20,12 @@ from fastrank.errors import InputError
 from fastrank.modeling.heads import Head, head_in_own_dtype, measure_head, not_plain
 from fastrank.modeling.unwrap import vocab_size
 
-_PROMPT_LENGTH, _RESPONSE_LENGTHS = 3, (3, 3)
-
 
 def probe_group(model: PreTrainedModel) -> Group:
     """Group of random tokens, the same in every process."""
     generator = torch.Generator().manual_seed(0)
-    draws = [
-        torch.randint(0, vocab_size(model), (length,), generator=generator)
-        for length in (_PROMPT_LENGTH, *_RESPONSE_LENGTHS)
-    ]
-    return Group(draws[0], tuple(draws[1:]), torch.arange(2.0), name="start-up check")
+    prompt, *responses = torch.randint(0, vocab_size(model), (3, 3), generator=generator)
+    return Group(prompt, tuple(responses), torch.arange(2.0), name="start-up check")
 
 
 def probe_head(
@@ -68,29 +63,26 @@ def check_sharing(
     pack_hidden: Callable[..., Tensor],
     hidden_states: Callable[..., Tensor],
 ) -> None:
-    """Raise InputError if a shared pack gives other hidden states than one row per sequence."""
+    """Raise InputError if hidden states in a shared pack differ from those in separate rows."""
     group = probe_group(model)
-    shared = pack(
-        [group, Group(group.response_ids[1], group.response_ids, group.rewards)], max_tokens=64
-    )[0].to(model.device)
+    groups = [group, Group(group.response_ids[1], group.response_ids, group.rewards)]
+    shared, separate = (
+        pack(groups, max_tokens=64, shared_prompts=sharing)[0].to(model.device)
+        for sharing in (True, False)
+    )
     try:
-        packed = pack_hidden(shared)[0]
+        packed = pack_hidden(shared)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         # Architectures that compute with the mask themselves fail on the layout in its place.
         raise InputError(
             f"{type(model).__name__} cannot share prompts: it fails on a pack "
             f"({type(error).__name__}: {one_line(error)}); use shared_prompts=False"
         ) from error
-    assert shared.segments is not None
-    together, alone = [], []
-    for span in shared.segments.groups:
-        prompt = shared.input_ids[0, span.prompt.start : span.prompt.stop]
-        for response in span.responses:
-            own = shared.input_ids[0, response.start : response.stop]
-            together.append(packed[response.start : response.stop])
-            row = torch.cat((prompt, own))[None]
-            alone.append(hidden_states(input_ids=row)[0, len(prompt) :])
-    found = _disagreement(model, torch.cat(together), torch.cat(alone))
+    # [1, N, D] and [C, L, D]: the rows of the same labels.
+    alone = hidden_states(input_ids=separate.input_ids)
+    found = _disagreement(
+        model, packed.flatten(0, 1)[shared.rows], alone.flatten(0, 1)[separate.rows]
+    )
     if found is not None:
         raise InputError(
             f"{type(model).__name__} cannot share prompts: a response's hidden states in a pack "

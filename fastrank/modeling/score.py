@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fastrank.attention.gate import refusal
-from fastrank.data.candidate_packs import Part, split_groups
+from fastrank.data.candidate_packs import split_groups
 from fastrank.data.columns import group_sizes
 from fastrank.data.packing import Group, pack
 from fastrank.modeling.prepare import prepare_model, prepared_state, release_model
@@ -45,7 +44,7 @@ def score(
             return score(model, groups, max_tokens=max_tokens, normalize=normalize)
         finally:
             release_model(model)
-    parts = _parts(groups, max_tokens, state.shared_prompts)
+    parts = split_groups(groups, max_tokens=max_tokens, shared_prompts=state.shared_prompts)
     packs = pack(
         [part.group for part in parts],
         max_tokens=max_tokens,
@@ -65,17 +64,3 @@ def score(
 def enough_tokens(groups: Sequence[Group], max_tokens: int) -> int:
     """``max_tokens``, raised to the longest sequence of the groups if that is longer."""
     return max(max_tokens, int(group_sizes(groups).longest_sequence.max(initial=0)))
-
-
-def _parts(groups: Sequence[Group], max_tokens: int, shared_prompts: bool) -> list[Part]:
-    """The groups as parts; only groups larger than a pack are split into several."""
-    found = []
-    sizes = group_sizes(groups).pack_tokens(shared_prompts)
-    for index, (group, size) in enumerate(zip(groups, sizes, strict=True)):
-        if size <= max_tokens:
-            found.append(Part(group, index, tuple(range(group.num_candidates))))
-            continue
-        named = replace(group, name=group.name or f"group {index}")
-        own = split_groups([named], max_tokens=max_tokens, shared_prompts=shared_prompts)
-        found += [replace(part, index=index) for part in own]
-    return found
