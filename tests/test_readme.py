@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from architectures import build
+from pack_cases import random_groups, separate_scores
+from torch.nn.utils.rnn import pad_sequence
 
 import fastrank
 
@@ -20,49 +22,27 @@ SNIPPETS = dict(
 @pytest.fixture
 def batch() -> dict:
     """Two prompts with two and three candidates, padded, as a training script has them."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    groups = []
-    for size, prompt in ((2, 5), (3, 7)):
-        prompt_ids = torch.randint(1, 64, (prompt,))
-        responses = [torch.randint(1, 64, (3 + i,)) for i in range(size)]
-        groups.append((prompt_ids, responses, torch.rand(size)))
-    paths = [torch.cat([p, r]) for p, rs, _ in groups for r in rs]
-    input_ids = torch.nn.utils.rnn.pad_sequence(paths, batch_first=True)
-    labels = torch.full_like(input_ids, -100)
-    row = 0
-    for prompt_ids, responses, _ in groups:
-        for response in responses:
-            labels[row, len(prompt_ids) : len(prompt_ids) + len(response)] = response
-            row += 1
+    groups = random_groups([(5, [3, 4]), (7, [3, 4, 5])])
+    rows = [(group.prompt_ids, ids) for group in groups for ids in group.response_ids]
+    sequences = [torch.cat(row) for row in rows]
+    labels = [torch.cat((torch.full_like(prompt, -100), ids)) for prompt, ids in rows]
     return {
-        "model": model, "torch": torch, "fastrank": fastrank, "batch": groups,
-        "input_ids": input_ids, "labels": labels,
-        "mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in paths], True),
-        "rewards": torch.cat([g[2] for g in groups]),
+        "model": build("llama", tie_word_embeddings=False), "torch": torch, "fastrank": fastrank,
+        "groups": groups, "batch": [(g.prompt_ids, g.response_ids, g.rewards) for g in groups],
+        "input_ids": pad_sequence(sequences, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        "mask": pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True),
+        "rewards": torch.cat([group.rewards for group in groups]),
         "cu_groups": torch.tensor([0, 2, 5], dtype=torch.int32),
     }  # fmt: skip
 
 
-def plain_scores(batch: dict) -> torch.Tensor:
-    logits = batch["model"](batch["input_ids"], attention_mask=batch["mask"]).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    keep = labels != -100
-    logps = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-    return (logps * keep).sum(1) / keep.sum(1)
-
-
 def test_the_loss_backend(batch) -> None:
     exec(SNIPPETS["loss backend"], batch)
-    scores = plain_scores(batch)
+    scores = separate_scores(batch["model"], batch["groups"])
     torch.testing.assert_close(batch["out"].scores, scores.detach(), rtol=1e-5, atol=1e-5)
-    want = 0.0
-    for first, last in ((0, 2), (2, 5)):
-        s, r = scores[first:last], batch["rewards"][first:last]
+    want = torch.zeros(())
+    for s, r in ((scores[:2], batch["rewards"][:2]), (scores[2:], batch["rewards"][2:])):
         difference = s[:, None] - s[None, :]
         want = want + (difference * (r[:, None] < r[None, :])).clamp(min=0).sum() - s[r.argmax()]
     torch.testing.assert_close(batch["out"].loss, want / 2, rtol=1e-5, atol=1e-5)
@@ -94,7 +74,7 @@ def test_a_loss_of_ones_own(batch) -> None:
         batch["hidden"], batch["labels"]
     )
     exec(SNIPPETS["own loss"], batch)
-    scores = plain_scores(batch)
+    scores = separate_scores(model, batch["groups"])
     torch.testing.assert_close(batch["scores"], scores, rtol=1e-5, atol=1e-5)
     want = torch.nn.functional.softplus(scores[1] - scores[0]) + scores.var()
     (expected,) = torch.autograd.grad(want, model.lm_head.weight)

@@ -52,6 +52,20 @@ def test_packs_are_exact_in_float64(model_type):
     assert_exact(build(model_type).double(), scores, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changed"),
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("qwen2", {"use_sliding_window": False}),
+        ("qwen3", {"head_dim": 16}),
+    ],
+)
+@pytest.mark.parametrize("shared_prompts", [True, False])
+def test_padded_rows_are_as_exact_as_packs(model_type, changed, shared_prompts):
+    assert_exact(build(model_type, **changed), 1e-5, 1e-5, shared_prompts=shared_prompts)
+
+
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_what_cannot_share_is_refused_and_exact_without(model_type):
     reason, _ = REFUSED[model_type]
@@ -68,13 +82,17 @@ def test_a_shared_pack_for_a_model_without_sharing_is_an_error():
         model(pack=one_pack())
 
 
-CHECKPOINTED = ("gemma2", "gpt_oss", "llama4_text", "mistral", "nemotron", "stablelm", "qwen3_moe")
+CHECKPOINTED = (
+    *("llama", "gpt2", "qwen2", "qwen3"),
+    *("gemma2", "gpt_oss", "llama4_text", "mistral", "nemotron", "stablelm", "qwen3_moe"),
+)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("model_type", CHECKPOINTED)
 def test_gradient_checkpointing_is_exact(model_type, use_reentrant):
     model, pack = build(model_type), one_pack()
+    implementation = model.config._attn_implementation
     weights = torch.linspace(-1.5, 2.0, pack.num_candidates)
     fastrank.prepare_model(model)
     model.train()
@@ -88,8 +106,10 @@ def test_gradient_checkpointing_is_exact(model_type, use_reentrant):
         layer.register_forward_pre_hook(lambda *_: calls.append(1))
     scores = model(pack=pack).scores
     forward = len(calls)
+    assert model.config._attn_implementation == implementation
     assert_same_gradients(gradients(model, scores, weights), expected, 1e-6)
     assert len(calls) > forward  # layers did run again
+    assert model.config._attn_implementation == implementation
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "llama4_text", "gpt_oss"])

@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from architectures import build
+from architectures import adapt, build
 from pack_cases import (
     assert_same_gradients,
     one_pack,
     random_groups,
+    separate_loss,
     separate_scores,
     take_gradients,
 )
@@ -45,19 +46,7 @@ def frozen(*names: str) -> Callable[[], nn.Module]:
 
 
 def adapted(*, tied: bool = False, **options) -> Callable[[], nn.Module]:
-    """A PEFT adapter, moved off its start, where it would do nothing."""
-
-    def make() -> nn.Module:
-        peft = pytest.importorskip("peft")
-        config = peft.LoraConfig(r=2, lora_alpha=4, **options)
-        model = peft.get_peft_model(llama(tied=tied), config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-        return model
-
-    return make
+    return lambda: adapt(llama(tied=tied), **options)
 
 
 class Int8Linear(nn.Linear):
@@ -172,26 +161,13 @@ KINDS = {
 }  # fmt: skip
 
 
-def plain_loss(model: nn.Module, groups) -> Tensor:
-    """RRHF with its supervised term (mean), by a forward pass for every response."""
-    scores = separate_scores(model, groups)
-    total = torch.zeros(())
-    for group, own in zip(groups, scores.split([g.num_candidates for g in groups]), strict=True):
-        for i, better in enumerate(group.rewards.tolist()):
-            for j, worse in enumerate(group.rewards.tolist()):
-                if better > worse:
-                    total = total + torch.relu(own[j] - own[i])
-        total = total - own[int(group.rewards.argmax())]
-    return total / len(groups)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*", "ignore:Model has `tie_word_emb")
 def test_value_and_every_gradient_equal_the_plain_computation(kind):
     make, fused = KINDS[kind]
     model = make()
     groups = random_groups()
-    expected = plain_loss(model, groups)
+    expected = separate_loss(model, groups, fastrank.RRHF())
     expected.backward()
     reference = take_gradients(model)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -327,7 +303,7 @@ class Partitioned:
 def test_a_zero3_partitioned_head_is_gathered_by_its_own_forward():
     model = llama()
     groups = random_groups()
-    expected = plain_loss(model, groups)
+    expected = separate_loss(model, groups, fastrank.RRHF())
     expected.backward()
     reference = take_gradients(model)
     head = Partitioned(model.lm_head)

@@ -13,6 +13,7 @@ from pack_cases import (
     gradients,
     one_pack,
     random_groups,
+    separate_loss,
     separate_scores,
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -26,21 +27,6 @@ def model(request) -> PreTrainedModel:
     return build(request.param)
 
 
-@pytest.mark.parametrize("shared_prompts", [True, False])
-def test_scores_and_gradients_equal_separate_passes(model, shared_prompts):
-    groups = random_groups()
-    expected = separate_scores(model, groups)
-    weights = torch.linspace(-1.5, 2.0, len(expected))
-    reference = gradients(model, expected, weights)
-
-    fastrank.prepare_model(model, shared_prompts=shared_prompts)
-    pack = one_pack(groups, shared_prompts=shared_prompts)
-    assert pack.group_index == (0, 1, 2, 3)
-    scores = model(pack=pack).scores
-    torch.testing.assert_close(scores, expected.detach(), atol=1e-5, rtol=0)
-    assert_same_gradients(gradients(model, scores, weights), reference, 1e-5)
-
-
 @pytest.mark.parametrize("loss", [fastrank.RRHF(), fastrank.PRO(), fastrank.DPO()], ids=repr)
 def test_the_loss_equals_the_loss_on_separate_scores(model, loss):
     groups = random_groups()
@@ -48,15 +34,7 @@ def test_the_loss_equals_the_loss_on_separate_scores(model, loss):
     scores = separate_scores(model, groups)
     if loss.normalize == "sum":
         scores = scores * (pack.cu_responses[1:] - pack.cu_responses[:-1])
-    rank = fastrank.ranking_loss(scores, pack.rewards, loss=loss, cu_groups=pack.cu_groups)
-    best = [int(g.rewards.argmax()) + int(o) for g, o in zip(groups, pack.cu_groups, strict=False)]
-    sums = separate_scores(model, groups) * (pack.cu_responses[1:] - pack.cu_responses[:-1])
-    sft = torch.zeros(())
-    for group, index in zip(groups, best, strict=True):
-        length = int(pack.cu_responses[index + 1] - pack.cu_responses[index])
-        scale = loss.sft_weight * ((group.num_candidates - 1) ** 2 if loss == fastrank.PRO() else 1)
-        sft = sft - scale * sums[index] / (length if loss.sft_reduction == "mean" else 1)
-    expected = rank + sft / len(groups)
+    expected = separate_loss(model, groups, loss)
     reference = gradients(model, expected, torch.tensor(1.0))
 
     fastrank.prepare_model(model)
@@ -66,27 +44,6 @@ def test_the_loss_equals_the_loss_on_separate_scores(model, loss):
     torch.testing.assert_close(output.scores, scores.detach(), atol=1e-4, rtol=0)
     got = gradients(model, output.loss, torch.tensor(1.0))
     assert_same_gradients(got, reference, 1e-5)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(model, use_reentrant):
-    groups = random_groups()
-    pack = one_pack(groups)
-    fastrank.prepare_model(model)
-    model.train()
-    weights = torch.linspace(-1.5, 2.0, pack.num_candidates)
-    expected = gradients(model, model(pack=pack).scores, weights)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    if use_reentrant:
-        model.enable_input_require_grads()
-    calls = []
-    handle = model.base_model.register_forward_hook(lambda *_: calls.append(1))
-    scores = model(pack=pack).scores
-    handle.remove()
-    implementation = model.config._attn_implementation
-    assert calls and implementation == "sdpa"
-    assert_same_gradients(gradients(model, scores, weights), expected, 1e-6)
-    assert model.config._attn_implementation == implementation
 
 
 def test_calls_without_a_pack_are_what_they_were(model):

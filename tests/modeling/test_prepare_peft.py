@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import build
+from architectures import adapt, build
 from pack_cases import assert_same_gradients, gradients, one_pack, random_groups, separate_scores
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 
 import fastrank
 from fastrank.errors import InputError
 
 
-def adapted(seed: int = 0):
-    """A LoRA model whose adapter does something (its B matrices are not zero)."""
-    config = LoraConfig(
-        r=3, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(build("llama"), config)
-    torch.manual_seed(seed + 1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+def adapted():
+    targets = ["q_proj", "v_proj", "down_proj"]
+    return adapt(build("llama"), target_modules=targets, task_type="CAUSAL_LM").eval()
 
 
 @pytest.mark.parametrize("use_reentrant", [None, True, False])
@@ -49,12 +41,7 @@ def test_adapters_take_part_and_get_the_gradients(use_reentrant):
 
 def test_wrapping_a_prepared_model_works_as_well():
     base = fastrank.prepare_model(build("llama"))
-    model = get_peft_model(
-        base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+    model = adapt(base, target_modules="all-linear", task_type="CAUSAL_LM")
     groups = random_groups()
     expected = separate_scores(model.eval(), groups).detach()
     pack = one_pack(groups)

@@ -90,6 +90,21 @@ def separate_scores(model: nn.Module, groups: Sequence[Group]) -> Tensor:
     return torch.stack(scores)
 
 
+def separate_loss(model: nn.Module, groups: Sequence[Group], loss: fastrank.Loss) -> Tensor:
+    """Mean loss of the groups, supervised term included, on `separate_scores`."""
+    means = separate_scores(model, groups)
+    sums = means * torch.tensor([len(ids) for group in groups for ids in group.response_ids])
+    scores = sums if loss.normalize == "sum" else means
+    supervised = sums if loss.sft_reduction == "sum" else means
+    sizes = [group.num_candidates for group in groups]
+    total = torch.zeros(())
+    for group, own, logp in zip(groups, scores.split(sizes), supervised.split(sizes), strict=True):
+        scale = (group.num_candidates - 1) ** 2 if isinstance(loss, fastrank.PRO) else 1
+        sft = -loss.sft_weight * scale * logp[int(group.rewards.argmax())]
+        total = total + fastrank.ranking_loss(own, group.rewards, loss=loss) + sft
+    return total / len(groups)
+
+
 def take_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Whole gradients by parameter name; the model is left without any."""
     found = {}
