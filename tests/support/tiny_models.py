@@ -14,6 +14,7 @@ from transformers import (
     LlamaForSequenceClassification,
     PhiConfig,
     PhiForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -61,9 +62,7 @@ def save_llama(folder: Path, *, seed: int = 0, chat_template: str | None = None)
     tokenizer = ascii_tokenizer(chat_template)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**_sizes(tokenizer, initializer_range=0.3)))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return _save(folder, model, tokenizer)
 
 
 def save_silent_model(folder: Path) -> Path:
@@ -75,9 +74,7 @@ def save_silent_model(folder: Path) -> Path:
     with torch.no_grad():
         model.lm_head.bias.zero_()
         model.lm_head.bias[tokenizer.eos_token_id] = 1e4
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return _save(folder, model, tokenizer)
 
 
 def save_classifier(folder: Path, *, num_labels: int = 1, seed: int = 0) -> Path:
@@ -85,6 +82,10 @@ def save_classifier(folder: Path, *, num_labels: int = 1, seed: int = 0) -> Path
     tokenizer = ascii_tokenizer()
     torch.manual_seed(seed)
     config = LlamaConfig(**_sizes(tokenizer, num_labels=num_labels))
-    LlamaForSequenceClassification(config).save_pretrained(folder)
+    return _save(folder, LlamaForSequenceClassification(config), tokenizer)
+
+
+def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
