@@ -16,11 +16,14 @@ test-slow: $(VENV)/.dev  ## the tests that take minutes
 	$(BIN)/pytest -m "slow and not gpu"
 
 bench: $(VENV)/.dev $(VENV)/.peers  ## the CPU tables and curves of the README, about 20 minutes
-	$(BIN)/python bench/cpu_suite.py --output bench/results
-	$(BIN)/python bench/tables.py
+	$(BIN)/python -m bench.cpu_suite --output bench/results
+	$(BIN)/python -m bench.curves --output bench/results
+	$(BIN)/python -m bench.tables
+	$(BIN)/python -m bench.goals bench/results
 
 compare: $(VENV)/.dev  ## what each loss makes of the same candidates, over three seeds
-	$(BIN)/python -m bench.compare --output bench/results --readme README.md
+	$(BIN)/python -m bench.compare --output bench/results
+	$(BIN)/python -m bench.tables
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

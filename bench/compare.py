@@ -1,60 +1,77 @@
-"""``make compare``: what each loss makes of the same candidates, as in the papers' tables.
+"""``make compare``: the effect of each loss on the same candidates, as in the papers' tables.
 
 One base model, one reward (`bench/happy_reward.py`), one set of prompts. For each seed the base
 model's samples are scored, and every method starts from the base model and sees the same
-candidates. What is reported is measured on fresh samples for prompts that no method has seen: their
-mean reward, their perplexity under the base model (how much of the language is left), and how well
-the trained model's own scores order held-out candidates of the base model.
+candidates. The figures are of fresh samples for prompts that no method has seen: their mean reward,
+their perplexity under the base model (how much of the language is left), and how well the trained
+model's own scores order held-out candidates of the base model.
 
-Run from the repository's root: ``python -m bench.compare``; ``--help`` lists the sizes. Every step
-before training is the library's own command (`fastrank sample`, `fastrank reward`), called in
-process.
+    python -m bench.compare             # every loss, on stored candidates
+    python -m bench.compare --online    # RRHF, stored or drawn during training
+
+from the repository's root; ``--help`` lists the sizes, and `bench.tables` puts the results into the
+README. With ``--online`` the offline methods train on the base model's candidates; the online ones
+see as many prompts in as many steps, but draw the candidates from the model in training, every 8
+steps (10 rounds in 80 steps). Online training takes a lower learning rate and a heavier SFT term:
+nothing in its candidates holds it near the base model. The offline method is therefore shown at
+both settings. The curves of the first seed's online runs are copied to the output folder.
+
+Every step is a command of the library, called in process.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
+import io
+import json
+import math
 import os
+import shutil
+import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from bench.compare_report import (
-    Row,
-    claims,
-    fill,
-    markdown_table,
-    plot,
-    provenance,
-    write_csv,
-)
 from bench.story_task import openings, story_model, write_prompts
+from fastrank.benchmarks.results import markdown_table, read_csv, write_csv
 
 REWARD = f"{Path(__file__).resolve().parent / 'happy_reward.py'}:reward"
-
-#: name: (loss, its options, what it is trained on: "best" response alone, or "all" candidates)
-METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "SFT on the best": ("rrhf", {}, "best"),
-    "RRHF": ("rrhf", {}, "all"),
-    "RRHF without SFT": ("rrhf", {"sft_weight": 0.0}, "all"),
-    "PRO": ("pro", {}, "all"),
-    "DPO, best and worst": ("dpo", {"pairs": "best_worst"}, "all"),
-    "ListMLE": ("listmle", {}, "all"),
-}
 BASE = "base model"
+EVERY = 8  # steps between online rounds
+
+_GENTLE = {"learning_rate": 3e-4, "loss_kwargs": {"sft_weight": 3.0}}
+METHODS: dict[str, dict[str, Any]] = {
+    # So far below 0 a margin lets no pair count: what is left of RRHF is its SFT term.
+    "SFT on the best": {"loss_kwargs": {"margin": -1e9}},
+    "RRHF": {},
+    "RRHF without SFT": {"loss_kwargs": {"sft_weight": 0.0}},
+    "PRO": {"loss": "pro"},
+    "DPO, best and worst": {"loss": "dpo", "loss_kwargs": {"pairs": "best_worst"}},
+    "ListMLE": {"loss": "listmle"},
+    "offline RRHF": {},
+    "offline RRHF, online settings": _GENTLE,
+    "online RRHF": {**_GENTLE, "kl_weight": 0.0},
+    "online RRHF with penalty": {**_GENTLE, "kl_weight": 10.0},
+}
+"""Options of ``fastrank train`` (RRHF unless they say otherwise); an online method has a weight of
+its penalty, ``kl_weight``."""
+OFFLINE = list(METHODS)[:6]
+ONLINE = list(METHODS)[6:]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Plan:
     """Sizes of a comparison."""
 
     model: str
-    work: str
+    work: Path
     prompts: int = 320
     heldout: int = 80
     samples: int = 6
@@ -62,163 +79,164 @@ class Plan:
     epochs: float = 2.0
     learning_rate: float = 1e-3
     batch_size: int = 8
-    threads: int = 1
 
     def folder(self, seed: int) -> Path:
-        return Path(self.work) / f"seed{seed}"
+        return self.work / f"seed{seed}"
+
+    def output_dir(self, seed: int, method: str) -> Path:
+        return self.folder(seed) / method.replace(" ", "-")
+
+
+SIZES = [field for field in dataclasses.fields(Plan) if field.name not in ("model", "work")]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method with one seed, on held-out prompts.
+
+    Attributes:
+        method, seed: what was run.
+        reward: mean reward of fresh samples; ``standard_error`` over the prompts.
+        perplexity: of the fresh samples under the base model.
+        accuracy: pairwise ranking accuracy on held-out candidates of the base model.
+        train_seconds: wall-clock time of training.
+    """
+
+    method: str
+    seed: int
+    reward: float
+    standard_error: float
+    perplexity: float
+    accuracy: float
+    train_seconds: float
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def run_command(command: str, **options: Any) -> dict[str, Any]:
+    """Run a command of the library in this process, with one thread; its result.
+
+    Raises:
+        RuntimeError: it failed; the reason is on stderr.
+    """
+    import torch
+
+    from fastrank.cli.main import main
+
+    torch.set_num_threads(1)
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    with redirect_stdout(io.StringIO()) as said:
+        code = main([command, *arguments, "--json"])
+    if code != 0:
+        raise RuntimeError(f"fastrank {command} ended with code {code}: {arguments}")
+    result: dict[str, Any] = json.loads(said.getvalue().splitlines()[-1])
+    return result
 
 
 def prepare(plan: Plan, seed: int) -> None:
     """Write the seed's ranked candidates, for training and held out: sample, then reward."""
-    from fastrank.workflow.options import DecodingOptions, ModelOptions
-    from fastrank.workflow.reward import RewardOptions, reward_file
-    from fastrank.workflow.sample import SampleOptions, sample_file
-
-    set_threads(plan)
     folder = plan.folder(seed)
     folder.mkdir(parents=True, exist_ok=True)
     found = openings(plan.prompts + plan.heldout)
     splits = {"train": found[: plan.prompts], "heldout": found[plan.prompts :]}
-    drawing = DecodingOptions(
-        num_responses=plan.samples, max_new_tokens=plan.tokens, batch_size=64, seed=seed
-    )
-    loading = ModelOptions(device="cpu")
     for name, prompts in splits.items():
         write_prompts(prompts, folder / f"{name}-prompts.jsonl")
-        sampling = SampleOptions(
-            model=[plan.model],
-            prompts=str(folder / f"{name}-prompts.jsonl"),
-            output=str(folder / f"{name}-samples.jsonl"),
-            partial="discard",
-        )
-        sample_file(sampling, drawing, loading)
-        rewarding = RewardOptions(
-            data=sampling.output,
-            output=str(folder / f"{name}.jsonl"),
-            reward=REWARD,
-            partial="discard",
-        )
-        reward_file(rewarding, loading)
+        samples = folder / f"{name}-samples.jsonl"
+        run_command(
+            "sample", model=plan.model, prompts=folder / f"{name}-prompts.jsonl", output=samples,
+            partial="discard", **_decoding(plan, seed),
+        )  # fmt: skip
+        run_command(
+            "reward", data=samples, output=folder / f"{name}.jsonl", reward=REWARD,
+            partial="discard", device="cpu",
+        )  # fmt: skip
 
 
-def run_method(
-    plan: Plan, seed: int, method: str, loss_kwargs: dict[str, Any] | None = None
-) -> Row:
-    """Train one method (with other options of its loss, if given) and measure it."""
-    from fastrank.data.load import load_groups
-    from fastrank.data.tokenize import TokenizeOptions
-    from fastrank.workflow.options import ModelOptions
-    from fastrank.workflow.policy import load_policy
-
-    set_threads(plan)
-    model, tokenizer = load_policy(plan.model, ModelOptions(device="cpu"))
-    seconds = 0.0
-    if method != BASE:
-        # A response that was cut at the limit has no end; this keeps it from being taught one.
-        limits = TokenizeOptions(max_response_length=plan.tokens)
-        groups, _ = load_groups(plan.folder(seed) / "train.jsonl", tokenizer, options=limits)
-        began = time.perf_counter()
-        _train(plan, seed, method, model, groups, loss_kwargs)
-        seconds = time.perf_counter() - began
-    return measure(plan, seed, method, model, seconds)
+def _decoding(plan: Plan, seed: int) -> dict[str, Any]:
+    return {
+        "num_responses": plan.samples,
+        "max_new_tokens": plan.tokens,
+        "batch_size": 64,
+        "seed": seed,
+        "device": "cpu",
+    }
 
 
-def measure(plan: Plan, seed: int, method: str, model: Any, seconds: float) -> Row:
-    """Fresh samples of a model for the held-out prompts: their reward, what the base model thinks
-    of them; and how the model orders the base model's candidates."""
-    from fastrank.data.load import load_groups
-    from fastrank.data.tokenize import TokenizeOptions
-    from fastrank.workflow.evaluation import (
-        mean_reward,
-        perplexity,
-        ranking_accuracy,
-        sample_items,
+def run_method(plan: Plan, seed: int, method: str) -> Outcome:
+    """Train one method from the base model and measure it."""
+    if method == BASE:
+        return measure(plan, seed, method, plan.model, 0.0)
+    options = {"loss": "rrhf", "learning_rate": plan.learning_rate, **METHODS[method]}
+    options["loss_kwargs"] = json.dumps(options.get("loss_kwargs", {}))
+    if "kl_weight" in options:
+        options |= {
+            "online_every": EVERY,
+            "online_prompts": plan.folder(seed) / "train-prompts.jsonl",
+            "reward": REWARD,
+            "online_responses": plan.samples,
+            "online_max_new_tokens": plan.tokens,
+            "online_batch_size": 64,
+        }
+    else:
+        options |= {
+            "data": plan.folder(seed) / "train.jsonl",
+            "eval_fraction": 0,
+            "eval_groups": 1,
+            # A response that was cut at the limit has no end; this keeps it from being taught one.
+            "max_response_length": plan.tokens,
+        }
+    folder = plan.output_dir(seed, method)
+    trained = run_command(
+        "train",
+        model=plan.model,
+        num_train_epochs=plan.epochs,
+        per_device_train_batch_size=plan.batch_size,
+        logging_steps=EVERY,
+        save_strategy="no",
+        overwrite_output_dir="true",
+        disable_tqdm="true",
+        use_cpu="true",
+        seed=seed,
+        output_dir=folder,
+        **options,
     )
-    from fastrank.workflow.items import read_items
-    from fastrank.workflow.options import DecodingOptions, ModelOptions
-    from fastrank.workflow.policy import load_policy
-    from fastrank.workflow.reward import load_reward
+    return measure(plan, seed, method, folder, trained["seconds"])
 
-    loading = ModelOptions(device="cpu")
-    base, tokenizer = load_policy(plan.model, loading)
-    limits = TokenizeOptions(max_response_length=plan.tokens)
-    heldout, _ = load_groups(plan.folder(seed) / "heldout.jsonl", tokenizer, options=limits)
-    drawing = DecodingOptions(
-        num_responses=plan.samples, max_new_tokens=plan.tokens, batch_size=64, seed=1000 + seed
-    )
-    items = list(read_items(plan.folder(seed) / "heldout-prompts.jsonl"))
-    fresh = sample_items(model.eval(), tokenizer, items, drawing, source=method)
-    scorer, _ = load_reward(REWARD, "auto", loading, batch_size=1)
-    found = mean_reward(scorer(fresh.items))
-    return Row(
+
+def measure(plan: Plan, seed: int, method: str, model: Path | str, seconds: float) -> Outcome:
+    """Fresh samples of a model for the held-out prompts: their reward and their perplexity under
+    the base model; and how the model orders the base model's candidates."""
+    folder = plan.folder(seed)
+    fresh = run_command(
+        "evaluate", model=model, prompts=folder / "heldout-prompts.jsonl", reward=REWARD,
+        perplexity_model=plan.model, **_decoding(plan, 1000 + seed),
+    )  # fmt: skip
+    scored = run_command(
+        "score", model=model, data=folder / "heldout.jsonl", max_response_length=plan.tokens,
+        device="cpu",
+    )  # fmt: skip
+    return Outcome(
         method=method,
         seed=seed,
-        reward=found.mean,
-        standard_error=found.standard_error,
-        perplexity=perplexity(base, tokenizer, fresh),
-        accuracy=ranking_accuracy(model, heldout)["pairwise_accuracy"],
+        reward=fresh["reward"]["mean"],
+        standard_error=fresh["reward"]["standard_error"],
+        perplexity=fresh["perplexity"],
+        accuracy=(scored["metrics"] or {}).get("pairwise_accuracy", math.nan),
         train_seconds=seconds,
     )
 
 
-def _train(
-    plan: Plan,
-    seed: int,
-    method: str,
-    model: Any,
-    groups: Sequence[Any],
-    loss_kwargs: dict[str, Any] | None,
-) -> None:
-    from fastrank import Group, RankConfig, RankTrainer, loss_from_name
-    from fastrank.modeling.reference_scores import with_reference_scores
-
-    name, options, candidates = METHODS[method]
-    options = options if loss_kwargs is None else loss_kwargs
-    if candidates == "best":
-        # One candidate leaves no pair to rank, and of RRHF its supervised term alone.
-        best = [int(group.rewards.argmax()) for group in groups]
-        groups = [
-            Group(g.prompt_ids, (g.response_ids[i],), g.rewards[i : i + 1])
-            for g, i in zip(groups, best, strict=True)
-        ]
-    loss = loss_from_name(name, **options)
-    if loss.uses_reference:
-        groups = with_reference_scores(groups, plan.model, normalize=loss.normalize)
-    arguments = RankConfig(
-        output_dir=str(plan.folder(seed) / "trainer"),
-        loss=name,
-        loss_kwargs=options,
-        learning_rate=plan.learning_rate,
-        num_train_epochs=plan.epochs,
-        per_device_train_batch_size=plan.batch_size,
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=seed,
-    )
-    RankTrainer(model, arguments, train_dataset=groups).train()
-
-
-def set_threads(plan: Plan) -> None:
-    """What each process computes with."""
-    import torch
-
-    torch.set_num_threads(plan.threads)
-
-
-def run_all(
-    plan: Plan, seeds: int, methods: Sequence[str], jobs: int, run: Callable[..., Row]
-) -> list[Row]:
+def run_all(plan: Plan, seeds: int, methods: Sequence[str], jobs: int) -> list[Outcome]:
     """Every method with every seed; ``jobs`` processes at once (1: in this process)."""
     from tqdm import tqdm
 
     tasks = [(plan, seed, method) for seed in range(seeds) for method in methods]
-    rows: list[Row] = []
+    rows: list[Outcome] = []
     with tqdm(total=len(tasks) + seeds, desc="comparing", unit=" runs", disable=None) as bar:
         for _ in _each(prepare, [(plan, seed) for seed in range(seeds)], jobs):
             bar.update()
-        for row in _each(run, tasks, jobs):
+        for row in _each(run_method, tasks, jobs):
             rows.append(row)
             bar.update()
             bar.set_postfix_str(f"{row.method} {row.reward:.2f}")
@@ -226,7 +244,9 @@ def run_all(
     return sorted(rows, key=lambda row: (order[row.method], row.seed))
 
 
-def _each(function: Any, tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
+def _each(
+    function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], jobs: int
+) -> Iterator[Any]:
     """Results of the tasks, as they come."""
     if jobs == 1:
         for task in tasks:
@@ -237,72 +257,156 @@ def _each(function: Any, tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterato
             yield future.result()
 
 
-def parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The options of a comparison."""
-    found = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
-    defaults = {field.name: field.default for field in dataclasses.fields(Plan)}
-    for option in ("prompts", "heldout", "samples", "tokens", "batch_size"):
-        found.add_argument(f"--{option}", type=int, default=defaults[option])
-    for option in ("epochs", "learning_rate"):
-        found.add_argument(f"--{option}", type=float, default=defaults[option])
-    found.add_argument("--model", help="base model (default: the story model)")
-    found.add_argument("--seeds", type=int, default=3)
-    found.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
-    found.add_argument("--output", type=Path, default=Path("bench/results"))
-    found.add_argument("--work", type=Path, default=Path("runs") / name)
-    found.add_argument("--readme", type=Path, help="file whose marked table is to be renewed")
+# ---- results -------------------------------------------------------------------------------------
+
+
+def by_method(rows: Sequence[Outcome]) -> dict[str, list[Outcome]]:
+    """Rows by method, in the order of their first row."""
+    found: dict[str, list[Outcome]] = {}
+    for row in rows:
+        found.setdefault(row.method, []).append(row)
     return found
 
 
-def plan_of(options: argparse.Namespace) -> Plan:
-    """The plan that the options ask for; the base model is trained here if there is none."""
-    options.work.mkdir(parents=True, exist_ok=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    model = options.model or str(story_model(options.work / "story-model"))
-    names = ("prompts", "heldout", "samples", "tokens", "epochs", "learning_rate", "batch_size")
-    return Plan(model, str(options.work), **{name: getattr(options, name) for name in names})
+def outcome_table(rows: Sequence[Outcome]) -> str:
+    """Means over the seeds, ± the standard deviation between seeds, as Markdown."""
+    figures = {"reward": 2, "perplexity": 1, "accuracy": 3}  # digits
+    lines = [
+        [method, *(_with_spread([getattr(r, n) for r in own], k) for n, k in figures.items())]
+        for method, own in by_method(rows).items()
+    ]
+    return markdown_table(("method", "reward", "perplexity", "ranking accuracy"), lines)
 
 
-def finish(
-    name: str,
-    marker: str,
-    rows: Sequence[Row],
-    plan: Plan,
-    options: argparse.Namespace,
-    found: Sequence[tuple[str, bool]],
-) -> None:
-    """CSV, table and plot in the output folder; what was to be shown, on the terminal.
+def _with_spread(values: Sequence[float], digits: int) -> str:
+    mean = statistics.fmean(values)
+    if mean >= 100:
+        digits = 0
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
+    spread = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
-    ``marker`` is where the table stands in the README, see `bench.compare_report.fill`.
-    """
-    import torch
 
-    from fastrank.benchmarks.environment import describe
+def comparison_table(path: Path) -> str:
+    """A recorded comparison as Markdown, with a line on where it was measured (as its first row
+    says)."""
+    with path.open(newline="", encoding="utf-8") as file:
+        first = next(csv.DictReader(file))
+    return (
+        f"{outcome_table(read_csv(path, Outcome))}\n"
+        f"Base model {first['model']}; {first['prompts']} prompts with {first['samples']} samples "
+        f"of {first['tokens']} tokens, {first['heldout']} prompts held out; mean ± standard "
+        f"deviation between seeds; {first['device_name']}; commit {first['commit']}, "
+        f"{first['date'][:10]}.\n"
+    )
 
-    set_threads(plan)  # of each of the processes, which is what is described
-    about = describe(torch.device("cpu"))
-    sizes = {k: v for k, v in dataclasses.asdict(plan).items() if k not in ("model", "work")}
-    path = options.output / f"{name}.csv"
-    write_csv(rows, path, {**about, "model": Path(plan.model).name, **sizes})
-    table = f"{markdown_table(rows)}\n{provenance(path)}\n"
-    path.with_suffix(".md").write_text(table, encoding="utf-8")
-    plot(rows, path.with_suffix(".png"))
-    if options.readme is not None:
-        text = options.readme.read_text(encoding="utf-8")
-        options.readme.write_text(fill(text, marker, table), encoding="utf-8")
-    print(table)
-    for claim, holds in found:
-        print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
+
+Means = dict[str, float]
+CLAIMS: dict[str, Callable[[Means, Means], bool]] = {
+    "RRHF at least triples the base model's reward": (
+        lambda reward, perplexity: reward["RRHF"] >= 3 * reward[BASE]
+    ),
+    "RRHF beats SFT on the best": (
+        lambda reward, perplexity: reward["RRHF"] > reward["SFT on the best"]
+    ),
+    "without its SFT term the perplexity is at least ten times as high": (
+        lambda reward, perplexity: perplexity["RRHF without SFT"] >= 10 * perplexity["RRHF"]
+    ),
+    "online RRHF with the penalty reaches offline RRHF's reward": (
+        lambda reward, perplexity: reward["online RRHF with penalty"] >= reward["offline RRHF"]
+    ),
+    "at no higher perplexity": (
+        lambda reward, perplexity: (
+            perplexity["online RRHF with penalty"] <= perplexity["offline RRHF"]
+        )
+    ),
+    "without the penalty it drifts further from the base model": (
+        lambda reward, perplexity: (
+            perplexity["online RRHF"] > perplexity["online RRHF with penalty"]
+        )
+    ),
+}
+"""The results that a comparison is meant to show, from the methods' mean rewards and
+perplexities."""
+
+
+def claims(rows: Sequence[Outcome]) -> list[tuple[str, bool]]:
+    """Every claim, and whether these rows bear it out; those without their methods are left out."""
+    means = [
+        {method: statistics.fmean(getattr(r, name) for r in own) for method, own in found.items()}
+        for found in [by_method(rows)]
+        for name in ("reward", "perplexity")
+    ]
+    held = []
+    for claim, check in CLAIMS.items():
+        try:
+            held.append((claim, check(*means)))
+        except KeyError:  # a method that was not run
+            pass
+    return held
+
+
+def plot(rows: Sequence[Outcome], path: Path) -> None:
+    """Reward over perplexity, one point per seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for method, found in by_method(rows).items():
+        axes.scatter([row.perplexity for row in found], [row.reward for row in found], label=method)
+    axes.set_xscale("log")
+    axes.set_xlabel("perplexity of fresh samples under the base model (log scale)")
+    axes.set_ylabel("mean reward of fresh samples")
+    axes.legend(fontsize="small")
+    axes.set_title("Held-out prompts, one point per seed")
+    figure.savefig(path, dpi=150)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser("compare", __doc__)
-    arguments.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    options = arguments.parse_args(argv)
-    plan = plan_of(options)
-    rows = run_all(plan, options.seeds, [BASE, *options.methods], options.jobs, run_method)
-    finish("compare", "comparison", rows, plan, options, claims(rows))
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
+    for size in SIZES:
+        parser.add_argument(f"--{size.name}", type=type(size.default), default=size.default)
+    parser.add_argument("--online", action="store_true", help="candidates drawn during training")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all of these")
+    parser.add_argument("--model", help="base model (default: the story model)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    parser.add_argument("--work", type=Path, help="folder of the runs (default: in runs/)")
+    options = parser.parse_args(argv)
+    name = "compare_online" if options.online else "compare"
+    methods = options.methods or (ONLINE if options.online else OFFLINE)
+    work = options.work or Path("runs") / name
+    for folder in (work, options.output):
+        folder.mkdir(parents=True, exist_ok=True)
+    sizes = {size.name: getattr(options, size.name) for size in SIZES}
+    plan = Plan(options.model or str(story_model(work / "story-model")), work, **sizes)
+    rows = run_all(plan, options.seeds, [BASE, *methods], options.jobs)
+    record(rows, options.output / f"{name}.csv", {"model": Path(plan.model).name, **sizes})
+    for method in methods:
+        curves = plan.output_dir(0, method) / "online.png"
+        if curves.is_file():
+            shutil.copyfile(curves, options.output / f"{method.replace(' ', '_')}.png")
     return 0
+
+
+def record(rows: Sequence[Outcome], path: Path, about: dict[str, Any]) -> None:
+    """CSV, table and plot; the table and the claims also on the terminal."""
+    import torch
+
+    from fastrank.benchmarks.provenance import provenance
+
+    torch.set_num_threads(1)  # as in each of the processes
+    write_csv(rows, path, {**provenance(torch.device("cpu")), **about})
+    table = comparison_table(path)
+    path.with_suffix(".md").write_text(table, encoding="utf-8")
+    plot(rows, path.with_suffix(".png"))
+    print(table)
+    for claim, holds in claims(rows):
+        print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
 
 
 if __name__ == "__main__":

@@ -68,9 +68,9 @@ def main() -> None:
         rows = [show(row) for row in measured]
     import torch
 
-    from fastrank.benchmarks.environment import describe
+    from fastrank.benchmarks.provenance import provenance
 
-    about = describe(torch.device("cpu")) | {"cores": str(os.cpu_count())}
+    about = provenance(torch.device("cpu")) | {"cores": str(os.cpu_count())}
     rows = [row | about for row in rows]
     path = args.output / "data_scale.csv"
     if args.only:

@@ -1,10 +1,11 @@
 """The README's tables, generated from the recorded CSV files.
 
-    python bench/tables.py            # rewrite what stands between the markers
-    python bench/tables.py --check    # exit 1 if that would change anything
+    python -m bench.tables            # rewrite the text between the markers
+    python -m bench.tables --check    # exit 1 if that would change anything
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is one of `TABLES`. What
-was not measured says so, and a workload on which fastrank's own result was wrong shows no ratio.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is one of `TABLES`. A
+table that was not measured says so, and a workload on which fastrank's own result was wrong shows
+no ratio.
 """
 
 from __future__ import annotations
@@ -12,39 +13,74 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from fastrank.benchmarks.report import read_csv
-from fastrank.benchmarks.runner import OK, Row, own_is_right
+from bench.compare import comparison_table
+from fastrank.benchmarks.results import (
+    OK,
+    Measurement,
+    columns,
+    markdown_table,
+    own_is_right,
+    read_csv,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+_RENAMED = {"fastrank, paths": "fastrank, segmentwise"}  # of variants, since they were recorded
 _MARKED = re.compile(r"(<!-- table: ([^ ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-class Table(NamedTuple):
-    """Which rows of which file, under what heading."""
+def _suite_table(*workloads: str, path: Path) -> str:
+    """Workloads of a suite's CSV file, one table each."""
+    rows = read_csv(path, Measurement)
+    for row in rows:
+        row.variant = _RENAMED.get(row.variant, row.variant)
+    parts = []
+    for workload in workloads:
+        own = [row for row in rows if row.workload == workload]
+        parts.append(_workload_table(own) if own else f"{workload}: not measured.\n")
+    return "\n".join(parts)
 
-    file: str
-    workloads: tuple[str, ...]
+
+def _workload_table(rows: Sequence[Measurement]) -> str:
+    """A workload's variants, fastrank first, then by time."""
+    first = rows[0]
+    timed = sorted(
+        (r for r in rows if r.status == OK), key=lambda r: (not r.ours, r.median_ms or 0.0)
+    )
+    cells = columns(timed, own_is_right(rows))
+    text = (
+        f"**{first.workload}**: {first.sizes}; {first.device_name}; commit {first.commit}, "
+        f"{first.date[:10]}\n\n"
+    )
+    text += markdown_table(list(cells), zip(*cells.values(), strict=True))
+    refused = [f"{row.variant} ({row.status}: {row.reason})" for row in rows if row.status != OK]
+    return text + (f"\nWithout a figure: {'; '.join(refused)}.\n" if refused else "")
 
 
-TABLES = {
-    "k5": Table("loss_cpu", ("K5", "K5-bf16")),
-    "k5-85": Table("loss_cpu", ("K5-85",)),
-    "r1": Table("rank_cpu", ("R1-64x8", "R1-64x8-pro")),
-    "a1": Table("attention_cpu", ("A1-512-cpu", "A1-256-cpu")),
-    "s2": Table("step_cpu", ("S2", "S2-1024", "S2-256")),
-    "gpu-loss": Table("loss_cuda", ("K1", "K2", "K3", "K4")),
-    "gpu-rank": Table("rank_cuda", ("R1-64x8", "R1-512x16", "R1-16x64", "R1-64x8-pro")),
-    "gpu-attention": Table("attention_cuda", ("A1-2048", "A1-512", "A1-256")),
-    "gpu-step": Table("step_cuda", ("S1-qwen", "S1-llama")),
+TABLES: dict[str, tuple[str, Callable[..., str]]] = {
+    "k5": ("loss_cpu", partial(_suite_table, "K5", "K5-bf16")),
+    "k5-85": ("loss_cpu", partial(_suite_table, "K5-85")),
+    "r1": ("rank_cpu", partial(_suite_table, "R1-64x8", "R1-64x8-pro")),
+    "a1": ("attention_cpu", partial(_suite_table, "A1-512-cpu", "A1-256-cpu")),
+    "s2": ("step_cpu", partial(_suite_table, "S2", "S2-1024", "S2-256")),
+    "gpu-loss": ("loss_cuda", partial(_suite_table, "K1", "K2", "K3", "K4")),
+    "gpu-rank": (
+        "rank_cuda",
+        partial(_suite_table, "R1-64x8", "R1-512x16", "R1-16x64", "R1-64x8-pro"),
+    ),
+    "gpu-attention": ("attention_cuda", partial(_suite_table, "A1-2048", "A1-512", "A1-256")),
+    "gpu-step": ("step_cuda", partial(_suite_table, "S1-qwen", "S1-llama")),
+    "compare": ("compare", comparison_table),
+    "compare_online": ("compare_online", comparison_table),
 }
+"""By name: the file of recorded rows, and a function of its ``path`` that gives the Markdown."""
 
 
-def render(text: str, results: Path = RESULTS) -> str:
+def fill(text: str, results: Path = RESULTS) -> str:
     """``text`` with every marked table made anew.
 
     Raises:
@@ -61,62 +97,9 @@ def make(name: str, results: Path = RESULTS) -> str:
     """One table as Markdown."""
     if name not in TABLES:
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {name}")
-    path = results / f"{TABLES[name].file}.csv"
-    if not path.exists():
-        return "Not measured yet.\n"
-    rows = read_csv(path)
-    parts = []
-    for workload in TABLES[name].workloads:
-        own = [row for row in rows if row.workload == workload]
-        parts.append(_one(own) if own else f"{workload}: not measured.\n")
-    return "\n".join(parts)
-
-
-def _one(rows: Sequence[Row]) -> str:
-    """A workload's variants, fastrank first, then by time."""
-    first = rows[0]
-    timed = sorted(
-        (r for r in rows if r.status == OK), key=lambda r: (not r.ours, r.median_ms or 0.0)
-    )
-    columns = _columns(timed, own_is_right(rows))
-    lines = [
-        f"**{first.workload}**: {first.sizes}; {first.device_name}; commit {first.commit}, "
-        f"{first.date[:10]}",
-        "",
-        "| " + " | ".join(["variant", *columns]) + " |",
-        "| --- |" + " ---: |" * len(columns),
-    ]
-    lines += [
-        "| " + " | ".join([row.variant, *(cells[i] for cells in columns.values())]) + " |"
-        for i, row in enumerate(timed)
-    ]
-    refused = [f"{row.variant} ({row.status}: {row.reason})" for row in rows if row.status != OK]
-    if refused:
-        lines += ["", "Without a figure: " + "; ".join(refused) + "."]
-    return "\n".join([*lines, ""])
-
-
-def _columns(rows: Sequence[Row], comparable: bool) -> dict[str, list[str]]:
-    """The columns that any row fills."""
-    columns = {
-        "ms": [_number(r.median_ms) for r in rows],
-        "spread": ["" if r.spread is None else f"{r.spread:.0%}" for r in rows],
-        "time / fastrank's": [
-            "" if r.ratio is None or not comparable else f"{r.ratio:.2f}" for r in rows
-        ],
-        "peak MiB": [_number(r.peak_mib) for r in rows],
-        "saved MiB": [_number(r.saved_mib) for r in rows],
-        "products": ["" if r.products is None else f"{r.products:.2f}" for r in rows],
-        "of the floor": ["" if r.floor_share is None else f"{r.floor_share:.0%}" for r in rows],
-        "error": ["" if r.error is None else f"{r.error:.0e}" for r in rows],
-    }
-    return {name: cells for name, cells in columns.items() if any(cells)}
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    file, render = TABLES[name]
+    path = results / f"{file}.csv"
+    return render(path=path) if path.exists() else "Not measured yet.\n"
 
 
 def main() -> int:
@@ -127,13 +110,13 @@ def main() -> int:
     options = parser.parse_args()
     before = options.file.read_text(encoding="utf-8")
     try:
-        after = render(before, options.results)
+        after = fill(before, options.results)
     except ValueError as error:
         print(f"{options.file}: {error}", file=sys.stderr)
         return 1
     if options.check:
         if after != before:
-            print(f"{options.file}: tables differ from {options.results}; run bench/tables.py")
+            print(f"{options.file}: tables differ from {options.results}; run bench.tables")
         return int(after != before)
     options.file.write_text(after, encoding="utf-8")
     return 0

@@ -3,7 +3,7 @@
     pytest bench/test_cpu.py --benchmark-enable -k "K5 and fastrank"
 
 Each variant passes the float64 gate before it is timed. The recorded tables come from
-``bench/cpu_suite.py``, which lets variants take turns; here each runs by itself.
+`bench.cpu_suite`, which lets variants take turns; here each runs by itself.
 """
 
 from __future__ import annotations
@@ -13,37 +13,30 @@ from functools import lru_cache
 import pytest
 import torch
 
-from fastrank.benchmarks import gate
-from fastrank.benchmarks.problem import Problem, build, variant_names
-from fastrank.benchmarks.workloads import SUITES, WORKLOADS, select
+from fastrank.benchmarks.problem import Problem, build_problem, check, variant_names
+from fastrank.benchmarks.workloads import SUITES, WORKLOADS, choose_workloads
 
 CASES = [
     pytest.param(workload.name, variant, id=f"{workload.name}-{variant}")
     for suite in SUITES
-    for workload in select(suite, "cpu")
+    for workload in choose_workloads(suite, "cpu")
     for variant in variant_names(suite)
 ]
 
 
 @lru_cache(maxsize=1)  # cases come workload by workload: one set of inputs at a time
 def problem_of(workload: str) -> Problem:
-    return build(WORKLOADS[workload], torch.device("cpu"))
+    return build_problem(WORKLOADS[workload], torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("workload", "name"), CASES)
 def test_workload(benchmark, workload: str, name: str):
     problem = problem_of(workload)
-    variant = next((v for v in problem.variants() if v.name == name), None)
-    if variant is None:
-        pytest.skip("not for this loss")
+    variant = next(v for v in problem.variants if v.name == name)
     reason = variant.missing(problem)
     if reason is not None:
         pytest.skip(reason)
-    step = variant.make(problem)
-    outputs = step()
-    if variant.present is not None:
-        outputs = variant.present(problem, outputs)
-    verdict = gate.judge(outputs, problem.reference(variant.target), problem.limit)
+    step, verdict = check(problem, variant)
     assert verdict.wrong is None, verdict.wrong
     benchmark.extra_info.update(sizes=problem.workload.sizes, error=verdict.error)
     benchmark.pedantic(step, rounds=5, warmup_rounds=1, iterations=problem.inner)

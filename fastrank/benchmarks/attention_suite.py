@@ -3,23 +3,27 @@
 One prompt with n responses. Without sharing the prompt stands before every response; there each
 copy of the prompt carries an n-th of the upstream gradient, which makes the summed gradients those
 of the shared layout.
+
+Shapes: N packed tokens, H heads (H_kv of keys and values) of size D; P and R tokens of the prompt
+and of a response.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastrank.attention.adapter import attend
-from fastrank.attention.backends import BACKENDS, LayerProperties, choose_attention
+from fastrank.attention.backends import BACKENDS, LayerProperties
 from fastrank.attention.segments import SegmentTable
 from fastrank.attention.visibility import FULL
 
-from .problem import Outputs, Problem, Step, Variant
+from .problem import Outputs, Problem, Step, Target, Variant
 from .workloads import Workload
 
 
@@ -49,11 +53,8 @@ class AttentionProblem(Problem):
             FULL, self.segments.longest_sequence, head_size=w.head_size, value_size=w.head_size
         )
 
-    def variants(self) -> list[Variant]:
-        return VARIANTS
-
-    def compute_reference(self, target: str) -> Outputs:
-        """Path by path and head by head in float64."""
+    def compute_reference(self, target: Target) -> Outputs:
+        """Sequence by sequence and head by head in float64."""
         w = self.workload
         inputs = [x.detach().double() for x in (self.query, self.key, self.value)]
         grads = [torch.zeros_like(x) for x in inputs]
@@ -68,7 +69,7 @@ class AttentionProblem(Problem):
             out[0, :, head] = head_out.detach()
             for grad, part, h in zip(grads, made, heads, strict=True):
                 grad[0, h] += part
-        return dict(zip(("out", "dquery", "dkey", "dvalue"), (out, *grads), strict=True))
+        return _named(out, grads)
 
     def _sequence(self, q: Tensor, k: Tensor, v: Tensor, index: int) -> Tensor:
         """One head of plain causal attention over one [prompt; response]: [P + R, D]."""
@@ -79,38 +80,38 @@ class AttentionProblem(Problem):
 
     def gradients(self, out: Tensor) -> Outputs:
         """The results of a run from its output [1, N, H, D]."""
-        made = torch.autograd.grad(out, (self.query, self.key, self.value), self.upstream)
-        return dict(zip(("out", "dquery", "dkey", "dvalue"), (out.detach(), *made), strict=True))
+        inputs = (self.query, self.key, self.value)
+        return _named(out.detach(), torch.autograd.grad(out, inputs, self.upstream))
+
+
+def _named(out: Tensor, grads: Sequence[Tensor]) -> Outputs:
+    return dict(zip(("out", "dquery", "dkey", "dvalue"), (out, *grads), strict=True))
+
+
+def dense_mask(segments: SegmentTable) -> Tensor:
+    """bool [N, N], True where a token of the pack sees another."""
+    ids, positions = segments.segment_ids, segments.position_ids
+    parents = segments.parents.long()
+    related = (ids[:, None] == ids[None, :]) | (parents[ids][:, None] == ids[None, :])
+    return related & (positions[:, None] >= positions[None, :])
 
 
 def _make_fastrank(problem: AttentionProblem, backend: str) -> Step:
-    def step() -> Outputs:
-        out = attend(
-            problem.query,
-            problem.key,
-            problem.value,
-            problem.segments,
-            visibility=FULL,
-            backend=backend,
-        )
-        return problem.gradients(out)
-
-    return step
+    inputs = (problem.query, problem.key, problem.value)
+    options: dict[str, Any] = {"visibility": FULL, "backend": backend}
+    return lambda: problem.gradients(attend(*inputs, problem.segments, **options))
 
 
 def _make_dense(problem: AttentionProblem) -> Step:
-    """Sharing by a dense mask [N, N], made once outside."""
-    segments = problem.segments
-    ids, positions = segments.segment_ids, segments.position_ids
-    own = ids[:, None] == ids[None, :]
-    parents = segments.parents.long()
-    seen = own | (parents[ids][:, None] == ids[None, :])
-    mask = (seen & (positions[:, None] >= positions[None, :])).to(problem.device)
+    """Sharing by a dense mask, made once outside."""
+    inputs = (problem.query, problem.key, problem.value)
+    options: dict[str, Any] = {
+        "attn_mask": dense_mask(problem.segments).to(problem.device),
+        "enable_gqa": _grouped(problem),
+    }
 
     def step() -> Outputs:
-        out = F.scaled_dot_product_attention(
-            problem.query, problem.key, problem.value, attn_mask=mask, enable_gqa=_grouped(problem)
-        )
+        out = F.scaled_dot_product_attention(*inputs, **options)
         return problem.gradients(out.transpose(1, 2))
 
     return step
@@ -120,19 +121,17 @@ def _make_rows(problem: AttentionProblem) -> Step:
     """No sharing: n rows of [prompt; response], causal. They are equally long, so that padding-free
     packing would compute the same."""
     sequences = problem.sequences
-    query, key, value = (
+    query, key, value = inputs = [
         x.detach()[0][:, sequences].transpose(0, 1).contiguous().requires_grad_()
         for x in (problem.query, problem.key, problem.value)
-    )
+    ]
     upstream = problem.upstream[0][sequences].clone()
     upstream[:, : problem.workload.prompt] /= problem.workload.candidates
+    options: dict[str, Any] = {"is_causal": True, "enable_gqa": _grouped(problem)}
 
     def step() -> Outputs:
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=_grouped(problem)
-        ).transpose(1, 2)
-        made = torch.autograd.grad(out, (query, key, value), upstream)
-        return dict(zip(("out", "dquery", "dkey", "dvalue"), (out.detach(), *made), strict=True))
+        out = F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
+        return _named(out.detach(), torch.autograd.grad(out, inputs, upstream))
 
     return step
 
@@ -157,21 +156,13 @@ def _serves(backend: str) -> Callable[[AttentionProblem], str | None]:
     return lambda problem: BACKENDS[backend](problem.device, problem.dtype, problem.layer)
 
 
-def auto_backend(problem: AttentionProblem) -> str:
-    """The backend that ``attention="auto"`` takes here."""
-    return choose_attention(problem.device, problem.dtype, problem.layer).name
-
+PROBLEM = AttentionProblem
 
 VARIANTS = [
     Variant("fastrank", partial(_make_fastrank, backend="auto"), ours=True),
     *(
-        Variant(
-            f"fastrank, {name}",
-            partial(_make_fastrank, backend=name),
-            ours=True,
-            missing=_serves(name),
-        )
-        for name in BACKENDS
+        Variant(f"fastrank, {n}", partial(_make_fastrank, backend=n), ours=True, missing=_serves(n))
+        for n in BACKENDS
     ),
     Variant("dense mask", _make_dense),
     Variant("no sharing", _make_rows, present=_present_rows),

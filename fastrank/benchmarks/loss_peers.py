@@ -1,8 +1,8 @@
-"""Everyone who can do the loss suite, each behind the same call.
+"""All variants of the loss suite, each behind the same call.
 
-Peers stop at token log-probabilities; what follows them is `plain.loss_from_logprobs` for all. They
-are called as their own documentation does, with their defaults, from their published packages,
-imported when they are first used.
+Peers stop at token log-probabilities and go on with `loss_from_logprobs`. They are called as their
+own documentation does, with their defaults, from their published packages, imported when they are
+first used.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 import fastrank
 import fastrank_kernels
 
-from . import plain
-from .loss_suite import LossProblem, published_loss
+from .loss_formulas import label_logprobs, loss_from_logprobs
+from .loss_suite import LossProblem
 from .problem import Outputs, Step, Variant
 
 Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -28,19 +28,17 @@ Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _make_from_logprobs(problem: LossProblem, find: Callable[[], Logprobs]) -> Step:
-    logprobs = find()
+    token_logprobs = find()
 
     def step() -> Outputs:
-        per_token = logprobs(problem.hidden, problem.weight, problem.labels)
-        loss = plain.loss_from_logprobs(
-            per_token.view(problem.shape), problem.rewards, problem.workload.loss
-        )
-        return problem.gradients(loss)
+        logprobs = token_logprobs(problem.hidden, problem.weight, problem.labels)
+        shaped = logprobs.view(problem.shape)
+        return problem.gradients(loss_from_logprobs(shaped, problem.rewards, problem.workload.loss))
 
     return step
 
 
-def _make_fused(problem: LossProblem, **options: Any) -> Step:
+def _make_fused(problem: LossProblem) -> Step:
     def step() -> Outputs:
         out = fastrank.linear_ranking_loss(
             problem.hidden,
@@ -50,7 +48,6 @@ def _make_fused(problem: LossProblem, **options: Any) -> Step:
             cu_responses=problem.cu_responses,
             cu_groups=problem.cu_groups,
             loss=problem.loss,
-            **options,
         )
         return problem.gradients(out.loss)
 
@@ -58,7 +55,7 @@ def _make_fused(problem: LossProblem, **options: Any) -> Step:
 
 
 def _make_every_row(problem: LossProblem) -> Step:
-    """The fused operator without dropping rows of dead candidates: what dropping is worth."""
+    """The fused operator with the rows of dead candidates kept, to show the gain of dropping."""
 
     def step() -> Outputs:
         loss, *_ = fastrank_kernels.linear_ranking(
@@ -80,7 +77,7 @@ def _make_compiled(problem: LossProblem) -> Step:
 
     def forward(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor) -> Tensor:
         logprobs = _plain(hidden, weight, labels).view(shape)
-        return plain.loss_from_logprobs(logprobs, rewards, loss)
+        return loss_from_logprobs(logprobs, rewards, loss)
 
     compiled = torch.compile(forward, dynamic=False)
     inputs = (problem.hidden, problem.weight, problem.labels, problem.rewards)
@@ -88,28 +85,22 @@ def _make_compiled(problem: LossProblem) -> Step:
 
 
 def _plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight)
-    logprobs = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return logprobs.gather(1, labels[:, None]).squeeze(1)
+    return label_logprobs(F.linear(hidden, weight), labels)
+
+
+def _torch(**options: Any) -> Logprobs:
+    return lambda h, w, y: -F.linear_cross_entropy(h, w, y, reduction="none", **options)
 
 
 def _torch_chunked() -> Logprobs:
-    options = torch.nn.LinearCrossEntropyOptions()
-    return lambda h, w, y: -F.linear_cross_entropy(h, w, y, reduction="none", options=options)
-
-
-def _torch_whole() -> Logprobs:
-    return lambda h, w, y: -F.linear_cross_entropy(h, w, y, reduction="none")
+    return _torch(options=torch.nn.LinearCrossEntropyOptions())
 
 
 def _liger_fused() -> Logprobs:
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Function
 
-    def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        nll = Function.apply(hidden, weight, labels, None, None, -100, 0.0, 0.0, "none")[0]
-        return -nll
-
-    return logprobs
+    options = (None, None, -100, 0.0, 0.0, "none")
+    return lambda h, w, y: -Function.apply(h, w, y, *options)[0]
 
 
 def _liger_scaled() -> Logprobs:
@@ -140,38 +131,17 @@ def _trl() -> Logprobs:
 
 
 def _make_published(problem: LossProblem) -> Step:
-    """The paper's loop over the padded rows of one prompt a time, gradients accumulated."""
-    groups, n, _ = problem.shape
-    padded = problem.padded_hidden()
-    labels = [problem.padded_labels(group) for group in range(groups)]
-    trainable = problem.weight.requires_grad
-
-    def step() -> Outputs:
-        weight = problem.weight.detach().requires_grad_(trainable)
-        losses, hidden_grads = [], []
-        for group in range(groups):
-            hidden = padded[group * n : (group + 1) * n].detach().requires_grad_()
-            loss = published_loss(
-                problem.workload.loss, hidden, weight, labels[group], problem.rewards[group]
-            )
-            (loss / groups).backward()
-            losses.append(loss.detach() / groups)
-            assert hidden.grad is not None
-            hidden_grads.append(hidden.grad)
-        results = {"loss": torch.stack(losses).sum(), "dhidden": torch.cat(hidden_grads)}
-        if weight.grad is not None:
-            results["dweight"] = weight.grad
-        return results
-
-    return step
+    """The paper's loop over the padded rows of one prompt at a time, gradients accumulated."""
+    hidden, labels = problem.padded()
+    return lambda: problem.group_by_group(hidden, labels, published=True)
 
 
-def needs(*packages: str, device: str | None = None) -> Callable[[Any], str | None]:
-    """The reason why packages or a device are missing, as `Variant.missing` wants it."""
+def _needs(*packages: str, cuda: bool = False) -> Callable[[LossProblem], str | None]:
+    """Give the reason if a package or a CUDA device is missing, as `Variant.missing` wants it."""
 
-    def missing(problem: Any) -> str | None:
-        if device is not None and problem.device.type != device:
-            return f"needs {device.upper() if device == 'cpu' else 'CUDA'}"
+    def missing(problem: LossProblem) -> str | None:
+        if cuda and problem.device.type != "cuda":
+            return "needs CUDA"
         for package in packages:
             if find_spec(package) is None:
                 return f"package {package.replace('_', '-')} is not installed"
@@ -191,7 +161,7 @@ def _needs_dead_rows(problem: LossProblem) -> str | None:
 
 
 def _needs_hopper(problem: LossProblem) -> str | None:
-    reason = needs("liger_kernel", device="cuda")(problem)
+    reason = _needs("liger_kernel", cuda=True)(problem)
     if reason is None and torch.cuda.get_device_capability(problem.device) != (9, 0):
         return "needs a Hopper GPU"
     if reason is None and find_spec("cutlass") is None:
@@ -202,6 +172,8 @@ def _needs_hopper(problem: LossProblem) -> str | None:
 def _peer(name: str, find: Callable[[], Logprobs], missing: Callable[[Any], str | None]) -> Variant:
     return Variant(name, partial(_make_from_logprobs, find=find), missing=missing)
 
+
+PROBLEM = LossProblem
 
 VARIANTS = [
     Variant("fastrank", _make_fused, ours=True),
@@ -214,28 +186,25 @@ VARIANTS = [
     _peer("plain PyTorch", lambda: _plain, lambda problem: None),
     Variant("torch.compile of plain", _make_compiled),
     _peer("F.linear_cross_entropy", _torch_chunked, _needs_torch_function),
-    _peer("F.linear_cross_entropy, whole logits", _torch_whole, _needs_torch_function),
-    _peer("TRL ChunkedLogProb", _trl, needs("trl")),
-    _peer("liger scaled CE, generic", _liger_scaled_generic, needs("liger_kernel")),
+    _peer("F.linear_cross_entropy, whole logits", _torch, _needs_torch_function),
+    _peer("TRL ChunkedLogProb", _trl, _needs("trl")),
+    _peer("liger scaled CE, generic", _liger_scaled_generic, _needs("liger_kernel")),
     _peer("liger scaled CE, Hopper", _liger_scaled, _needs_hopper),
-    _peer("liger fused CE", _liger_fused, needs("liger_kernel", device="cuda")),
-    Variant("published loop", _make_published, target="published rrhf"),
-    Variant("published loop", _make_published, target="published pro"),
+    _peer("liger fused CE", _liger_fused, _needs("liger_kernel", cuda=True)),
+    Variant("published loop", _make_published, target="published"),
     # Last, because they tune or compile for longest: a run with a deadline loses these.
-    _peer("cut-cross-entropy", _cut, needs("cut_cross_entropy", device="cuda")),
+    _peer("cut-cross-entropy", _cut, _needs("cut_cross_entropy", cuda=True)),
     _peer(
         "cut-cross-entropy, no filter",
         partial(_cut, filter_eps=None),
-        needs("cut_cross_entropy", device="cuda"),
+        _needs("cut_cross_entropy", cuda=True),
     ),
     _peer(
         "cut-cross-entropy, torch_compile",
         partial(_cut, impl="torch_compile"),
-        needs("cut_cross_entropy"),
+        _needs("cut_cross_entropy"),
     ),
 ]
-"""fastrank first. The published loops compute another function and have references of their own."""
-
 HOLDS_ALL_LOGITS = (
     "plain PyTorch",
     "torch.compile of plain",

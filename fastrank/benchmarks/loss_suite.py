@@ -8,15 +8,14 @@ apart that no dtype's rounding decides a ranking.
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
 
 import fastrank
 
-from . import plain, published
-from .problem import Floor, Outputs, Problem, Variant, rewards_with_accuracy
+from .loss_formulas import IGNORED, label_logprobs, loss_from_logprobs, published_loss
+from .problem import Floor, Outputs, Problem, Target, rewards_with_accuracy
 from .workloads import Workload
 
 # Labels' logits reach from this to that multiple of the logits' log-sum-exp.
@@ -33,6 +32,7 @@ class LossProblem(Problem):
         host = torch.Generator().manual_seed(w.seed)
         place = torch.Generator(device).manual_seed(w.seed)
         self.shape = (w.groups, w.candidates, w.response)
+        self.product_flops = 2 * w.tokens * w.vocab * w.hidden
         order = torch.rand(w.groups, w.candidates, generator=host).argsort(dim=1)
         self.rewards = rewards_with_accuracy(order.float(), w.accuracy, host).to(device)
         self.labels = torch.randint(w.vocab, (w.tokens,), generator=place, device=device)
@@ -51,14 +51,9 @@ class LossProblem(Problem):
         self.cu_groups = torch.arange(w.groups + 1, dtype=torch.int32) * w.candidates
         self.loss = fastrank.loss_from_name(w.loss)
 
-    def variants(self) -> list[Variant]:
-        from .loss_peers import VARIANTS
-
-        return [v for v in VARIANTS if v.target in ("loss", f"published {self.workload.loss}")]
-
     @property
     def inputs(self) -> list[Tensor]:
-        """What is differentiated."""
+        """The differentiated inputs."""
         return [self.hidden] if self.workload.frozen_head else [self.hidden, self.weight]
 
     def gradients(self, loss: Tensor) -> Outputs:
@@ -66,61 +61,55 @@ class LossProblem(Problem):
         grads = torch.autograd.grad(loss, self.inputs)
         return {"loss": loss.detach(), **dict(zip(("dhidden", "dweight"), grads, strict=False))}
 
-    def padded_labels(self, group: int) -> Tensor:
-        """A group's labels [n, L] as the published loops have them: one a row of hidden, -100 for
-        the prompt's rows and for the last."""
-        _, n, length = self.shape
-        labels = torch.full((n, self.workload.prompt + length), published.IGNORED)
-        labels = labels.to(self.device)
-        first = self.workload.prompt - 1
-        tokens = slice(group * n * length, (group + 1) * n * length)
-        labels[:, first : first + length] = self.labels[tokens].view(n, length)
-        return labels
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Hidden rows [C, P + R, D] and labels [C, P + R] as the published loops have them.
 
-    def padded_hidden(self) -> Tensor:
-        """[C, P + R, D]: the response rows where a model would have them, any values elsewhere
-        (they are projected, but no label looks at them)."""
-        candidates = self.shape[0] * self.shape[1]
-        length = self.workload.prompt + self.workload.response
-        out = torch.ones(
-            candidates, length, self.workload.hidden, dtype=self.dtype, device=self.device
-        )
-        first = self.workload.prompt - 1
-        rows = self.hidden.detach().view(candidates, self.workload.response, -1)
-        out[:, first : first + self.workload.response] = rows
-        return out
-
-    def compute_reference(self, target: str) -> Outputs:
-        """Group by group in float64, by autograd through plain operations."""
-        groups, n, length = self.shape
-        wanted = not self.workload.frozen_head
-        weight = self.weight.detach().double().requires_grad_(wanted)
-        padded = None if target == "loss" else self.padded_hidden()
-        total, hidden_grads = torch.zeros((), dtype=torch.float64, device=self.device), []
-        for group in range(groups):
-            rewards = self.rewards[group].double()
-            if padded is None:
-                tokens = slice(group * n * length, (group + 1) * n * length)
-                hidden = self.hidden[tokens].detach().double().requires_grad_()
-                logp = torch.log_softmax(hidden @ weight.t(), dim=-1)
-                logp = logp.gather(1, self.labels[tokens, None]).view(1, n, length)
-                loss = plain.loss_from_logprobs(logp, rewards[None], self.workload.loss)
-            else:
-                labels = self.padded_labels(group)
-                hidden = padded[group * n : (group + 1) * n].double().requires_grad_()
-                loss = published_loss(self.workload.loss, hidden, weight, labels, rewards)
-            (loss / groups).backward()
-            total += loss.detach() / groups
-            assert hidden.grad is not None
-            hidden_grads.append(hidden.grad)
-        reference = {"loss": total, "dhidden": torch.cat(hidden_grads)}
-        if weight.grad is not None:
-            reference["dweight"] = weight.grad
-        return reference
-
-    def product_flops(self) -> int:
+        The response's rows stand where a model would have them, any values elsewhere: those are
+        projected, but no label looks at them. Labels are shifted, -100 for the prompt's rows and
+        for the last.
+        """
         w = self.workload
-        return 2 * w.tokens * w.vocab * w.hidden
+        rows = slice(w.prompt - 1, w.prompt - 1 + w.response)
+        size = (w.groups * w.candidates, w.prompt + w.response)
+        hidden = torch.ones(*size, w.hidden, dtype=self.dtype, device=self.device)
+        hidden[:, rows] = self.hidden.detach().view(-1, w.response, w.hidden)
+        labels = torch.full(size, IGNORED, device=self.device)
+        labels[:, rows] = self.labels.view(-1, w.response)
+        return hidden, labels
+
+    def compute_reference(self, target: Target) -> Outputs:
+        if target == "published":
+            hidden, labels = self.padded()
+            return self.group_by_group(hidden.double(), labels, published=True)
+        return self.group_by_group(self.hidden.detach().double(), self.labels)
+
+    def group_by_group(self, hidden: Tensor, labels: Tensor, published: bool = False) -> Outputs:
+        """The results by plain operations, in the dtype of ``hidden``: a forward and backward pass
+        per group, gradients accumulated. The inputs are as `padded` gives them, or without padding
+        [T, D] and [T]."""
+        groups, n, length = self.shape
+        trainable = not self.workload.frozen_head
+        weight = self.weight.detach().to(hidden.dtype).requires_grad_(trainable)
+        rewards = self.rewards.to(torch.promote_types(hidden.dtype, torch.float32))
+        losses, hidden_grads = [], []
+        for group in range(groups):
+            rows = hidden.chunk(groups)[group].detach().requires_grad_()
+            targets = labels.chunk(groups)[group]
+            if published:
+                loss = published_loss(
+                    lambda x: x @ weight.t(), rows, targets, rewards[group], self.workload.loss
+                )
+            else:
+                logprobs = label_logprobs(rows @ weight.t(), targets).view(1, n, length)
+                loss = loss_from_logprobs(logprobs, rewards[None, group], self.workload.loss)
+            (loss / groups).backward()
+            losses.append(loss.detach() / groups)
+            assert rows.grad is not None
+            hidden_grads.append(rows.grad)
+        results = {"loss": torch.stack(losses).sum(), "dhidden": torch.cat(hidden_grads)}
+        if weight.grad is not None:
+            results["dweight"] = weight.grad
+        return results
 
     def floor(self) -> Floor:
         """The vendor's products in the three layouts that are needed (two for a frozen head), in
@@ -142,18 +131,3 @@ class LossProblem(Problem):
         wide = 4 if self.device.type == "cuda" else self.dtype.itemsize
         traffic = w.tokens * w.vocab * (2 * wide + self.dtype.itemsize)
         return Floor(f"floor: {count} products", products, traffic)
-
-
-def published_loss(
-    loss: str, hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor
-) -> Tensor:
-    """One prompt by the published formula; ``hidden`` [n, L, D]."""
-    if loss == "rrhf":
-        return published.rrhf_from_logits(hidden @ weight.t(), labels, rewards)
-    order = rewards.argsort(descending=True)
-    forwards = [partial(_logits, hidden[i : i + 1], weight) for i in order.tolist()]
-    return published.pro_from_forwards(forwards, labels[order], rewards[order])
-
-
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return hidden @ weight.t()

@@ -1,8 +1,8 @@
 """The rank suite: scores and rewards in, ranking term and score gradients out.
 
-The work is tiny; what is measured is how few kernels, allocations and Python steps surround it. The
-published scripts loop over prompts (they hold one a batch); on scores alone their ranking terms are
-the same function as fastrank's, so all are held against one reference.
+The work is tiny; the kernels, allocations and Python steps around it decide the time. The published
+scripts loop over prompts (they hold one per batch); on scores alone their ranking terms are the
+same function as fastrank's, so all are held against one reference.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 import fastrank
 import fastrank_kernels
 
-from . import plain, published
-from .problem import Outputs, Problem, Step, Variant, rewards_with_accuracy
+from .loss_formulas import published_pro_term, published_rrhf_term, ranking_term
+from .problem import Outputs, Problem, Step, Target, Variant, rewards_with_accuracy
 from .workloads import Workload
 
 _GRAPH_LAUNCHES = 20
@@ -44,27 +44,21 @@ class RankProblem(Problem):
         self.rewards = (rewards.gather(1, falling) / w.candidates).to(device)
         self.loss = fastrank.loss_from_name(w.loss)
 
-    def variants(self) -> list[Variant]:
-        return VARIANTS
-
     def gradients(self, loss: Tensor) -> Outputs:
         """The results of a run: the loss, mean over groups, and its gradient."""
         (grad,) = torch.autograd.grad(loss, self.scores)
         return {"loss": loss.detach(), "dscores": grad}
 
-    def compute_reference(self, target: str) -> Outputs:
+    def compute_reference(self, target: Target) -> Outputs:
         scores = self.scores.detach().double().requires_grad_()
-        loss = plain.ranking_term(scores, self.rewards.double(), self.workload.loss).mean()
+        loss = ranking_term(scores, self.rewards.double(), self.workload.loss).mean()
         (grad,) = torch.autograd.grad(loss, scores)
         return {"loss": loss.detach(), "dscores": grad}
 
 
 def _make_fused(problem: RankProblem) -> Step:
-    def step() -> Outputs:
-        loss = fastrank.ranking_loss(problem.scores, problem.rewards, loss=problem.loss)
-        return problem.gradients(loss)
-
-    return step
+    ranking_loss = partial(fastrank.ranking_loss, loss=problem.loss)
+    return lambda: problem.gradients(ranking_loss(problem.scores, problem.rewards))
 
 
 def _make_graph(problem: RankProblem) -> Step:
@@ -107,27 +101,15 @@ def _present_graph(problem: RankProblem, outputs: Outputs) -> Outputs:
     }
 
 
-def _make_plain(problem: RankProblem) -> Step:
-    def step() -> Outputs:
-        terms = plain.ranking_term(problem.scores, problem.rewards, problem.workload.loss)
-        return problem.gradients(terms.mean())
-
-    return step
-
-
-def _make_compiled(problem: RankProblem) -> Step:
-    term = torch.compile(
-        partial(plain.ranking_term, loss=problem.workload.loss), dynamic=False, fullgraph=True
-    )
+def _make_plain(problem: RankProblem, compiled: bool = False) -> Step:
+    term: Callable[..., Tensor] = partial(ranking_term, loss=problem.workload.loss)
+    if compiled:
+        term = torch.compile(term, dynamic=False, fullgraph=True)
     return lambda: problem.gradients(term(problem.scores, problem.rewards).mean())
 
 
 def _make_published(problem: RankProblem) -> Step:
-    terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "rrhf": published.rrhf_from_scores,
-        "pro": published.pro_from_scores,
-    }
-    term = terms[problem.workload.loss]
+    term = {"rrhf": published_rrhf_term, "pro": published_pro_term}[problem.workload.loss]
 
     def step() -> Outputs:
         groups = zip(problem.scores, problem.rewards, strict=True)
@@ -137,9 +119,7 @@ def _make_published(problem: RankProblem) -> Step:
     return step
 
 
-def _needs_triton_on_cuda(problem: RankProblem) -> str | None:
-    return None if problem.device.type == "cuda" else "needs CUDA"
-
+PROBLEM = RankProblem
 
 VARIANTS = [
     Variant("fastrank", _make_fused, ours=True),
@@ -149,9 +129,9 @@ VARIANTS = [
         present=_present_graph,
         ours=True,
         repeats=_GRAPH_LAUNCHES,
-        missing=_needs_triton_on_cuda,
+        missing=lambda problem: None if problem.device.type == "cuda" else "needs CUDA",
     ),
     Variant("plain PyTorch", _make_plain),
-    Variant("torch.compile of plain", _make_compiled),
+    Variant("torch.compile of plain", partial(_make_plain, compiled=True)),
     Variant("published loop", _make_published),
 ]

@@ -1,4 +1,4 @@
-"""The workloads: one definition of each, for every device, suite and way to start a benchmark.
+"""The workloads: one definition of each, for every device, suite and entry point.
 
 Sizes follow the fields of `Workload`; every one can be overridden. Groups are rectangular (n equal
 candidates of R tokens): that is the kindest case for the peers, which pad, so what is reported is
@@ -9,12 +9,36 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 from fastrank.errors import InputError
 
-SUITES = ("loss", "rank", "attention", "step")
-DTYPES = ("float32", "bfloat16", "float16")
+Suite = Literal["loss", "rank", "attention", "step"]
+SUITES: tuple[Suite, ...] = get_args(Suite)
+
+
+class ModelShape(NamedTuple):
+    """The sizes that a causal language model's cost depends on."""
+
+    family: Literal["llama", "qwen2"]
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    tied: bool
+
+
+MODEL_SHAPES = {
+    "qwen2.5-0.5b": ModelShape("qwen2", 151936, 896, 24, 14, 2, 64, 4864, True),
+    "llama-3.2-1b": ModelShape("llama", 128256, 2048, 16, 32, 8, 64, 8192, True),
+    "llama-6x256": ModelShape("llama", 32000, 256, 6, 8, 8, 32, 1024, False),
+    "llama-4x128": ModelShape("llama", 8192, 128, 4, 4, 4, 32, 512, False),
+    "llama-2x32": ModelShape("llama", 512, 32, 2, 4, 2, 8, 64, False),
+}
+"""Models of the step suite: the shapes of known ones, and small ones for CPUs and tests."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +46,7 @@ class Workload:
     """Sizes of one measurement. T = groups * candidates * response tokens."""
 
     name: str
-    suite: str
+    suite: Suite
     devices: tuple[str, ...]
     """Devices whose default run includes it; it can be asked for on any."""
     groups: int
@@ -34,13 +58,13 @@ class Workload:
     vocab: int = 0
     hidden: int = 0
     dtype: str = "float32"
-    loss: str = "rrhf"
+    loss: Literal["rrhf", "pro"] = "rrhf"
     frozen_head: bool = False
     accuracy: float = 0.0
     """Pairwise accuracy of the scores before the step. At 0, every pair the wrong way round, RRHF
-    leaves no row without a gradient (n even): the hardest case for what drops such rows."""
+    leaves no row without a gradient (n even): the hardest case for a library that drops them."""
     model: str = ""
-    """Step suite: the shape of the model, a name in `models.SHAPES`."""
+    """Step suite: the shape of the model, a name in `MODEL_SHAPES`."""
     heads: int = 0
     kv_heads: int = 0
     head_size: int = 0
@@ -71,79 +95,44 @@ class Workload:
             parts.append(f"accuracy {self.accuracy:g}")
         return ", ".join([*parts, self.dtype])
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON types."""
-        return dataclasses.asdict(self)
-
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Workload:
-        """The inverse of `as_dict`."""
+    def from_json(cls, fields: dict[str, Any]) -> Workload:
+        """The inverse of `dataclasses.asdict`, after a way through JSON."""
         return cls(**{**fields, "devices": tuple(fields["devices"])})
 
 
 _CPU, _CUDA, _BOTH = ("cpu",), ("cuda",), ("cpu", "cuda")
+_BF16 = "bfloat16"
+_GPU_HEADS: dict[str, Any] = {"heads": 32, "kv_heads": 8, "head_size": 128, "dtype": _BF16}
+_CPU_HEADS: dict[str, Any] = {"heads": 8, "kv_heads": 8, "head_size": 32}
+_SMALL = "llama-6x256"
 
-
-def _loss(name: str, devices: tuple[str, ...], sizes: tuple[int, ...], **fields: Any) -> Workload:
-    groups, candidates, response, vocab, hidden = sizes
-    return Workload(
-        name, "loss", devices, groups, candidates, response, vocab=vocab, hidden=hidden, **fields
-    )
-
-
-def _attention(
-    name: str, devices: tuple[str, ...], sizes: tuple[int, int, int], heads: tuple[int, int, int]
-) -> Workload:
-    prompt, candidates, response = sizes
-    return Workload(
-        name,
-        "attention",
-        devices,
-        1,
-        candidates,
-        response,
-        prompt,
-        dtype="bfloat16" if "cuda" in devices else "float32",
-        heads=heads[0],
-        kv_heads=heads[1],
-        head_size=heads[2],
-    )
-
-
-def _step(
-    name: str, devices: tuple[str, ...], model: str, sizes: tuple[int, int, int], dtype: str
-) -> Workload:
-    prompt, candidates, response = sizes
-    return Workload(
-        name, "step", devices, 1, candidates, response, prompt, dtype=dtype, model=model
-    )
-
-
-_GPU_HEADS, _CPU_HEADS = (32, 8, 128), (8, 8, 32)
-
+# Name, suite, devices, groups, candidates, response tokens, prompt tokens.
 _ALL = [
-    _loss("K1", _CUDA, (4, 8, 256, 128256, 4096), dtype="bfloat16"),
-    _loss("K2", _CUDA, (4, 8, 256, 128256, 4096), dtype="bfloat16", frozen_head=True),
-    _loss("K3", _CUDA, (8, 6, 128, 32000, 4096), dtype="bfloat16"),
-    _loss("K4", _CUDA, (16, 8, 128, 151936, 896), dtype="bfloat16"),
-    _loss("K5", _CPU, (4, 4, 128, 32000, 512)),
-    _loss("K5-bf16", _CPU, (4, 4, 128, 32000, 512), dtype="bfloat16"),
+    Workload("K1", "loss", _CUDA, 4, 8, 256, vocab=128256, hidden=4096, dtype=_BF16),
+    Workload(
+        "K2", "loss", _CUDA, 4, 8, 256, vocab=128256, hidden=4096, dtype=_BF16, frozen_head=True
+    ),
+    Workload("K3", "loss", _CUDA, 8, 6, 128, vocab=32000, hidden=4096, dtype=_BF16),
+    Workload("K4", "loss", _CUDA, 16, 8, 128, vocab=151936, hidden=896, dtype=_BF16),
+    Workload("K5", "loss", _CPU, 4, 4, 128, vocab=32000, hidden=512),
+    Workload("K5-bf16", "loss", _CPU, 4, 4, 128, vocab=32000, hidden=512, dtype=_BF16),
     # As K5 with the paper's n = 6, late in training: RRHF leaves rows without a gradient.
-    _loss("K5-85", _CPU, (4, 6, 96, 32000, 512), accuracy=0.85),
+    Workload("K5-85", "loss", _CPU, 4, 6, 96, vocab=32000, hidden=512, accuracy=0.85),
     Workload("R1-64x8", "rank", _BOTH, 64, 8, accuracy=0.5),
     Workload("R1-512x16", "rank", _BOTH, 512, 16, accuracy=0.5),
     Workload("R1-16x64", "rank", _BOTH, 16, 64, accuracy=0.5),
     Workload("R1-64x8-pro", "rank", _BOTH, 64, 8, loss="pro", accuracy=0.5),
-    _attention("A1-2048", _CUDA, (2048, 8, 256), _GPU_HEADS),
-    _attention("A1-512", _CUDA, (512, 8, 128), _GPU_HEADS),
-    _attention("A1-256", _CUDA, (256, 4, 1024), _GPU_HEADS),
-    _attention("A1-512-cpu", _CPU, (512, 8, 128), _CPU_HEADS),
-    _attention("A1-256-cpu", _CPU, (256, 4, 512), _CPU_HEADS),
-    _step("S1-qwen", _CUDA, "qwen2.5-0.5b", (1024, 8, 256), "bfloat16"),
-    _step("S1-llama", _CUDA, "llama-3.2-1b", (1024, 8, 256), "bfloat16"),
-    _step("S2", _CPU, "llama-6x256", (512, 8, 128), "float32"),
-    _step("S2-1024", _CPU, "llama-6x256", (1024, 8, 128), "float32"),
-    _step("S2-256", _CPU, "llama-6x256", (256, 4, 512), "float32"),
+    Workload("A1-2048", "attention", _CUDA, 1, 8, 256, 2048, **_GPU_HEADS),
+    Workload("A1-512", "attention", _CUDA, 1, 8, 128, 512, **_GPU_HEADS),
+    Workload("A1-256", "attention", _CUDA, 1, 4, 1024, 256, **_GPU_HEADS),
+    Workload("A1-512-cpu", "attention", _CPU, 1, 8, 128, 512, **_CPU_HEADS),
+    Workload("A1-256-cpu", "attention", _CPU, 1, 4, 512, 256, **_CPU_HEADS),
+    Workload("S1-qwen", "step", _CUDA, 1, 8, 256, 1024, dtype=_BF16, model="qwen2.5-0.5b"),
+    Workload("S1-llama", "step", _CUDA, 1, 8, 256, 1024, dtype=_BF16, model="llama-3.2-1b"),
+    Workload("S2", "step", _CPU, 1, 8, 128, 512, model=_SMALL),
+    Workload("S2-1024", "step", _CPU, 1, 8, 128, 1024, model=_SMALL),
+    Workload("S2-256", "step", _CPU, 1, 4, 512, 256, model=_SMALL),
 ]
 WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in _ALL}
 """Every workload by its name."""
@@ -158,7 +147,7 @@ _RESIZABLE = {
 }
 
 
-def select(suite: str, device: str, names: list[str] | None = None) -> list[Workload]:
+def choose_workloads(suite: str, device: str, names: list[str] | None = None) -> list[Workload]:
     """The workloads of a suite: those named, or the device's own.
 
     Raises:
@@ -180,8 +169,8 @@ def resize(workload: Workload, *, tokens: int | None = None, **sizes: Any) -> Wo
     groups.
 
     Raises:
-        InputError: a size that the suite does not have or that is not positive, or tokens that are
-            no whole number of groups.
+        InputError: a size that the suite does not have or that is not positive, no such model, or
+            tokens that are no whole number of groups.
     """
     given = {name: value for name, value in sizes.items() if value is not None}
     known = _RESIZABLE[workload.suite]
@@ -195,6 +184,8 @@ def resize(workload: Workload, *, tokens: int | None = None, **sizes: Any) -> Wo
     if not 0.0 <= given.get("accuracy", 0.0) <= 1.0:
         raise InputError(f"--accuracy must lie between 0 and 1, got {given['accuracy']}")
     workload = dataclasses.replace(workload, **given)
+    if workload.model and workload.model not in MODEL_SHAPES:
+        raise InputError(f"--model must be one of {', '.join(MODEL_SHAPES)}, got {workload.model}")
     if tokens is not None:
         group = workload.candidates * workload.response
         if tokens % group:

@@ -5,7 +5,6 @@ Each variant is checked against float64 before it is timed; a wrong one is liste
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,10 +83,10 @@ def run(argv: Sequence[str]) -> int:
 
 
 def bench(options: BenchOptions, sizes: dict[str, Any]) -> int:
-    """Measure, print a table a workload, write the CSV."""
-    from fastrank.benchmarks.workloads import resize, select
+    """Measure, print a table per workload, write the CSV."""
+    from fastrank.benchmarks.workloads import choose_workloads, resize
 
-    names = select(options.suite, options.device or _default_device(), options.workload)
+    names = choose_workloads(options.suite, options.device or _default_device(), options.workload)
     workloads = [resize(workload, **sizes) for workload in names]
     if options.seconds < 0:
         raise InputError(f"--seconds must not be negative, got {options.seconds}")
@@ -98,50 +97,29 @@ def bench(options: BenchOptions, sizes: dict[str, Any]) -> int:
         raise InputError(f"--output must be a folder, got the file {output}")
 
     import torch
-    from tqdm import tqdm
 
-    from fastrank.benchmarks import report
     from fastrank.benchmarks.problem import variant_names
-    from fastrank.benchmarks.runner import Row, own_is_right, run_workload
+    from fastrank.benchmarks.results import own_is_right
+    from fastrank.benchmarks.runner import RunPlan, run_workloads
 
     device = torch.device(options.device or _default_device())
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda expected a CUDA device, found none")
-    if sizes.get("model") is not None:
-        from fastrank.benchmarks.models import SHAPES
-
-        if sizes["model"] not in SHAPES:
-            raise InputError(f"--model must be one of {', '.join(SHAPES)}, got {sizes['model']}")
     known = variant_names(options.suite)
     for name in options.variant or ():
         if name not in known:
             raise InputError(f"--variant must be one of {', '.join(known)}, got {name}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    started = time.monotonic()
-    deadline = None if options.time_limit is None else started + options.time_limit
-    rows: list[Row] = []
-    bar = tqdm(workloads, unit="workload", file=sys.stderr, disable=None)
-    for workload in bar:
-
-        def tick(what: str, name: str = workload.name) -> None:
-            bar.set_description(f"{name}: {what}")
-
-        measured = run_workload(
-            workload,
-            device,
-            seconds=options.seconds,
-            deadline=deadline,
-            only=options.variant,
-            with_memory=options.memory,
-            tick=tick,
-        )
-        rows += measured
-        bar.clear()
-        print(report.table(measured), flush=True)
-        if output is not None:  # after every workload: a long run that is stopped keeps its rows
-            output.mkdir(parents=True, exist_ok=True)
-            report.write_csv(rows, output / f"{options.suite}_{device.type}.csv")
+    limit = options.time_limit
+    plan = RunPlan(
+        seconds=options.seconds,
+        only=options.variant,
+        memory=options.memory,
+        deadline=None if limit is None else time.monotonic() + limit,
+    )
+    csv = None if output is None else output / f"{options.suite}_{device.type}.csv"
+    rows = run_workloads([(workload, plan) for workload in workloads], device, csv)
     if options.json:
         from fastrank.cli.options import print_json
 

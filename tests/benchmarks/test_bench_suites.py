@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastrank.benchmarks import products
-from fastrank.benchmarks.problem import build
-from fastrank.benchmarks.runner import MISSING, OK, run_workload
+from fastrank.benchmarks.counts import count_products
+from fastrank.benchmarks.problem import build_problem
+from fastrank.benchmarks.results import MISSING, OK
+from fastrank.benchmarks.runner import RunPlan, run_workload
 from fastrank.benchmarks.workloads import WORKLOADS, resize
 
 CPU = torch.device("cpu")
@@ -17,9 +18,10 @@ LOSS = {"groups": 2, "candidates": 4, "response": 5, "vocab": 203, "hidden": 24}
 
 def measured(name: str, **sizes: object):
     workload = resize(WORKLOADS[name], **sizes)
-    problem = build(workload, CPU)
-    names = [v.name for v in problem.variants() if v.name != COMPILED]
-    rows = run_workload(workload, CPU, seconds=0.0, only=names, with_memory=False, problem=problem)
+    problem = build_problem(workload, CPU)
+    names = [v.name for v in problem.variants if v.name != COMPILED]
+    plan = RunPlan(seconds=0.0, only=names, memory=False)
+    rows = run_workload(workload, CPU, plan, problem=problem)
     return {row.variant: row for row in rows}
 
 
@@ -67,8 +69,7 @@ def test_attention_suite():
 
 
 def test_attention_suite_with_grouped_heads():
-    workload = resize(WORKLOADS["A1-256"], prompt=9, candidates=2, response=5, dtype="float32")
-    rows = {row.variant: row for row in run_workload(workload, CPU, seconds=0, with_memory=False)}
+    rows = measured("A1-256", prompt=9, candidates=2, response=5, dtype="float32")
     check(rows, "fastrank", "dense mask", "no sharing")
 
 
@@ -104,24 +105,35 @@ def test_step_suite_in_bfloat16():
     ],
 )
 def test_products_are_counted(name: str, variant: str, expected: int):
-    problem = build(resize(WORKLOADS[name], **LOSS, dtype="float32"), CPU)
-    step = next(v for v in problem.variants() if v.name == variant).make(problem)
-    assert products.count(step, problem.product_flops()) == pytest.approx(expected)
+    problem = build_problem(resize(WORKLOADS[name], **LOSS, dtype="float32"), CPU)
+    step = next(v for v in problem.variants if v.name == variant).make(problem)
+    assert count_products(step, problem.product_flops) == pytest.approx(expected)
 
 
 def test_no_product_is_not_zero_products():
-    assert products.count(lambda: torch.ones(3).sum(), 100) is None
+    assert count_products(lambda: torch.ones(3).sum(), 100) is None
+
+
+def test_products_in_place_are_counted():
+    a, out = torch.ones(4, 4), torch.zeros(4, 4)
+
+    def step() -> None:
+        out.addmm_(a, a)
+        torch.addmm(out, a, a, out=out)
+        torch.mm(a, a)
+
+    assert count_products(step, 2 * 4**3) == pytest.approx(3)
 
 
 def test_the_same_workload_gives_the_same_inputs():
     workload = resize(WORKLOADS["K5"], **LOSS)
-    first, second = build(workload, CPU), build(workload, CPU)
+    first, second = build_problem(workload, CPU), build_problem(workload, CPU)
     assert torch.equal(first.hidden, second.hidden) and torch.equal(first.rewards, second.rewards)
 
 
 def test_scores_lie_far_apart_and_every_row_is_live():
     """No dtype's rounding decides a pair, and nothing is saved by dropping rows."""
-    problem = build(resize(WORKLOADS["K5"], **{**LOSS, "response": 64}), CPU)
+    problem = build_problem(resize(WORKLOADS["K5"], **{**LOSS, "response": 64}), CPU)
     logits = problem.hidden.detach() @ problem.weight.detach().t()
     logp = torch.log_softmax(logits, -1).gather(1, problem.labels[:, None])
     scores = logp.view(problem.shape).mean(-1)

@@ -1,8 +1,9 @@
-"""Timing, memory, workloads and the CSV."""
+"""Timing, memory, workloads and the CSV files."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import time
@@ -10,10 +11,12 @@ import time
 import pytest
 import torch
 
-from fastrank.benchmarks import measure, memory, report
+from fastrank.benchmarks import peak_memory
 from fastrank.benchmarks.problem import rewards_with_accuracy
-from fastrank.benchmarks.runner import MISSING, Row, run_workload
-from fastrank.benchmarks.workloads import SUITES, WORKLOADS, Workload, resize, select
+from fastrank.benchmarks.results import MISSING, Measurement, read_csv, text_table, write_csv
+from fastrank.benchmarks.runner import RunPlan, run_workload
+from fastrank.benchmarks.timing import Timing, interleave
+from fastrank.benchmarks.workloads import SUITES, WORKLOADS, Workload, choose_workloads, resize
 from fastrank.errors import InputError
 
 CPU = torch.device("cpu")
@@ -22,7 +25,7 @@ CPU = torch.device("cpu")
 def test_variants_take_turns_and_the_order_alternates():
     calls: list[str] = []
     steps = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    timings = measure.interleave(steps, CPU, seconds=0.0, min_rounds=3)
+    timings = interleave(steps, CPU, seconds=0.0, min_rounds=3)
     assert calls == list("abc" + "abc" + "cba" + "abc")
     assert all(len(timing.samples) == 3 for timing in timings.values())
 
@@ -31,7 +34,7 @@ def test_a_sample_is_divided_by_the_runs_in_it():
     def step() -> None:
         time.sleep(0.004)
 
-    timings = measure.interleave(
+    timings = interleave(
         {"one": step, "four": step}, CPU, seconds=0.0, inner=2, repeats={"four": 4}
     )
     assert 4.0 <= timings["one"].median < 20.0
@@ -42,16 +45,16 @@ def test_rounds_end_with_the_time_and_at_the_limit():
     def step() -> None:
         time.sleep(0.002)
 
-    assert len(measure.interleave({"a": step}, CPU, seconds=1.0)["a"].samples) > 5
-    few = measure.interleave({"a": step}, CPU, seconds=9.0, max_rounds=7)
+    assert len(interleave({"a": step}, CPU, seconds=1.0)["a"].samples) > 5
+    few = interleave({"a": step}, CPU, seconds=9.0, max_rounds=7)
     assert len(few["a"].samples) == 7
 
 
 def test_median_and_spread():
-    timing = measure.Timing((4.0, 1.0, 2.0, 3.0, 100.0))
+    timing = Timing((4.0, 1.0, 2.0, 3.0, 100.0))
     assert timing.median == 3.0
     assert timing.spread == pytest.approx((4.0 - 2.0) / 2 / 3.0)
-    assert measure.Timing((5.0,)).spread == 0.0
+    assert Timing((5.0,)).spread == 0.0
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux")
@@ -62,7 +65,7 @@ def test_peak_memory_is_that_of_the_run():
         torch.ones(size // 4).sum()  # freed before the end
         return {"kept": torch.ones(size // 4, dtype=torch.uint8)}
 
-    assert memory.own_peak(step) == pytest.approx(size, rel=0.1)
+    assert peak_memory.cpu_peak(step) == pytest.approx(size, rel=0.1)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux")
@@ -71,8 +74,11 @@ def test_peak_memory_in_a_process_of_its_own():
     sizes = {"groups": 16, "candidates": 4, "response": 16, "vocab": 8192, "hidden": 16}
     workload = resize(WORKLOADS["K5"], **sizes)
     logits = workload.tokens * workload.vocab * 4
-    plain = memory.cpu_peak(workload, "plain PyTorch")
-    fused = memory.cpu_peak(workload, "fastrank")
+    make, sizes = "fastrank.benchmarks.problem:make_step", dataclasses.asdict(workload)
+    plain, fused = (
+        peak_memory.fresh_process_peak(make, workload=sizes, variant=variant)
+        for variant in ("plain PyTorch", "fastrank")
+    )
     assert plain is not None and fused is not None
     assert 1.9 * logits < plain < 4 * logits
     assert 0 < fused < plain / 1.5
@@ -86,7 +92,7 @@ def test_saved_activations_leave_parameters_out():
         y = x @ weight  # keeps x (and weight)
         torch.exp(y).sum().backward()  # keeps its result
 
-    assert memory.saved_for_backward(step, [weight]) == 2 * 32 * 64 * 4
+    assert peak_memory.saved_for_backward(step, [weight]) == 2 * 32 * 64 * 4
 
 
 def test_the_workloads_of_the_design():
@@ -95,14 +101,15 @@ def test_the_workloads_of_the_design():
     assert WORKLOADS["K4"].tokens == 16384
     assert WORKLOADS["K5"].tokens == WORKLOADS["K5-bf16"].tokens == 2048
     assert WORKLOADS["K2"].frozen_head and not WORKLOADS["K1"].frozen_head
-    assert [w.vocab for w in select("loss", "cuda")] == [128256, 128256, 32000, 151936]
-    assert [w.name for w in select("step", "cpu")] == ["S2", "S2-1024", "S2-256"]
+    assert [w.vocab for w in choose_workloads("loss", "cuda")] == [128256, 128256, 32000, 151936]
+    assert [w.name for w in choose_workloads("step", "cpu")] == ["S2", "S2-1024", "S2-256"]
     assert {w.suite for w in WORKLOADS.values()} == set(SUITES)
 
 
 def test_a_workload_survives_the_way_to_another_process():
     for workload in WORKLOADS.values():
-        assert Workload.from_dict(workload.as_dict()) == workload
+        fields = json.loads(json.dumps(dataclasses.asdict(workload)))
+        assert Workload.from_json(fields) == workload
 
 
 def test_sizes_can_be_replaced():
@@ -131,7 +138,7 @@ def test_a_size_of_another_suite_is_refused():
 
 def test_an_unknown_workload_is_named():
     with pytest.raises(InputError, match="--workload of suite loss must be one of K1, .*got S2"):
-        select("loss", "cpu", ["S2"])
+        choose_workloads("loss", "cpu", ["S2"])
 
 
 @pytest.mark.parametrize("accuracy", [0.0, 0.15, 0.5, 0.85, 1.0])
@@ -147,34 +154,27 @@ def test_rewards_have_the_accuracy_asked_for(accuracy: float):
     assert same[:, upper].float().mean().item() == pytest.approx(accuracy, abs=0.03)
 
 
-def a_row(**fields: object) -> Row:
-    sizes = dict.fromkeys(
-        ["tokens", "groups", "candidates", "response", "prompt", "vocab", "hidden"], 3
-    )
-    text = dict.fromkeys(["suite", "workload", "sizes", "device", "dtype", "loss"], "x")
-    return Row(**{**sizes, **text, "variant": "v", "ours": False, **fields})
-
-
-def test_the_csv_gives_back_its_rows(tmp_path):
+def test_the_csv_gives_back_its_rows(tmp_path, a_row):
     rows = [
         a_row(median_ms=1.5, spread=0.25, ratio=2.0, error=1e-7, samples_ms="1 2", ours=True),
         a_row(status=MISSING, reason='needs "x", and\nmore'),
     ]
     path = tmp_path / "loss_cpu.csv"
-    report.write_csv(rows, path)
-    assert report.read_csv(path) == rows
+    write_csv(rows, path, {"note": "in every row"})
+    assert read_csv(path, Measurement) == rows
+    assert path.read_text().count("in every row") == 2
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_the_table_leaves_empty_columns_out():
-    text = report.table([a_row(median_ms=123.4, spread=0.1, ratio=1.0, error=1e-7)])
-    assert text.splitlines()[1].split() == ["variant", "ms", "±", "x", "fastrank", "error"]
-    assert text.splitlines()[2].split() == ["v", "123", "10%", "1.00", "1.0e-07"]
+def test_the_table_leaves_empty_columns_out(a_row):
+    lines = text_table([a_row(median_ms=123.4, spread=0.1, ratio=1.0, error=1e-7)]).splitlines()
+    assert lines[1].split() == "variant ms spread time / fastrank's error".split()
+    assert lines[2].split() == ["v", "123", "10%", "1.00", "1e-07"]
 
 
 def test_every_row_says_where_it_was_measured():
     workload = dataclasses.replace(WORKLOADS["R1-64x8"], groups=2, candidates=2)
-    (row,) = run_workload(workload, CPU, seconds=0.0, only=["plain PyTorch"])
+    (row,) = run_workload(workload, CPU, RunPlan(seconds=0.0, only=["plain PyTorch"]))
     assert row.device_name and "torch=" in row.versions and len(row.date) == 16
     assert row.ratio is None  # fastrank did not run: nothing to compare with
     assert row.median_ms is not None and math.isfinite(row.median_ms)

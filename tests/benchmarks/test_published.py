@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 
-from fastrank.benchmarks import plain, published
+from fastrank.benchmarks.loss_formulas import (
+    IGNORED,
+    published_pro,
+    published_rrhf,
+    ranking_term,
+)
 
 LENGTHS, LENGTH, VOCAB = [2, 3, 1], 6, 11
 
@@ -17,7 +22,7 @@ def prompt():
     """Logits [n, L, V] and shifted labels [n, L] of one prompt of two tokens, ragged responses."""
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(3, LENGTH, VOCAB, generator=generator, dtype=torch.float64)
-    labels = torch.full((3, LENGTH), published.IGNORED)
+    labels = torch.full((3, LENGTH), IGNORED)
     for i, length in enumerate(LENGTHS):
         labels[i, 1 : 1 + length] = torch.randint(VOCAB, (length,), generator=generator)
     return logits, labels
@@ -25,7 +30,7 @@ def prompt():
 
 def token_logprobs(logits, labels, row):
     for t, label in enumerate(labels[row].tolist()):
-        if label != published.IGNORED:
+        if label != IGNORED:
             z = logits[row, t].tolist()
             yield z[label] - math.log(sum(math.exp(v) for v in z))
 
@@ -39,11 +44,11 @@ def test_rrhf_divides_by_the_padded_length(prompt):
         for j in range(3):
             if rewards[i] < rewards[j]:
                 expected += max(0.0, scores[i] - scores[j])
-    got = published.rrhf_from_logits(logits, labels, rewards)
+    got = published_rrhf(logits, labels, rewards)
     assert got.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_pro_takes_one_forward_a_candidate(prompt):
+def test_pro_takes_one_forward_pass_per_candidate(prompt):
     logits, labels = prompt
     rewards = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
     calls = []
@@ -53,7 +58,7 @@ def test_pro_takes_one_forward_a_candidate(prompt):
         return logits[i : i + 1]
 
     forwards = [lambda i=i: forward(i) for i in range(3)]
-    got = published.pro_from_forwards(forwards, labels, rewards)
+    got = published_pro(forwards, labels, rewards)
     assert calls == [0, 1, 2]
     sums = [sum(token_logprobs(logits, labels, i)) for i in range(3)]
     scores = [total / length for total, length in zip(sums, LENGTHS, strict=True)]
@@ -75,6 +80,6 @@ def test_plain_and_fastrank_agree_in_float64(loss: str):
     logprobs = -torch.rand(5, 4, 3, generator=generator, dtype=torch.float64)
     rewards = torch.randint(3, (5, 4), generator=generator).double()
     scores = logprobs.mean(-1)
-    term = plain.ranking_term(scores, rewards, loss).mean()
+    term = ranking_term(scores, rewards, loss).mean()
     ours = fastrank.ranking_loss(scores, rewards, loss=fastrank.loss_from_name(loss))
     assert term.item() == pytest.approx(ours.item(), rel=1e-12)

@@ -1,7 +1,7 @@
-"""How many matrix products of the workload's size a run makes, counted from what it calls.
+"""Counts of the work in a run: matrix products, in units of the workload's own.
 
-The profiler sees the vendor library's products wherever they are called from, inside operators and
-backwards too. Products inside a peer's own kernels are not seen, and are reported as unknown.
+The profiler sees the vendor library's products wherever they are called from, also inside operators
+and backward passes. Products inside a peer's own kernels are not seen, and are reported as unknown.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FIRST_MATRIX = {
 }
 
 
-def count(step: Callable[[], Any], product_flops: int) -> float | None:
+def count_products(step: Callable[[], Any], product_flops: int) -> float | None:
     """Operations of the run's matrix products over those of one; None if there were none."""
     with _without_announcements():
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
@@ -52,7 +52,7 @@ def _inside_product(event: Any) -> bool:
 
 @contextmanager
 def _without_announcements() -> Iterator[None]:
-    """Take the lines in which the profiler's library announces its starts and stops out of stderr;
+    """Keep the lines in which the profiler's library announces its starts and stops out of stderr;
     everything else that is written there meanwhile follows at the end."""
     sys.stderr.flush()
     before = os.dup(2)

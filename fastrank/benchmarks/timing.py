@@ -1,7 +1,7 @@
 """Timing: variants take turns in one process, and ratios are ratios of their medians.
 
 A machine's speed drifts; variants that take turns drift together. Every other round runs in the
-opposite order. What a run returns is freed outside the timed region.
+opposite order. The results of a run are freed outside the timed region.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one run, sample by sample."""
+    """Milliseconds per run, sample by sample."""
 
     samples: tuple[float, ...]
 
@@ -46,13 +46,13 @@ def interleave(
     max_rounds: int = 200,
     tick: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Timing]:
-    """Time every step, round after round, until ``seconds`` have gone (``min_rounds`` at least).
+    """Time every step, round after round, for about ``seconds`` (``min_rounds`` at least).
 
     Args:
         steps: variants by name; each has run before.
-        inner: calls in one sample.
-        repeats: runs of the work in one call, where that is not 1.
-        tick: told what goes on.
+        inner: calls per sample.
+        repeats: runs of the work per call, where that is not 1.
+        tick: progress callback.
     """
     sample = _sample_cuda if device.type == "cuda" else _sample_cpu
     repeats = repeats or {}
@@ -61,7 +61,7 @@ def interleave(
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
-    gc.freeze()  # a collection between rounds then looks at what the rounds left, at no module
+    gc.freeze()  # a collection between rounds then looks only at what the rounds left
     try:
         for name in names:  # one round of warm-up
             sample(steps[name], inner)
@@ -82,7 +82,7 @@ def interleave(
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy on the device, counting what is read and what is written."""
+    """Bytes per second of a large copy on the device, counting both reads and writes."""
     size = (1 << 30) if device.type == "cuda" else (1 << 28)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
