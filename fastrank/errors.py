@@ -1,4 +1,4 @@
-"""What a user got wrong.
+"""Exceptions whose text is one line for the user.
 
 The library's functions raise ``ValueError`` and ``TypeError``. Whatever reads a user's files,
 models and options raises `InputError`, whose text is one line; the command line prints that line
@@ -11,3 +11,8 @@ from __future__ import annotations
 class InputError(ValueError):
     """A file, model, option or environment that cannot be used. The text is one line:
     what it is about, what was expected, what came."""
+
+
+class TrainingStopped(RuntimeError):
+    """An unrecoverable training error: numbers that are not finite, memory or disk that ran out.
+    The text is one line that says what happened and what to do; the last checkpoint is good."""

@@ -27,6 +27,7 @@ from fastrank.attention.operator import opaque_attention
 from fastrank.attention.segments import SegmentTable
 from fastrank.attention.temperature import correct_temperature
 from fastrank.attention.visibility import Visibility, ask, recognise
+from fastrank.hf_private import attention_implementation, set_attention_implementation
 
 IMPLEMENTATION = "fastrank"
 
@@ -66,15 +67,15 @@ def shared_prompt_attention(
 ) -> Iterator[PackContext]:
     """Let the models with these configs attend along the sequences of ``segments``."""
     context = PackContext(segments, backend)
-    previous = [(config._attn_implementation, config.__dict__.get(_PACK)) for config in configs]
+    previous = [(attention_implementation(c), c.__dict__.get(_PACK)) for c in configs]
     try:
         for config in configs:
-            config._attn_implementation_internal = IMPLEMENTATION
+            set_attention_implementation(config, IMPLEMENTATION)
             config.__dict__[_PACK] = context
         yield context
     finally:
         for config, (name, pack) in zip(configs, previous, strict=True):
-            config._attn_implementation_internal = name
+            set_attention_implementation(config, name)
             config.__dict__[_PACK] = pack
             if pack is None:
                 del config.__dict__[_PACK]
@@ -167,16 +168,16 @@ def _before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     """In a recomputation the model's own implementation is set again: switch for this call."""
     if any(isinstance(value, AttentionLayout) for value in (*args, *kwargs.values())):
         config: Any = module.config
-        if config._attn_implementation != IMPLEMENTATION:
-            module.__dict__["_fastrank_implementation"] = config._attn_implementation
-            config._attn_implementation_internal = IMPLEMENTATION
+        if attention_implementation(config) != IMPLEMENTATION:
+            module.__dict__["_fastrank_implementation"] = attention_implementation(config)
+            set_attention_implementation(config, IMPLEMENTATION)
 
 
 def _after_attention(module: nn.Module, args: Any, output: Any) -> None:
     name = module.__dict__.pop("_fastrank_implementation", None)
     if name is not None:
         config: Any = module.config
-        config._attn_implementation_internal = name
+        set_attention_implementation(config, name)
 
 
 def hook_attention(modules: list[nn.Module]) -> list[Any]:

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fastrank.attention.adapter import attention_modules, global_names
 from fastrank.errors import InputError
+from fastrank.hf_private import attention_implementation, has_attention_interface
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -65,7 +66,8 @@ def _refused_by_config(config: PretrainedConfig) -> str | None:
     position_type = getattr(config, "position_embedding_type", None)
     if getattr(config, "alibi", False) or position_type == "alibi":
         return "its ALiBi biases count packed indices, not positions"
-    if getattr(config, "attn_logit_softcapping", None) and config._attn_implementation == "sdpa":
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap and attention_implementation(config) == "sdpa":
         return (
             "PyTorch's attention leaves out its soft cap (load it with attn_implementation='eager')"
         )
@@ -97,7 +99,7 @@ def _refused_by_modules(causal_lm: PreTrainedModel) -> str | None:
 
 def _refused_by_interface(causal_lm: PreTrainedModel) -> str | None:
     modules = attention_modules(causal_lm)
-    if not causal_lm._can_set_attn_implementation() or not modules:
+    if not has_attention_interface(causal_lm) or not modules:
         return "its attention does not go through transformers' attention interface"
     if "position_ids" not in inspect.signature(trunk(causal_lm).forward).parameters:
         return "it takes no position_ids"

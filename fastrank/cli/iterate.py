@@ -13,8 +13,8 @@ def run(argv: Sequence[str]) -> int:
     """Run the command; raises `InputError` for anything the user got wrong."""
     from transformers.utils import logging
 
+    from fastrank.errors import TrainingStopped
     from fastrank.training.config import RankConfig
-    from fastrank.training.failures import TrainingStopped
     from fastrank.workflow.iterate import IterateOptions, iterate
 
     logging.set_verbosity_error()  # fastrank's own lines say what matters

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def run(argv: Sequence[str]) -> int:
     from transformers.utils import logging
 
+    from fastrank.errors import TrainingStopped
     from fastrank.training.config import RankConfig
-    from fastrank.training.failures import TrainingStopped
     from fastrank.training.options import BuiltInConfig
     from fastrank.workflow.online_options import OnlineTrainOptions
 

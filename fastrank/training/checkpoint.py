@@ -29,7 +29,6 @@ MANIFEST = "checkpoint_files.json"
 STAGING = ".staging"
 _DISCARDED = ".discarded"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_STATE = "trainer_state.json"
 
 
 def checkpoint_name(step: int) -> str:
@@ -46,7 +45,7 @@ def find_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The whole checkpoint with the highest step, or None; warns about any that it passes over."""
+    """The whole checkpoint with the highest step, or None. Logs a warning for each one skipped."""
     for path in reversed(find_checkpoints(run_dir)):
         problem = incomplete(path)
         if problem is None:
@@ -55,8 +54,16 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
     return None
 
 
+def last_good(run_dir: str | Path) -> str:
+    """A clause that names the checkpoint to go back to."""
+    found = latest_checkpoint(run_dir)
+    if found is None:
+        return "there is no earlier checkpoint"
+    return f"the last good checkpoint is {os.fspath(found)} (--resume_from_checkpoint true)"
+
+
 def resolve_resume(value: str | bool | None, run_dir: str | Path) -> Path | None:
-    """What ``--resume_from_checkpoint`` means: nothing, the latest one (true), or this folder.
+    """The checkpoint that ``--resume_from_checkpoint`` means: none, the latest (true), or a folder.
 
     With ``true`` and no checkpoint yet the result is None: a run that is restarted after every
     failure has to start the first time, too.
@@ -81,7 +88,7 @@ def resolve_resume(value: str | bool | None, run_dir: str | Path) -> Path | None
 
 
 def incomplete(path: Path) -> str | None:
-    """Why a checkpoint folder is not whole, in a few words; None if it is."""
+    """The reason that a checkpoint folder is not whole, in a few words; None if it is."""
     manifest = read_manifest(path)
     if manifest is None:
         return f"it has no readable {MANIFEST}, so it was not written to its end"
@@ -122,19 +129,29 @@ def clean_staging(run_dir: str | Path) -> None:
 
 
 def publish(staged: Path, run_dir: str | Path, plan: dict[str, Any], notes: dict[str, Any]) -> Path:
-    """Give a finished staged folder its name in ``run_dir``; plan and notes go into its list."""
-    files = {str(file.relative_to(staged)): file.stat().st_size for file in _files(staged)}
-    _write_json(staged / MANIFEST, {"files": files, "plan": plan, "notes": notes})
-    for file in _files(staged):
-        _sync(file)
-    for folder in (staged, *(path for path in staged.rglob("*") if path.is_dir())):
-        _sync(folder)
+    """Give a finished staged folder its name in ``run_dir``."""
+    write_manifest(staged, plan, notes)
+    for path in (*_files(staged), staged, *(path for path in staged.rglob("*") if path.is_dir())):
+        _sync(path)
     final = Path(run_dir) / staged.name
     if final.exists():  # a broken one that was passed over
         discard(final)
     staged.rename(final)
     _sync(final.parent)
     return final
+
+
+def write_manifest(staged: Path, plan: dict[str, Any], notes: dict[str, Any]) -> None:
+    """Write the list of a checkpoint's files.
+
+    Args:
+        staged: the folder, complete otherwise.
+        plan: what has to be the same for a resumed run to train on the same groups.
+        notes: what a resumed run may want to know.
+    """
+    files = {str(file.relative_to(staged)): file.stat().st_size for file in _files(staged)}
+    text = json.dumps({"files": files, "plan": plan, "notes": notes}, indent=1)
+    (staged / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def publish_files(staged: Path, target: Path) -> None:
@@ -158,8 +175,7 @@ def discard(path: Path) -> None:
 
 
 def rotate(run_dir: str | Path, limit: int | None, keep: str | None = None) -> None:
-    """Remove the oldest checkpoints until ``limit`` are left; ``keep`` and the newest always
-    stay."""
+    """Remove the oldest checkpoints until ``limit`` are left, never ``keep`` or the newest."""
     if limit is None or limit <= 0:
         return
     paths = find_checkpoints(run_dir)
@@ -176,8 +192,7 @@ def check_same_plan(checkpoint: Path, plan: dict[str, Any]) -> None:
     Raises:
         InputError: naming the first setting that differs.
     """
-    manifest = read_manifest(checkpoint)
-    before = (manifest or {}).get("plan") or {}
+    before = (read_manifest(checkpoint) or {}).get("plan") or {}
     for name, value in plan.items():
         if name in before and before[name] != value:
             raise InputError(
@@ -188,10 +203,6 @@ def check_same_plan(checkpoint: Path, plan: dict[str, Any]) -> None:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""When memory runs out: which pack it was, what to lower, and how to find a size that fits."""
+"""Out of memory: which pack it was, what to lower, and a search for a size that fits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 
 from fastrank.data.columns import group_sizes
 from fastrank.data.packing import Group, Pack, pack
+from fastrank.errors import TrainingStopped
 from fastrank.losses import Loss
 from fastrank.training.config import RankConfig
-from fastrank.training.failures import TrainingStopped
 
 _GRANULARITY = 0.05  # the search stops when the bounds are this close, relative to the upper one
 
@@ -30,44 +30,41 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def describe_groups(failing: Pack, max_tokens: int) -> str:
-    """What a pack of whole groups holds, and what to lower if that is too much."""
-    what = (
-        f"{failing.num_groups} groups, "
-        f"{failing.num_candidates} candidates and {failing.num_tokens} tokens"
-    )
-    if failing.num_groups > 1:
-        return f"{what}: lower --max_tokens ({max_tokens}) or pass --auto_find_pack_size true"
-    name = f" ({failing.names[0]})" if failing.names and failing.names[0] else ""
+def describe_out_of_memory(failing: Pack, max_tokens: int, *, whole_groups: bool = True) -> str:
+    """One line: what the pack holds, and what to lower. A pack that holds ``whole_groups`` cannot
+    be made smaller than a group, one of candidates not smaller than a response."""
+    holds = f"{failing.num_candidates} candidates and {failing.num_tokens} tokens"
+    unit, count = "response", failing.num_candidates
+    lower = "--max_response_length or --max_prompt_length"
+    search = ""
+    if whole_groups:
+        unit, count = "group", failing.num_groups
+        holds = f"{count} groups, {holds}"
+        lower = "--max_response_length, --max_prompt_length or --max_candidates"
+        search = " or pass --auto_find_pack_size true"
+    if count > 1:
+        advice = f"lower --max_tokens ({max_tokens}){search}"
+    else:
+        name = f" ({failing.names[0]})" if failing.names and failing.names[0] else ""
+        advice = f"it holds one {unit}{name}, so a lower --max_tokens does not help: lower {lower}"
     return (
-        f"{what}: it holds one group{name}, so a lower --max_tokens does not help: lower "
-        "--max_response_length, --max_prompt_length or --max_candidates"
-    )
-
-
-Describe = Callable[[Pack, int], str]
-
-
-def describe_out_of_memory(
-    failing: Pack, max_tokens: int, describe: Describe = describe_groups
-) -> str:
-    return (
-        f"out of memory in a pack of {describe(failing, max_tokens)}; "
+        f"out of memory in a pack of {holds}: {advice}; "
         "--gradient_checkpointing true saves memory at the price of time"
     )
 
 
 @contextlib.contextmanager
 def explained_out_of_memory(
-    failing: Pack, max_tokens: int, describe: Describe = describe_groups
+    failing: Pack, max_tokens: int, *, whole_groups: bool = True
 ) -> Iterator[None]:
-    """Turns a failed allocation into one line that names the pack and the setting to lower."""
+    """Turn a failed allocation into one line that names the pack and the setting to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise TrainingStopped(describe_out_of_memory(failing, max_tokens, describe)) from error
+        message = describe_out_of_memory(failing, max_tokens, whole_groups=whole_groups)
+        raise TrainingStopped(message) from error
 
 
 def find_pack_size(fits: Callable[[int], bool], smallest: int, largest: int) -> int | None:
@@ -113,43 +110,35 @@ def largest_fitting(
         TrainingStopped: not even the largest group fits.
     """
     smallest = int(group_sizes(groups).pack_tokens(args.shared_prompts).max())
+    copies = 2 if args.world_size == 1 else 3  # AdamW's two averages; DDP's buckets
+    weights = [p for p in model.parameters() if p.requires_grad]
     packs: dict[int, Pack] = {}
 
     def fits(budget: int) -> bool:
         chosen = fullest(groups, budget, args.shared_prompts)
         (packs[budget],) = pack(chosen, max_tokens=budget, shared_prompts=args.shared_prompts)
-        return _trains(model, packs[budget], loss, args, autocast)
+        model.train()
+        try:
+            reserved = [torch.empty_like(p) for _ in range(copies) for p in weights]
+            with autocast():
+                output = model(pack=packs[budget].to(args.device), loss=loss, reduction="sum")
+            output.loss.backward()
+            del reserved
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            model.zero_grad(set_to_none=True)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return True
 
     found = find_pack_size(fits, smallest, max(args.max_tokens, smallest))
     if found is None:
         raise TrainingStopped(describe_out_of_memory(packs[min(packs)], min(packs)))
     return found
-
-
-def _trains(
-    model: nn.Module,
-    trial: Pack,
-    loss: Loss,
-    args: RankConfig,
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
-) -> bool:
-    copies = 2 if args.world_size == 1 else 3  # AdamW's two averages; DDP's buckets
-    model.train()
-    try:
-        weights = [p for p in model.parameters() if p.requires_grad]
-        reserved = [torch.empty_like(p) for _ in range(copies) for p in weights]
-        with autocast():
-            output = model(pack=trial.to(args.device), loss=loss, reduction="sum")
-        output.loss.backward()
-        del reserved
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    finally:
-        model.zero_grad(set_to_none=True)
-        release()
-    return True
 
 
 def fullest(groups: Sequence[Group], max_tokens: int, shared_prompts: bool) -> list[Group]:
@@ -169,10 +158,3 @@ def fullest(groups: Sequence[Group], max_tokens: int, shared_prompts: bool) -> l
             rows += int(sizes.num_candidates[i])
             length = max(length, int(sizes.longest_sequence[i]))
     return [groups[i] for i in chosen]
-
-
-def release() -> None:
-    """Give back what a failed trial left behind."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

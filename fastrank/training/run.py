@@ -31,9 +31,9 @@ from fastrank.errors import InputError
 from fastrank.modeling.context import context_length
 from fastrank.modeling.pretrained import load_model, load_tokenizer
 from fastrank.training.adapters import export_merged, lora_config, trainable
+from fastrank.training.callbacks import METRICS_FILE, MetricsFile, read_metrics
 from fastrank.training.checkpoint import find_checkpoints, resolve_resume
 from fastrank.training.config import RankConfig
-from fastrank.training.history import METRICS_FILE, MetricsFile, read_metrics
 from fastrank.training.options import TrainOptions
 from fastrank.training.plot import plot_metrics
 from fastrank.training.references import attach_references, check_reference

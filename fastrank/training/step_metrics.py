@@ -1,4 +1,4 @@
-"""What a logging step reports, gathered from every pack since the last one.
+"""Log values of a training step, and of an evaluation, over all processes.
 
 Scores stay on their device until a log line is due, so that measuring does not make the host
 wait for the device after every pack.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,9 +24,11 @@ from fastrank.outputs import RankingOutput
 Gather = Callable[[list[Any]], list[Any]]
 """Concatenates every process's list, in the order of processes, on every process."""
 
+_LOSSES = ("loss", "rank_loss", "sft_loss")
+
 
 class HasCandidates(Protocol):
-    """What a step's metrics read of a `Pack`, or of groups that were packed in parts."""
+    """The part of a `Pack`, or of groups that are packed in parts, that metrics are made of."""
 
     @property
     def rewards(self) -> Tensor: ...  # [C]
@@ -49,15 +52,48 @@ class HasCandidates(Protocol):
     def num_tokens(self) -> int: ...
 
 
+class Computed(NamedTuple):
+    """Groups of a training step, with sums of losses over them."""
+
+    candidates: HasCandidates
+    output: RankingOutput
+
+    def bad_groups(self) -> list[int]:
+        """Positions in the step of the groups with a score that is not finite."""
+        scores = _split(self.output.scores.detach().cpu(), self.candidates)
+        return [
+            index
+            for index, own in zip(self.candidates.group_index, scores, strict=True)
+            if not bool(own.isfinite().all())
+        ]
+
+
+class Evaluated(NamedTuple):
+    """Groups of an evaluation."""
+
+    output: RankingOutput
+    """Losses are [G], or sums over the groups; scores are [C]."""
+    candidates: HasCandidates
+    members: Sequence[int]
+    """Positions of the groups in the data set."""
+
+
 @dataclass(frozen=True)
-class Scored:
-    """The scores of one pack, on the host: C candidates in G groups."""
+class PackScores:
+    """Scores of one pack, on the host: C candidates in G groups."""
 
     scores: Tensor  # [C]
     rewards: Tensor  # [C]
     reference_scores: Tensor | None  # [C]
     tokens: Tensor  # int64 [C], response tokens
     sizes: tuple[int, ...]  # candidates of each group
+
+    def groups(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Scores and rewards of each group."""
+        return zip(self.scores.split(self.sizes), self.rewards.split(self.sizes), strict=True)
+
+
+# ---- training ----------------------------------------------------------------------------
 
 
 @dataclass
@@ -69,17 +105,17 @@ class StepWindow:
     steps: int = 0
     seconds: float = 0.0
     skipped: int = 0  # records left out because of numbers that are not finite
-    # Tokens that joint training would compute; scored; back-propagated: in two-phase training.
+    # Two-phase training: tokens that joint training would compute; scored; back-propagated.
     work: tuple[int, int, int] = (0, 0, 0)
 
-    def add(self, pack: HasCandidates, output: RankingOutput, num_groups: int) -> None:
-        """One pack of a step of ``num_groups`` groups; ``output`` holds sums over its groups."""
-        self.packs.append((pack, output.scores))
+    def add(self, computed: Computed, num_groups: int) -> None:
+        """Add a part of a step of ``num_groups`` groups."""
+        self.packs.append((computed.candidates, computed.output.scores))
         for name in self.losses:
-            self.losses[name] = self.losses[name] + getattr(output, name) / num_groups
+            self.losses[name] = self.losses[name] + getattr(computed.output, name) / num_groups
 
     def add_work(self, joint: int, scored: int, backpropagated: int) -> None:
-        """What two-phase training computed of a step, in tokens."""
+        """Add the tokens that two-phase training computed in a step."""
         before = self.work
         self.work = (before[0] + joint, before[1] + scored, before[2] + backpropagated)
 
@@ -105,12 +141,11 @@ class StepWindow:
         values = {
             name: sum(part["losses"][name] for part in everyone) / steps for name in self.losses
         }
-        values |= score_metrics(scored)
+        values |= score_metrics([group for part in scored for group in part.groups()])
         values["live_fraction"] = live_fraction(scored, loss)
         values["tokens_per_second"] = tokens / seconds if seconds else math.nan
-        values["shared_prompt_ratio"] = (
-            sum(part["separate"] for part in everyone) / tokens if tokens else math.nan
-        )
+        separate = sum(part["separate"] for part in everyone)
+        values["shared_prompt_ratio"] = separate / tokens if tokens else math.nan
         joint, scored_tokens, backpropagated = (
             sum(part["work"][i] for part in everyone) for i in range(3)
         )
@@ -119,18 +154,18 @@ class StepWindow:
             values["work_saved"] = work_saved(joint, scored_tokens, backpropagated)
         if self.skipped:  # the same on every process
             values["skipped_records"] = float(self.skipped)
-        return {name: value for name, value in values.items() if not math.isnan(value)}
+        return _known(values)
 
 
 def work_saved(joint: int, scored: int, backpropagated: int) -> float:
-    """Share of the work of joint training with gradient checkpointing (4 forward passes' worth a
-    token) that two phases saved, with 1 for a scored token and 3 for a back-propagated one;
-    negative where more work was done."""
+    """Share of the work of joint training with gradient checkpointing (4 forward passes per token)
+    that two phases saved, at 1 per scored token and 3 per back-propagated one; negative where more
+    work was done."""
     return 1 - (scored + 3 * backpropagated) / (4 * joint) if joint else 0.0
 
 
-def _to_host(pack: HasCandidates, scores: Tensor) -> Scored:
-    return Scored(
+def _to_host(pack: HasCandidates, scores: Tensor) -> PackScores:
+    return PackScores(
         scores=scores.detach().cpu(),
         rewards=pack.rewards.cpu(),
         reference_scores=None if pack.reference_scores is None else pack.reference_scores.cpu(),
@@ -139,17 +174,106 @@ def _to_host(pack: HasCandidates, scores: Tensor) -> Scored:
     )
 
 
-def score_metrics(scored: list[Scored], *, full: bool = False) -> dict[str, float]:
+def live_fraction(scored: Sequence[PackScores], loss: Loss) -> float:
+    """Share of the response tokens whose candidate has a gradient that is not exactly zero."""
+    live = total = 0
+    for part in scored:
+        # A response of one token whose log-probability is the score has the same gradient but for
+        # a factor.
+        cu_responses = torch.arange(len(part.scores) + 1, dtype=torch.int32)
+        ranked = fastrank_kernels.rank_tokens(
+            part.scores,
+            part.rewards,
+            cu_responses=cu_responses,
+            cu_groups=torch.tensor([0, *itertools.accumulate(part.sizes)], dtype=torch.int32),
+            spec=loss.spec(),
+            reference_scores=part.reference_scores if loss.uses_reference else None,
+        )
+        alive = fastrank_kernels.live_candidates(ranked.coefficients, cu_responses)
+        live += int(part.tokens[alive].sum())
+        total += int(part.tokens.sum())
+    return live / total if total else math.nan
+
+
+# ---- evaluation --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The same on every process; entries are in the order of the data set.
+
+    Attributes:
+        scores: one float32 array per group.
+        rewards: one array per group.
+        values: ``loss``, ``rank_loss``, ``sft_loss`` (means over groups) and those of
+            `score_metrics`; NaN values are left out.
+        bad: positions of groups with a score that is not finite; they are in no value, and
+            ``skipped_records`` counts them.
+    """
+
+    scores: list[np.ndarray]
+    rewards: list[np.ndarray]
+    values: dict[str, float]
+    bad: list[int]
+
+
+def summarize(evaluated: Iterable[Evaluated], gather: Gather) -> Evaluation:
+    """Bring every process's groups together. Every process must call it."""
+    groups: list[tuple[int, np.ndarray, np.ndarray]] = []
+    sums, count = dict.fromkeys(_LOSSES, 0.0), 0
+    for item in evaluated:
+        scores = _split(item.output.scores.float().cpu(), item.candidates)
+        rewards = _split(item.candidates.rewards.cpu(), item.candidates)
+        groups += [
+            (index, s.numpy(), r.numpy())
+            for index, s, r in zip(item.members, scores, rewards, strict=True)
+        ]
+        good = torch.stack([s.isfinite().all() for s in scores])
+        if item.output.loss.dim() == 0:
+            if not bool(good.all()):
+                continue  # a sum that a bad group is part of
+            keep = torch.tensor(True)
+        else:
+            keep = good
+        for name in _LOSSES:
+            losses = getattr(item.output, name).detach().float().cpu()
+            sums[name] += float(losses[keep].sum())
+        count += int(good.sum())
+    everyone = gather([{"groups": groups, "sums": sums, "count": count}])
+    ordered: list[Any] = sorted(
+        itertools.chain.from_iterable(part["groups"] for part in everyone), key=lambda item: item[0]
+    )
+    bad = [index for index, scores, _ in ordered if not np.isfinite(scores).all()]
+    good_groups = [
+        (torch.from_numpy(s), torch.from_numpy(r)) for _, s, r in ordered if np.isfinite(s).all()
+    ]
+    total = max(sum(part["count"] for part in everyone), 1)
+    values = {name: sum(part["sums"][name] for part in everyone) / total for name in _LOSSES}
+    values |= score_metrics(good_groups, full=True)
+    if bad:
+        values["skipped_records"] = float(len(bad))
+    return Evaluation(
+        scores=[s for _, s, _ in ordered],
+        rewards=[r for _, _, r in ordered],
+        values=_known(values),
+        bad=bad,
+    )
+
+
+# ---- both --------------------------------------------------------------------------------
+
+
+def score_metrics(
+    groups: Sequence[tuple[Tensor, Tensor]], *, full: bool = False
+) -> dict[str, float]:
     """Ranking metrics under the names that dashboards know; NaN where no group has a pair.
 
     ``rewards/chosen`` is the model's score of the best candidate, ``rewards/rejected`` the mean of
     the others', over the groups that have a strict pair. ``full`` adds NDCG and MRR.
+
+    Args:
+        groups: scores and rewards of each group.
     """
-    groups = [
-        pair
-        for part in scored
-        for pair in zip(part.scores.split(part.sizes), part.rewards.split(part.sizes), strict=True)
-    ]
     ranking = metrics.ranking_metrics([s for s, _ in groups], [r for _, r in groups])
     chosen, rejected = [], []
     for scores, rewards in groups:
@@ -170,25 +294,13 @@ def score_metrics(scored: list[Scored], *, full: bool = False) -> dict[str, floa
     return values
 
 
-def live_fraction(scored: list[Scored], loss: Loss) -> float:
-    """Share of the response tokens whose candidate has a gradient that is not exactly zero."""
-    live = total = 0
-    for part in scored:
-        # A response of one token whose log-probability is the score has the same gradient but for
-        # a factor.
-        cu_responses = torch.arange(len(part.scores) + 1, dtype=torch.int32)
-        ranked = fastrank_kernels.rank_tokens(
-            part.scores,
-            part.rewards,
-            cu_responses=cu_responses,
-            cu_groups=torch.tensor([0, *itertools.accumulate(part.sizes)], dtype=torch.int32),
-            spec=loss.spec(),
-            reference_scores=part.reference_scores if loss.uses_reference else None,
-        )
-        alive = fastrank_kernels.live_candidates(ranked.coefficients, cu_responses)
-        live += int(part.tokens[alive].sum())
-        total += int(part.tokens.sum())
-    return live / total if total else math.nan
+def _split(values: Tensor, candidates: HasCandidates) -> Sequence[Tensor]:
+    """Per-candidate values [C], group by group."""
+    return values.split(candidates.cu_groups.diff().tolist())
+
+
+def _known(values: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def _mean(values: list[float]) -> float:

@@ -1,9 +1,9 @@
 """`RankTrainer`: transformers' ``Trainer`` for groups of ranked candidates.
 
-What it inherits: optimisers, schedules, DDP, FSDP2, DeepSpeed, trackers, callbacks, resuming. What
-it does by itself: cutting a step into packs (`fastrank.training.batching`), the loss over them,
-evaluation on packs, log values, checkpoints that are whole or not there, and stopping before
-bad numbers spread.
+It inherits optimisers, schedules, DDP, FSDP2, DeepSpeed, trackers, callbacks and resuming. It
+replaces the data (a step is cut into packs, `fastrank.training.batching`), the computation over
+them (`fastrank.training.backprop`) and the log values. Checkpoints are whole or not there
+(`fastrank.training.saving`); a run stops before bad numbers spread (`fastrank.training.guards`).
 
 The loss is computed inside the wrapped module's forward, ``model(pack=…, loss=…)``: on the bare
 model DDP and FSDP would silently synchronise nothing.
@@ -11,16 +11,15 @@ model DDP and FSDP would silently synchronise nothing.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -28,17 +27,22 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainerCallback,
 )
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastrank.data.columns import group_sizes, largest_ids
 from fastrank.data.packing import Group
-from fastrank.errors import InputError
+from fastrank.errors import InputError, TrainingStopped
+from fastrank.hf_private import TrainerHooks
 from fastrank.modeling.dropout import disable_dropout
 from fastrank.modeling.prepare import prepare_model
 from fastrank.modeling.reference_scores import ReferenceGroups
+from fastrank.training import checkpoint
 from fastrank.training.adapters import adapt
+from fastrank.training.backprop import JointBackprop, StepResult, TwoPhaseBackprop
 from fastrank.training.batching import (
     NumberedGroups,
     PackDataset,
@@ -48,21 +52,19 @@ from fastrank.training.batching import (
     StepSampler,
     too_large,
 )
+from fastrank.training.callbacks import RankProgress
 from fastrank.training.config import RankConfig
-from fastrank.training.determinism import check_deterministic
-from fastrank.training.evaluation import evaluate_packs, summarize
-from fastrank.training.failures import TrainingStopped
-from fastrank.training.guards import Computed, GuardedTrainer
-from fastrank.training.memory import explained_out_of_memory, largest_fitting
-from fastrank.training.progress import RankProgress
-from fastrank.training.step_metrics import StepWindow
-from fastrank.training.two_phase import Phases
-from fastrank.training.two_phase_step import evaluate_groups, trainer_phases, two_phase_step
+from fastrank.training.engine import AccelerateEngine
+from fastrank.training.guards import FiniteGuard, name_groups
+from fastrank.training.memory import largest_fitting
+from fastrank.training.saving import Saver, explained_loading
+from fastrank.training.step_metrics import Evaluated, StepWindow, summarize
+from fastrank.training.two_phase import check_deterministic
 
 logger = logging.getLogger(__name__)
 
 
-class RankTrainer(GuardedTrainer):
+class RankTrainer(TrainerHooks, Trainer):
     """Trains a causal language model to rank the candidates of each prompt.
 
     Args:
@@ -92,14 +94,13 @@ class RankTrainer(GuardedTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        # The loop must see one batch a step; how many groups that is stays in groups_per_step.
+        # Trainer's loop must see one batch per step; groups_per_step keeps how many groups that is.
         args = copy.copy(args if args is not None else RankConfig())
         self.groups_per_step = args.groups_per_step
         args.gradient_accumulation_steps = 1
         if eval_dataset is None:
             args.eval_strategy = "no"
         self.loss = args.ranking_loss
-        self.max_tokens = args.max_tokens
         for name, groups in _named_sets(train_dataset, eval_dataset):
             self._check_groups(name, groups, model, args)
         if peft_config is not None:
@@ -121,6 +122,29 @@ class RankTrainer(GuardedTrainer):
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(RankProgress(self.args.disable_tqdm))
+        self.engine = AccelerateEngine(self.accelerator)
+        self.backprop = (TwoPhaseBackprop if args.two_phase else JointBackprop)(
+            loss=self.loss,
+            engine=self.engine,
+            device=args.device,
+            max_tokens=args.max_tokens,
+            shared_prompts=args.shared_prompts,
+            computing=self.compute_loss_context_manager,
+        )
+        run_dir = Path(args.output_dir or ".")
+        self._guard = FiniteGuard(self.engine, run_dir)
+        self._saver = Saver(args.should_save, self.accelerator.wait_for_everyone)
+        self._window = StepWindow()
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a pack; ``auto_find_pack_size`` may lower it."""
+        return self.backprop.max_tokens
+
+    @property
+    def lm(self) -> nn.Module:
+        """The model that is trained, without the wrapper of distributed training."""
+        return self.accelerator.unwrap_model(self.model)
 
     def _check_groups(
         self, name: str, groups: Sequence[Group], model: nn.Module, args: RankConfig
@@ -145,7 +169,28 @@ class RankTrainer(GuardedTrainer):
                         "got none"
                     )
 
+    # ---- a run ---------------------------------------------------------------------------
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As ``Trainer.train``; ``True`` or ``"true"`` resumes from the latest whole checkpoint, or
+        starts anew if there is none yet."""
+        run_dir = Path(self.args.output_dir or ".")
+        found = checkpoint.resolve_resume(resume_from_checkpoint, run_dir)
+        if found is not None:
+            checkpoint.check_same_plan(found, self.run_plan())
+        self._saver.clean(run_dir)
+        if self.args.auto_find_pack_size:
+            notes = {} if found is None else checkpoint.read_notes(found)
+            # A resumed run takes the size it had: the same packs give the same bits.
+            self.backprop.max_tokens = notes.get("max_tokens") or self._fitting_pack_size()
+        with explained_loading(found):
+            return super().train(None if found is None else str(found), *args, **kwargs)
+
     def run_plan(self) -> dict[str, Any]:
+        """What has to be the same for a checkpoint's step number to mean the same place in the
+        data."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return {
             "groups_per_step": self.groups_per_step,
@@ -153,56 +198,28 @@ class RankTrainer(GuardedTrainer):
             "data_seed": seed,
         }
 
-    def run_notes(self) -> dict[str, Any]:
-        return {"max_tokens": self.max_tokens}
-
-    def before_training(self, notes: dict[str, Any] | None) -> None:
-        if not self.args.auto_find_pack_size:
-            return
-        if notes is not None and "max_tokens" in notes:
-            self.max_tokens = notes["max_tokens"]  # the same packs give the same bits
-            return
+    def _fitting_pack_size(self) -> int:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError(
                 "auto_find_pack_size cannot try packs under FSDP or DeepSpeed; set max_tokens"
             )
         groups: Any = self.train_dataset
         mine = largest_fitting(self.lm, groups, self.loss, self.args, self.accelerator.autocast)
-        self.max_tokens = min(self._gather([mine]))
-        if self.max_tokens < self.args.max_tokens:
-            logger.warning("auto_find_pack_size: packs of at most %d tokens", self.max_tokens)
+        found = min(self.engine.gather([mine]))
+        if found < self.args.max_tokens:
+            logger.warning("auto_find_pack_size: packs of at most %d tokens", found)
+        return found
 
     # ---- data ----------------------------------------------------------------------------
 
     def _cutter(self) -> StepCutter:
-        return StepCutter(
-            max_tokens=self.max_tokens,
-            shared_prompts=self.args.shared_prompts,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-            whole_groups=self.args.two_phase,
-        )
-
-    def _phases(self, model: nn.Module) -> Phases:
-        return trainer_phases(
-            model,
-            self.loss,
-            max_tokens=self.max_tokens,
-            world_size=self.args.world_size,
-            synchronising=lambda last: self._synchronising(model, last),
-            backward=self._backward,
-        )
+        return self.backprop.cutter()
 
     def get_train_dataloader(self) -> DataLoader:
         if self.train_dataset is None:
             raise ValueError("train_dataset must be given to train, got None")
         groups: Any = self.train_dataset
-        sampler = StepSampler(
-            len(groups),
-            self.groups_per_step,
-            seed=self.run_plan()["data_seed"],
-            drop_last=self.args.dataloader_drop_last,
-        )
+        sampler = self._sampler()
         if not len(sampler):
             raise InputError(
                 f"a step needs {self.groups_per_step} groups and dataloader_drop_last leaves out "
@@ -213,6 +230,15 @@ class RankTrainer(GuardedTrainer):
             batch_sampler=sampler,
             collate_fn=self._cutter(),
             **self._loader_options(),
+        )
+
+    def _sampler(self) -> StepSampler:
+        plan = self.run_plan()
+        return StepSampler(
+            plan["num_groups"],
+            self.groups_per_step,
+            seed=plan["data_seed"],
+            drop_last=self.args.dataloader_drop_last,
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -263,77 +289,72 @@ class RankTrainer(GuardedTrainer):
         inputs: StepBatch,  # type: ignore[override]
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Forward and backward over this process's packs of one step.
-
-        Returns:
-            The loss, times the number of processes, of this process's groups over those of the
-            whole
-            step: its mean over the processes is the step's loss, as for gradients.
-        """
+        """Forward and backward over this process's part of a step; the loss as in `StepResult`."""
         started = time.perf_counter()
-        self._begin_step(inputs)
-        self._step_loss, self._computed = self._accumulate(model, inputs)
+        self._batch = inputs
+        self._loss_before = self.running_loss.clone()
+        self._result = self._step(model, inputs)
         self._window.add_step(time.perf_counter() - started)
-        return self._step_loss
+        return self._result.loss
 
-    def _accumulate(self, model: nn.Module, batch: StepBatch) -> tuple[Tensor, Computed]:
+    def _step(self, model: nn.Module, batch: StepBatch) -> StepResult:
         model.train()
         _switch(self.optimizer, "train")
-        if self.args.two_phase:
-            with self.compute_loss_context_manager():
-                return two_phase_step(self._phases(model), batch, self._window)
-        total = torch.zeros((), device=self.args.device)
-        computed: Computed = []
-        last = len(batch.packs) - 1
-        for number, (pack, weight) in enumerate(zip(batch.packs, batch.weights, strict=True)):
-            with (
-                explained_out_of_memory(pack, self.max_tokens),
-                self._synchronising(model, number == last),
-                self.compute_loss_context_manager(),
-            ):
-                pack = pack.to(self.args.device, non_blocking=True)
-                output = model(pack=pack, loss=self.loss, reduction="sum")
-                # DDP and FSDP take the mean over processes, so the sum needs their number.
-                scale = weight * self.args.world_size / batch.num_groups
-                self._backward(output.loss * scale)
-            if weight:
-                total += output.loss.detach() * scale
-                computed.append((pack, output._replace(loss=output.loss.detach())))
-        return total, computed
+        return self.backprop.step(model, batch, self._window)
 
-    def _synchronising(
-        self, model: nn.Module, last: bool
-    ) -> contextlib.AbstractContextManager[None]:
-        """Gradients travel between processes with the last pack only."""
-        self.accelerator.gradient_state._set_sync_gradients(last)
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+    def before_optimizer_step(self, model: nn.Module, norm: Any) -> Any:
+        if not self._guard.is_finite(self._result.loss, norm):
+            norm = self._stop_or_skip(model)
+        for part in self._result.computed:
+            self._window.add(part, self._batch.num_groups)
+        self._result = self._result._replace(computed=[])
+        return norm
 
-    def _backward(self, loss: Tensor) -> None:
-        options = {}
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            options["scale_wrt_gas"] = False  # the loss is normalised already
-        self.accelerator.backward(loss, **options)
+    def _stop_or_skip(self, model: nn.Module) -> Any:
+        """Stop, or repeat the step without the records at fault; returns the gradient norm."""
+        batch = self._batch
+        groups: Any = self.train_dataset
+        self._refuse_bad_weights()
+
+        def is_sound(position: int) -> bool:
+            return self.backprop.is_sound(self.lm, groups[position])
+
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        bad = self._guard.culprits(batch, self._result.computed, None if sharded else is_sound)
+        if self.args.nonfinite == "stop":
+            names = name_groups(groups, [batch.index[i] for i in bad], "training")
+            step = self.state.global_step + 1
+            raise TrainingStopped(self._guard.step_message(step, names, batch.num_groups))
+        self._window.skipped += len(bad)
+        model.zero_grad()
+        kept = [batch.index[i] for i in range(batch.num_groups) if i not in bad]
+        norm: Any = 0.0
+        finite = False
+        if kept:
+            self._batch = self._cutter()([(position, groups[position]) for position in kept])
+            self._result = self._step(model, self._batch)
+            norm = self.clip_gradients(model)
+            finite = self._guard.is_finite(self._result.loss, norm)
+        if not finite:
+            self._window.skipped += len(kept)
+            model.zero_grad()  # an optimiser leaves weights without a gradient as they are
+            self._result, norm = StepResult(torch.zeros_like(self._result.loss), []), 0.0
+        self.running_loss.copy_(self._loss_before + self._result.loss)
+        return norm
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """6 operations a weight and token (forward and backward), embeddings included."""
+        """6 operations per weight and token (forward and backward), embeddings included."""
         parameters = sum(p.numel() for p in self.lm.parameters())
         return 6 * parameters * inputs.num_tokens
 
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        if self.args.include_num_input_tokens_seen != "no":
-            tokens = torch.tensor(inputs.num_tokens, device=self.args.device)
-            total = self.accelerator.gather(tokens).sum().item()
-            self.state.num_input_tokens_seen += total
-
-    # ---- what is reported -----------------------------------------------------------------
+    # ---- logs and evaluation -------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._window.steps:
-            extra = self._window.summary(self.loss, self._gather)
-            loss = logs.pop("loss")
+            extra = self._window.summary(self.loss, self.engine.gather)
             rest = dict(logs)
             logs.clear()
-            logs.update({"loss": loss, **extra, **rest})
+            logs.update({"loss": rest.pop("loss"), **extra, **rest})
             self._window = StepWindow()
         super().log(logs, start_time)
 
@@ -345,27 +366,22 @@ class RankTrainer(GuardedTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Scores every group of the loader; the result is the same on every process.
+        """Score every group of the loader; the result is the same on every process.
 
-        ``predictions`` is one float32 array of scores a group, in the order of the data set.
+        ``predictions`` is one float32 array of scores per group, in the order of the data set.
         """
         model = self._evaluation_model()
         self.callback_handler.eval_dataloader = dataloader
         was_training = model.training
         model.eval()
         _switch(self.optimizer, "eval")
-        on_step: Callable[[], None] = self._on_prediction_step
-        if self.args.two_phase:
-            evaluated = evaluate_groups(self._phases(model), dataloader, on_step)
-        else:
-            evaluated = evaluate_packs(
-                model, dataloader, self.loss, self.args.device, self.max_tokens, on_step
-            )
-        found = summarize(evaluated, self._gather)
+        found = summarize(self._evaluated(model, dataloader), self.engine.gather)
         model.train(was_training)
         if found.bad and self.args.nonfinite == "stop":
-            dataset: Any = dataloader.dataset
-            raise TrainingStopped(self._bad_evaluation(dataset.groups, found.bad))
+            groups = dataloader.dataset.groups  # type: ignore[attr-defined]
+            names = name_groups(groups, found.bad, "evaluation")
+            step = self.state.global_step
+            raise TrainingStopped(self._guard.evaluation_message(step, names, len(groups)))
         return EvalLoopOutput(
             predictions=found.scores,  # type: ignore[arg-type]
             label_ids=found.rewards,  # type: ignore[arg-type]
@@ -373,16 +389,73 @@ class RankTrainer(GuardedTrainer):
             num_samples=len(found.scores),
         )
 
-    def _on_prediction_step(self) -> None:
-        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+    def _evaluated(self, model: nn.Module, batches: DataLoader) -> Iterator[Evaluated]:
+        for batch in batches:
+            found = self.backprop.evaluate(model, batch)
+            self.control = self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            )
+            if found is not None:
+                yield found
 
     def _evaluation_model(self) -> nn.Module:
         """The model to call: wrapped already while training, otherwise prepared once here."""
-        if self.model_wrapped is not self.model or len(self.accelerator._models):
+        if self.is_prepared():
             return self.model_wrapped
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError("with FSDP or DeepSpeed, evaluate during or after train(), not before")
         return self.accelerator.prepare_model(self.model, evaluation_mode=True)
+
+    # ---- checkpoints and the final model -------------------------------------------------
+
+    def stage_checkpoint(self, run_dir: Path, write: Callable[[], None]) -> Path:
+        self._refuse_bad_weights()
+        name = checkpoint.checkpoint_name(self.state.global_step)
+
+        def write_staged(staging: Path) -> None:
+            self.staging = staging
+            try:
+                write()
+            finally:
+                self.staging = None
+
+        def publish(staging: Path) -> None:
+            staged = staging / name
+            if self.state.best_model_checkpoint == str(staged):
+                self.state.best_model_checkpoint = str(run_dir / name)
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            checkpoint.publish(staged, run_dir, self.run_plan(), {"max_tokens": self.max_tokens})
+
+        self._saver.save(name, run_dir, write_staged, publish)
+        if self.args.should_save:
+            checkpoint.rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        return run_dir / name
+
+    def publish_model(self, folder: Path) -> None:
+        self._refuse_bad_weights()
+        if self.is_fsdp_enabled:  # shards alone would leave no model for from_pretrained
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+
+        def write(staging: Path) -> None:
+            self.write_model(staging / "model")
+
+        def publish(staging: Path) -> None:
+            checkpoint.publish_files(staging / "model", folder)
+
+        self._saver.save("the model", folder, write, publish)
+
+    def after_write(self, folder: Path) -> None:
+        """Replace ``training_args.bin``, a pickle that nothing reads, by JSON."""
+        if self.args.should_save:
+            file = folder / TRAINING_ARGS_NAME
+            file.unlink(missing_ok=True)
+            file.with_suffix(".json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def _refuse_bad_weights(self) -> None:
+        bad = self._guard.bad_weights(self.lm)
+        if bad:
+            raise TrainingStopped(self._guard.weights_message(bad, self.state.global_step))
 
 
 def _switch(optimizer: Any, mode: str) -> None:

@@ -1,7 +1,7 @@
 """Training in two phases: exact gradients in memory that does not grow with the candidates.
 
 A ranking loss couples all candidates of a prompt, so ordinary (joint) training holds the
-activations of all of them until the backward. But it couples them through one number a candidate,
+activations of all of them until the backward. But it couples them through one number per candidate,
 and the derivative of the loss by each token's log-probability is known as soon as the scores are:
 
 1. Every candidate is scored without a graph, in packs of any size.
@@ -13,15 +13,18 @@ With F for a forward pass over the tokens, joint training costs 3F, 4F with grad
 and two phases (1 + 3a)F, a being the share of tokens that is run again. That is less than
 checkpointing wherever candidates drop out (RRHF: those already in their place), and never needs
 more memory than one pack. The price: a prompt whose candidates do not fit into one pack is encoded
-once for each, and both phases have to compute the same function, so nothing in the model may be
-random.
+once for each, and both phases have to compute the same function, so a model that is random is
+refused. Rates of dropout and noise that its modules state are named first; what they do not state
+(a rate read from elsewhere, experts that are sampled) shows in the random numbers that a forward
+pass draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,18 +37,19 @@ from fastrank.data.candidate_packs import (
     filler_pack,
 )
 from fastrank.data.packing import Group, Pack
+from fastrank.errors import InputError
 from fastrank.losses import Loss
+from fastrank.modeling.dropout import random_rates
 from fastrank.modeling.prepare import prepared_state
 from fastrank.modeling.unwrap import causal_lm, vocab_size
 from fastrank.ranking import check_loss
-from fastrank.training.determinism import check_deterministic, no_random_numbers
 from fastrank.training.engine import Engine, engine_of, unwrap
 from fastrank.training.step_metrics import work_saved
 from fastrank_kernels import live_candidates
 
 
 class TwoPhaseOutput(NamedTuple):
-    """What `two_phase_backward` did on this process. Nothing in it carries gradients."""
+    """Result of `two_phase_backward` on this process. Nothing in it carries gradients."""
 
     loss: Tensor
     """``rank_loss + sft_loss``: this process's groups, summed, over ``num_groups``."""
@@ -70,8 +74,7 @@ class TwoPhaseOutput(NamedTuple):
 
     @property
     def work_saved(self) -> float:
-        """Share of the work of joint training with gradient checkpointing that was saved; see
-        `fastrank.training.step_metrics.work_saved`."""
+        """As `fastrank.training.step_metrics.work_saved`."""
         return work_saved(self.tokens_joint, self.tokens_scored, self.tokens_backpropagated)
 
 
@@ -87,7 +90,7 @@ def two_phase_backward(
     backend: str | None = None,
     engine: Engine | None = None,
 ) -> TwoPhaseOutput:
-    """Add the exact gradients of a ranking loss to ``.grad``, a pack at a time.
+    """Add the exact gradients of a ranking loss to ``.grad``, pack by pack.
 
     Takes the place of ``model(pack=..., loss=...).loss.backward()`` over all packs of a step:
 
@@ -126,14 +129,14 @@ def two_phase_backward(
         engine=engine,
     )
     if num_groups is None:
-        num_groups = sum(phases.engine.everyone(len(groups), phases.device))
+        num_groups = sum(phases.engine.gather_count(len(groups), phases.device))
     scored = phases.score(groups)
     ranked = phases.rank(scored, 1.0 / max(num_groups, 1))
     return phases.differentiate(groups, scored, ranked)
 
 
-class Scored(NamedTuple):
-    """What phase one found."""
+class ScoredCandidates(NamedTuple):
+    """Result of phase one."""
 
     candidates: Candidates
     token_logprobs: Tensor
@@ -143,7 +146,7 @@ class Scored(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """What the loss made of the scores."""
+    """The loss on the scores, and its derivative."""
 
     rank_loss: Tensor
     """[G], not scaled."""
@@ -158,7 +161,10 @@ class Ranked(NamedTuple):
 
 @dataclass(frozen=True)
 class Phases:
-    """The two passes over packs of one model, in step with the other processes."""
+    """The two passes over packs of one model, in step with the other processes.
+
+    ``explain`` gives a context for each pass over a pack, to explain its errors.
+    """
 
     model: nn.Module
     loss: Loss
@@ -170,6 +176,7 @@ class Phases:
     vocab_size: int
     logits_memory: int | None
     backend: str | None
+    explain: Callable[[Pack], contextlib.AbstractContextManager[Any]]
 
     @classmethod
     def of(
@@ -182,6 +189,7 @@ class Phases:
         logits_memory: int | None = None,
         backend: str | None = None,
         engine: Engine | None = None,
+        explain: Callable[[Pack], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> Phases:
         """Arguments and errors as for `two_phase_backward`."""
         check_loss(loss)
@@ -203,9 +211,10 @@ class Phases:
             vocab_size=vocab_size(lm),
             logits_memory=logits_memory,
             backend=backend,
+            explain=explain,
         )
 
-    def score(self, groups: Sequence[Group]) -> Scored:
+    def score(self, groups: Sequence[Group]) -> ScoredCandidates:
         """Phase one: the log-probability of every response token, without a graph."""
         candidates = Candidates.of(groups, self.shared_prompts)
         packs = candidate_packs(
@@ -218,7 +227,7 @@ class Phases:
         with torch.no_grad():
             for number, chosen in enumerate(self._in_step(packs)):
                 with (
-                    self.engine.computing(chosen.pack),
+                    self.explain(chosen.pack),
                     no_random_numbers(self.model, self.device, watch=number == 0),
                 ):
                     found = self._logprobs(chosen.pack)
@@ -227,9 +236,9 @@ class Phases:
                 if len(chosen.tokens):
                     logprobs[chosen.tokens.to(self.device)] = found
         assert logprobs is not None
-        return Scored(candidates, logprobs, sum(p.pack.num_tokens for p in packs))
+        return ScoredCandidates(candidates, logprobs, sum(p.pack.num_tokens for p in packs))
 
-    def rank(self, scored: Scored, scale: float) -> Ranked:
+    def rank(self, scored: ScoredCandidates, scale: float) -> Ranked:
         """The loss on the scores and its derivative by each log-probability."""
         candidates, logprobs = scored.candidates, scored.token_logprobs
         found = fastrank_kernels.rank_tokens(
@@ -245,7 +254,7 @@ class Phases:
         return Ranked(*found, scale)
 
     def differentiate(
-        self, groups: Sequence[Group], scored: Scored, ranked: Ranked
+        self, groups: Sequence[Group], scored: ScoredCandidates, ranked: Ranked
     ) -> TwoPhaseOutput:
         """Phase two: back-propagate Σ c_t logp_t of the candidates that have a gradient."""
         candidates, logprobs = scored.candidates, scored.token_logprobs
@@ -263,7 +272,7 @@ class Phases:
         passes = self._in_step(packs)
         for number, chosen in enumerate(passes):
             last = number == len(passes) - 1
-            with self.engine.computing(chosen.pack), self.engine.synchronising(last):
+            with self.explain(chosen.pack), self.engine.synchronising(self.model, last):
                 found = self._logprobs(chosen.pack)
                 if len(chosen.tokens):
                     at = chosen.tokens.to(self.device)
@@ -298,6 +307,52 @@ class Phases:
 
     def _in_step(self, packs: list[CandidatePack]) -> list[CandidatePack]:
         """The packs, at least one, and fillers until every process has equally many."""
-        rounds = max(1, *self.engine.everyone(len(packs), self.device))
+        rounds = max(1, *self.engine.gather_count(len(packs), self.device))
         missing = rounds - len(packs)
         return packs + ([filler_pack(self.shared_prompts)] * missing if missing else [])
+
+
+def check_deterministic(model: nn.Module) -> None:
+    """Refuse a model with a dropout or jitter: its two phases would compute different functions.
+
+    Raises:
+        InputError: naming the rates.
+    """
+    rates = random_rates(model)
+    if rates:
+        more = f" and {len(rates) - 3} more" if len(rates) > 3 else ""
+        raise InputError(
+            "two-phase training needs a model without randomness, expected rates of 0, got "
+            f"{', '.join(rates[:3])}{more}; fastrank.modeling.dropout.disable_dropout(model) sets "
+            "dropouts to 0, the model's configuration the others"
+        )
+
+
+@contextlib.contextmanager
+def no_random_numbers(model: nn.Module, device: torch.device, *, watch: bool) -> Iterator[None]:
+    """Raise InputError if the model draws random numbers meanwhile, whatever it does with them:
+    some read a rate from their configuration, others sample their experts."""
+    if not watch:
+        yield
+        return
+    before = _random_states(device)
+    yield
+    if any(not torch.equal(a, b) for a, b in zip(before, _random_states(device), strict=True)):
+        config = causal_lm(unwrap(model)).config.get_text_config().to_dict()
+        named = [
+            f"{name}={value}"
+            for name, value in config.items()
+            if ("drop" in name or "jitter" in name) and isinstance(value, float) and value
+        ]
+        raise InputError(
+            "two-phase training needs a model without randomness, but "
+            f"{type(model).__name__} draws random numbers in training mode (its configuration has "
+            f"{', '.join(named) or 'no dropout or jitter'})"
+        )
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states

@@ -15,8 +15,8 @@ from fastrank.errors import InputError
 from fastrank.modeling.context import context_length
 from fastrank.modeling.prepare import prepare_model
 from fastrank.modeling.pretrained import check_model_path, load_model, load_tokenizer
+from fastrank.training.callbacks import METRICS_FILE, read_metrics
 from fastrank.training.config import RankConfig
-from fastrank.training.history import METRICS_FILE, read_metrics
 from fastrank.training.run import Job, train
 from fastrank.workflow.items import read_items
 from fastrank.workflow.online_options import OnlineTrainOptions

@@ -28,12 +28,11 @@ from tqdm import tqdm
 
 from fastrank.data.columns import GroupSizes, prompt_key
 from fastrank.data.packing import Group
-from fastrank.errors import InputError
+from fastrank.errors import InputError, TrainingStopped
 from fastrank.modeling.score import score
 from fastrank.modeling.unwrap import causal_lm, evaluation_mode
-from fastrank.training.batching import StepBatch, StepCutter, StepSampler
+from fastrank.training.batching import StepBatch, StepCutter
 from fastrank.training.config import RankConfig
-from fastrank.training.failures import TrainingStopped
 from fastrank.training.trainer import RankTrainer
 from fastrank.workflow.online_data import Round, round_line, round_metrics
 from fastrank.workflow.online_round import RoundMaker
@@ -127,8 +126,8 @@ class OnlineTrainer(RankTrainer):
                 "online training generates with the whole model on every process: use DDP, not "
                 "FSDP or DeepSpeed"
             )
-        maker.rank, maker.world_size = self.args.process_index, self.args.world_size
-        maker.gather, maker.max_tokens = self._gather, self.max_tokens
+        maker.rank, maker.world_size = self.engine.rank, self.engine.world_size
+        maker.gather, maker.max_tokens = self.engine.gather, self.max_tokens
 
     def _check_groups(
         self, name: str, groups: Sequence[Group], model: nn.Module, args: RankConfig
@@ -219,12 +218,7 @@ class OnlineTrainer(RankTrainer):
 
     def _steps(self, start: int, stop: int) -> list[list[int]]:
         """The prompts of each of the steps from ``start`` to ``stop``."""
-        sampler = StepSampler(
-            len(self._candidates),
-            self.groups_per_step,
-            seed=self.run_plan()["data_seed"],
-            drop_last=self.args.dataloader_drop_last,
-        )
+        sampler = self._sampler()
         steps: list[list[int]] = []
         while start < stop:
             epoch, offset = divmod(start, len(sampler))

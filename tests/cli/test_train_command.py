@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrank.cli.main import main
 from fastrank.tasks.menu import menu_records, menu_task
-from fastrank.training.history import read_metrics
+from fastrank.training.callbacks import read_metrics
 
 QUICK = ["--disable_tqdm", "true", "--logging_steps", "2", "--save_strategy", "no"]
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from fastrank.data.group import Group
 from fastrank.tasks.menu import tiny_llama
 from fastrank.training.config import RankConfig
+from fastrank.training.step_metrics import StepWindow
 from fastrank.training.trainer import RankTrainer
 
 STEPS = 10
@@ -59,13 +60,6 @@ def make_groups() -> list[Group]:
     return groups
 
 
-class OutsideTrainer(RankTrainer):
-    """The mistake that the design forbids: the loss of the model without its wrapper."""
-
-    def _accumulate(self, model: Any, batch: Any) -> Any:
-        return super()._accumulate(self.lm, batch)
-
-
 def make_trainer(folder: Path, case: str, world_size: int) -> RankTrainer:
     per_device, accumulation, options = CASES[case]
     if world_size == 1:
@@ -91,8 +85,10 @@ def make_trainer(folder: Path, case: str, world_size: int) -> RankTrainer:
         first, *rest = groups[5].response_ids
         poisoned = torch.cat((first, torch.tensor([TRIGGER])))
         groups[5] = replace(groups[5], response_ids=(poisoned, *rest))
-    kind = OutsideTrainer if case == "outside" else RankTrainer
-    trainer = kind(tiny_llama(0), config, groups, groups[:7])
+    trainer = RankTrainer(tiny_llama(0), config, groups, groups[:7])
+    if case == "outside":  # the mistake that the design forbids: the model without its wrapper
+        step = trainer.backprop.step
+        trainer.backprop.step = lambda model, *rest: step(trainer.lm, *rest)  # type: ignore[method-assign]
     if case == "skip":
         trainer.model.get_input_embeddings().register_forward_hook(_spoil)
     if case == "find" and int(os.environ.get("RANK", "0")) == world_size - 1:
@@ -140,7 +136,7 @@ def _train_sharded(trainer: RankTrainer) -> dict[str, Any]:
         loader.set_epoch(len(losses) // len(loader))  # type: ignore[attr-defined]
         for batch in loader:
             optimizer.zero_grad()
-            loss, _ = trainer._accumulate(model, batch)
+            loss = trainer.backprop.step(model, batch, StepWindow()).loss
             dist.all_reduce(loss)
             losses.append(loss.item() / dist.get_world_size())
             grads = [p.grad.full_tensor() for p in model.parameters()]

@@ -15,10 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fastrank.data.group import Group
-from fastrank.errors import InputError
+from fastrank.errors import InputError, TrainingStopped
 from fastrank.training import checkpoint
-from fastrank.training.failures import TrainingStopped
-from fastrank.training.history import MetricsFile, read_metrics
+from fastrank.training.callbacks import MetricsFile, read_metrics
 
 Make = Callable[..., Any]
 

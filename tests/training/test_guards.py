@@ -13,8 +13,8 @@ from bad_gradients import InfiniteGradient
 from transformers import AutoModelForCausalLM
 
 from fastrank.data.group import Group
+from fastrank.errors import TrainingStopped
 from fastrank.training.checkpoint import latest_checkpoint
-from fastrank.training.failures import TrainingStopped
 
 Make = Callable[..., Any]
 TRIGGER = 31  # a word that no menu of these tests has

@@ -16,8 +16,8 @@ import kill_training
 import pytest
 from torchrun import command, environment, torchrun
 
+from fastrank.training.callbacks import read_metrics
 from fastrank.training.checkpoint import find_checkpoints, incomplete
-from fastrank.training.history import read_metrics
 
 pytestmark = pytest.mark.slow
 

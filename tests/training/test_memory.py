@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastrank.data.group import Group
+from fastrank.errors import TrainingStopped
 from fastrank.training.checkpoint import read_notes
-from fastrank.training.failures import TrainingStopped
 from fastrank.training.memory import find_pack_size, fullest, is_out_of_memory
 
 Make = Callable[..., Any]

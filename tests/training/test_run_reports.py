@@ -12,18 +12,17 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-import fastrank.training.progress
+import fastrank.training.callbacks
 import fastrank.training.summary
 from fastrank.data.group import Group
 from fastrank.errors import InputError
-from fastrank.training.history import MetricsFile, read_metrics
+from fastrank.training.callbacks import MetricsFile, RankProgress, format_line, read_metrics
 from fastrank.training.plot import plot_metrics
-from fastrank.training.progress import RankProgress, format_line
 from fastrank.training.splits import sample, shared_prompts, split_by_prompt
 from fastrank.training.summary import summary_table
 
 
-@pytest.mark.parametrize("module", [fastrank.training.progress, fastrank.training.summary])
+@pytest.mark.parametrize("module", [fastrank.training.callbacks, fastrank.training.summary])
 def test_examples(module: Any) -> None:
     result = doctest.testmod(module)
     assert result.attempted and not result.failed
@@ -163,7 +162,7 @@ def test_a_sample_is_seeded_and_in_order() -> None:
 def test_the_bar_refreshes_rarely_outside_a_terminal(monkeypatch: Any, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(
-        fastrank.training.progress,
+        fastrank.training.callbacks,
         "tqdm",
         lambda **options: asked.update(options) or SimpleNamespace(close=lambda: None),
     )

@@ -19,7 +19,7 @@ from fastrank.errors import InputError
 from fastrank.losses import PRO, RRHF, Loss
 from fastrank.ranking import ranking_loss
 from fastrank.tasks.menu import tiny_llama
-from fastrank.training.history import MetricsFile, read_metrics
+from fastrank.training.callbacks import MetricsFile, read_metrics
 
 Make = Callable[..., Any]
 

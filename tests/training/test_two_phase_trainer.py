@@ -17,10 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 from fastrank.cli.main import main
 from fastrank.data.columns import group_sizes
 from fastrank.data.group import Group
-from fastrank.errors import InputError
+from fastrank.errors import InputError, TrainingStopped
 from fastrank.training.batching import PackDataset, StepCutter
 from fastrank.training.config import RankConfig
-from fastrank.training.failures import TrainingStopped
 from fastrank.training.trainer import RankTrainer
 
 Make = Callable[..., Any]

@@ -17,7 +17,7 @@ from torchrun import torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrank.cli.main import main
-from fastrank.training.history import read_metrics
+from fastrank.training.callbacks import read_metrics
 from fastrank.workflow.items import Item
 from fastrank.workflow.online_data import Candidates, Round, round_metrics
 

@@ -1,6 +1,6 @@
 """Ready configurations for ``accelerate launch``: data parallel, FSDP2, DeepSpeed.
 
-The launcher wants a file, so a command prints where it is:
+The launcher wants a file, so a command prints its path:
 
     accelerate launch --config_file "$(python -m fastrank.training.configs fsdp2)" \
         --num_processes 8 -m fastrank.cli.main train --model MODEL --data FILE
@@ -9,14 +9,17 @@ The launcher wants a file, so a command prints where it is:
 from __future__ import annotations
 
 import difflib
+import sys
 from pathlib import Path
 
 from fastrank.errors import InputError
 
+_FOLDER = Path(__file__).parent / "launch"
+
 
 def names() -> list[str]:
-    """The configurations that there are."""
-    return sorted(file.stem for file in Path(__file__).parent.glob("*.yaml"))
+    """The available configurations."""
+    return sorted(file.stem for file in _FOLDER.glob("*.yaml"))
 
 
 def path(name: str) -> Path:
@@ -29,4 +32,20 @@ def path(name: str) -> Path:
         near = difflib.get_close_matches(name, names(), 1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise InputError(f"configuration must be one of {', '.join(names())}, got {name!r}{hint}")
-    return Path(__file__).parent / f"{name}.yaml"
+    return _FOLDER / f"{name}.yaml"
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 1 or argv[0] in ("-h", "--help"):
+        print(f"usage: python -m fastrank.training.configs {{{','.join(names())}}}")
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    try:
+        print(path(argv[0]))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,153 @@
+"""Every private name of transformers and accelerate that fastrank uses or overrides, and why.
+
+Private names may change in any minor release, which is why ``pyproject.toml`` bounds both packages
+from above. The rest of fastrank uses the public names given here, and a test holds it to that, so
+that a new release is a matter of reading this file beside its changes.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import Trainer as _Trainer
+else:
+    # A mixin at run time: importing this file must not import the trainer and accelerate.
+    _Trainer = object
+
+
+# ---- models ------------------------------------------------------------------------------
+
+
+def attention_implementation(config: PretrainedConfig) -> str | None:
+    """Name of the attention function that the modules of this configuration call."""
+    name: str | None = config._attn_implementation
+    return name
+
+
+def set_attention_implementation(config: PretrainedConfig, name: str | None) -> None:
+    """Switch it for one forward pass. The public setters reload kernels and check the name against
+    what the architecture supports, and they reach every sub-configuration."""
+    config._attn_implementation_internal = name
+
+
+def has_attention_interface(model: PreTrainedModel) -> bool:
+    """Whether the model's attention can be exchanged; only ``set_attn_implementation`` itself
+    tells, by a warning."""
+    return bool(model._can_set_attn_implementation())
+
+
+# ---- accelerate --------------------------------------------------------------------------
+
+
+def set_sync_gradients(accelerator: Accelerator, value: bool) -> None:
+    """Tell accelerate whether the next backward pass ends the step. Its public way
+    (``accelerator.accumulate``) counts batches, not the packs of one batch."""
+    accelerator.gradient_state._set_sync_gradients(value)
+
+
+# ---- Trainer -----------------------------------------------------------------------------
+
+
+class TrainerHooks(abc.ABC, _Trainer):
+    """``Trainer`` with public names for the private methods that fastrank overrides or calls."""
+
+    staging: Path | None = None
+    """Where a checkpoint is written meanwhile, in place of the run's own folder."""
+
+    # -- a step
+
+    @abc.abstractmethod
+    def before_optimizer_step(self, model: nn.Module, norm: Any) -> Any:
+        """The gradients are complete and clipped; returns the gradient norm to log."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # The last call before the optimiser's step. The callback event that follows it can change
+        # neither the norm nor the loss that are logged.
+        return self.before_optimizer_step(model, super()._get_grad_norm(model, grad_norm))
+
+    def clip_gradients(self, model: nn.Module) -> Any:
+        """Clip as the options say; returns the norm before. ``Trainer`` does it between its calls
+        of `training_step` and `before_optimizer_step`; a repeated step needs it again."""
+        clipped = self._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
+        return super()._get_grad_norm(model, clipped)
+
+    @property
+    def running_loss(self) -> Tensor:
+        """Sum of the losses since the last log entry, for a repeated step to correct."""
+        return self._tr_loss
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        # Trainer counts the input_ids of a dictionary; a step is not one.
+        if self.args.include_num_input_tokens_seen != "no":
+            tokens = torch.tensor(inputs.num_tokens, device=self.args.device)
+            total = self.accelerator.gather(tokens).sum().item()
+            self.state.num_input_tokens_seen += total
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from a checkpoint of the last step, Trainer would train one step more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def is_prepared(self) -> bool:
+        """Whether accelerate has the model already; preparing it twice would wrap it twice."""
+        return self.model_wrapped is not self.model or bool(self.accelerator._models)
+
+    # -- checkpoints
+
+    @abc.abstractmethod
+    def stage_checkpoint(self, run_dir: Path, write: Callable[[], None]) -> Path:
+        """Have ``write`` fill the folder `staging`, publish it in ``run_dir``; returns its path."""
+
+    @abc.abstractmethod
+    def after_write(self, folder: Path) -> None:
+        """Called when model and tokenizer have been written to ``folder``."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Trainer writes into the folder that has the checkpoint's name.
+        write = super()._save_checkpoint
+        published = self.stage_checkpoint(
+            Path(self._get_output_dir(trial)), lambda: write(model, trial)
+        )
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(published))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self.staging is None else str(self.staging)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.staging is None:  # otherwise the folder is about to be renamed
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        super()._save(output_dir, state_dict)
+        self.after_write(Path(output_dir or self.args.output_dir or "."))
+
+    @abc.abstractmethod
+    def publish_model(self, folder: Path) -> None:
+        """Save model and tokenizer for ``from_pretrained``; every file is replaced at once."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save model and tokenizer for ``from_pretrained``; every file is replaced at once."""
+        if _internal_call:  # into a checkpoint, which is staged as a whole
+            super().save_model(output_dir, _internal_call=True)
+            return
+        self.publish_model(Path(output_dir or self.args.output_dir or "."))
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def write_model(self, folder: Path) -> None:
+        """Write model and tokenizer to a folder, as `save_model` of ``Trainer`` does."""
+        super().save_model(str(folder), _internal_call=True)

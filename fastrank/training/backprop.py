@@ -1,0 +1,198 @@
+"""Joint and two-phase back-propagation: how a step, an evaluation and a single group are computed.
+
+Joint training holds a group in one pack, so the loader cuts packs. In two phases it is known only
+after scoring which candidates to pack, so the loader hands on groups: every process takes its share
+of a step's groups, whole ones, of like size in tokens, and `fastrank.training.two_phase` cuts a
+group that is larger than a pack. The alternative, spreading the candidates of a group over
+processes, would balance better and exchange scores in every step.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastrank.data.packing import Group, Pack, pack
+from fastrank.losses import Loss
+from fastrank.outputs import RankingOutput
+from fastrank.training.batching import StepBatch, StepCutter
+from fastrank.training.engine import Engine
+from fastrank.training.memory import explained_out_of_memory
+from fastrank.training.step_metrics import Computed, Evaluated, StepWindow
+from fastrank.training.two_phase import Phases
+
+
+class StepResult(NamedTuple):
+    """A step, or a repetition of it, before the optimiser's turn."""
+
+    loss: Tensor
+    """This process's groups, over those of the whole step, times the number of processes: its mean
+    over the processes is the step's loss, as for gradients."""
+    computed: list[Computed]
+    """This process's groups, with sums of losses over them."""
+
+
+@dataclass
+class Backprop(abc.ABC):
+    """A way to compute gradients over packs.
+
+    Attributes:
+        loss: the ranking loss.
+        engine: how gradients travel between processes.
+        device: of the model.
+        max_tokens: of a pack.
+        shared_prompts: whether a prompt is encoded once for all its candidates.
+        computing: gives the context to compute losses in, e.g. autocast.
+    """
+
+    loss: Loss
+    engine: Engine
+    device: torch.device
+    max_tokens: int
+    shared_prompts: bool
+    computing: Callable[[], AbstractContextManager[Any]]
+
+    whole_groups: ClassVar[bool]
+    """Whether a batch holds groups that are packed later."""
+
+    def cutter(self) -> StepCutter:
+        """Cuts a step's groups into what `step` takes."""
+        return StepCutter(
+            max_tokens=self.max_tokens,
+            shared_prompts=self.shared_prompts,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+            whole_groups=self.whole_groups,
+        )
+
+    @abc.abstractmethod
+    def step(self, model: nn.Module, batch: StepBatch, window: StepWindow) -> StepResult:
+        """Accumulate the gradients of a step; ``window`` counts the work, where it is counted."""
+
+    @abc.abstractmethod
+    def evaluate(self, model: nn.Module, batch: StepBatch) -> Evaluated | None:
+        """Score a batch of a `fastrank.training.batching.PackDataset`; None if this process has no
+        group in it. Every process must call it equally often."""
+
+    @abc.abstractmethod
+    def is_sound(self, model: nn.Module, group: Group) -> bool:
+        """Whether a group by itself has a finite loss and gradient. ``.grad`` is left alone, and
+        nothing is communicated."""
+
+
+class JointBackprop(Backprop):
+    """Forward and backward over packs of whole groups."""
+
+    whole_groups = False
+
+    def step(self, model: nn.Module, batch: StepBatch, window: StepWindow) -> StepResult:
+        total = torch.zeros((), device=self.device)
+        computed: list[Computed] = []
+        # DDP and FSDP take the mean over processes, so the sum needs their number.
+        share = self.engine.world_size / batch.num_groups
+        last = len(batch.packs) - 1
+        for number, (whole, weight) in enumerate(zip(batch.packs, batch.weights, strict=True)):
+            with (
+                explained_out_of_memory(whole, self.max_tokens),
+                self.engine.synchronising(model, number == last),
+                self.computing(),
+            ):
+                whole = whole.to(self.device, non_blocking=True)
+                output = model(pack=whole, loss=self.loss, reduction="sum")
+                self.engine.backward(output.loss * (weight * share))
+            if weight:
+                total += output.loss.detach() * share
+                computed.append(Computed(whole, output._replace(loss=output.loss.detach())))
+        return StepResult(total, computed)
+
+    def evaluate(self, model: nn.Module, batch: StepBatch) -> Evaluated | None:
+        (whole,), (weight,) = batch.packs, batch.weights
+        with torch.no_grad(), explained_out_of_memory(whole, self.max_tokens):
+            output = model(pack=whole.to(self.device), loss=self.loss, reduction="none")
+        return Evaluated(output, whole, whole.group_index) if weight else None
+
+    def is_sound(self, model: nn.Module, group: Group) -> bool:
+        (alone,) = pack([group], max_tokens=self.max_tokens, shared_prompts=self.shared_prompts)
+        output = model(pack=alone.to(self.device), loss=self.loss, reduction="sum")
+        return bool(output.loss.isfinite()) and _finite_gradients(output.loss, model)
+
+
+class TwoPhaseBackprop(Backprop):
+    """Scores first, then gradients of the candidates that have one; see
+    `fastrank.training.two_phase`."""
+
+    whole_groups = True
+
+    def step(self, model: nn.Module, batch: StepBatch, window: StepWindow) -> StepResult:
+        phases = self._phases(model, self.engine)
+        with self.computing():
+            scored = phases.score(batch.groups)
+            ranked = phases.rank(scored, 1.0 / batch.num_groups)
+            output = phases.differentiate(batch.groups, scored, ranked)
+        window.add_work(output.tokens_joint, output.tokens_scored, output.tokens_backpropagated)
+        computed = []
+        if batch.groups:
+            sums = RankingOutput(
+                loss=output.loss * batch.num_groups,
+                rank_loss=output.rank_loss * batch.num_groups,
+                sft_loss=output.sft_loss * batch.num_groups,
+                scores=output.scores,
+                token_logprobs=output.token_logprobs,
+            )
+            candidates = scored.candidates._replace(group_index=batch.members)
+            computed = [Computed(candidates, sums)]
+        return StepResult(output.loss * self.engine.world_size, computed)
+
+    def evaluate(self, model: nn.Module, batch: StepBatch) -> Evaluated | None:
+        phases = self._phases(model, self.engine)
+        scored = phases.score(batch.groups)
+        ranked = phases.rank(scored, 1.0)
+        output = RankingOutput(
+            loss=ranked.rank_loss + ranked.sft_loss,
+            rank_loss=ranked.rank_loss,
+            sft_loss=ranked.sft_loss,
+            scores=ranked.scores,
+            token_logprobs=scored.token_logprobs,
+        )
+        return Evaluated(output, scored.candidates, batch.members) if batch.groups else None
+
+    def is_sound(self, model: nn.Module, group: Group) -> bool:
+        probe = _GradientProbe(model)
+        phases = self._phases(model, probe)
+        scored = phases.score([group])
+        ranked = phases.rank(scored, 1.0)
+        if not bool((ranked.rank_loss + ranked.sft_loss).isfinite().all()):
+            return False
+        phases.differentiate([group], scored, ranked)
+        return probe.finite
+
+    def _phases(self, model: nn.Module, engine: Engine) -> Phases:
+        def explain(failing: Pack) -> AbstractContextManager[None]:
+            return explained_out_of_memory(failing, self.max_tokens, whole_groups=False)
+
+        return Phases.of(
+            model, self.loss, max_tokens=self.max_tokens, engine=engine, explain=explain
+        )
+
+
+class _GradientProbe(Engine):
+    """Looks at gradients instead of keeping them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.finite = True
+
+    def backward(self, total: Tensor) -> None:
+        self.finite &= _finite_gradients(total, self.model)
+
+
+def _finite_gradients(total: Tensor, model: nn.Module) -> bool:
+    weights: Sequence[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(total, weights, allow_unused=True)
+    return all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
