@@ -58,7 +58,17 @@ LAYERS = [  # a room imports only from itself and from rooms after it
     {"workflow", "benchmarks"},
     {"training", "tasks"},
     {"modeling", "data", "attention"},
-    {"linear_loss", "ranking", "logprobs", "metrics", "losses", "outputs", "arguments", "errors"},
+    {
+        "linear_loss",
+        "ranking",
+        "logprobs",
+        "metrics",
+        "losses",
+        "outputs",
+        "arguments",
+        "errors",
+        "hf_private",
+    },
 ]
 
 

@@ -43,9 +43,6 @@ class RankConfig(TrainingArguments):
         InputError: an option that is wrong by itself or against another.
     """
 
-    # TrainingArguments keeps the names of the fields that may come as JSON text here.
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "loss_kwargs"]
-
     loss: str = field(
         default="rrhf",
         metadata={
