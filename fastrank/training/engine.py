@@ -129,12 +129,3 @@ def engine_of(model: nn.Module) -> Engine:
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return FSDP2Engine()
     return Engine()
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DDP (DeepSpeed's engine names it alike) and ``torch.compile``."""
-    for name in ("module", "_orig_mod"):
-        inner = getattr(model, name, None)
-        if isinstance(inner, nn.Module):
-            return unwrap(inner)
-    return model

@@ -41,9 +41,9 @@ from fastrank.errors import InputError
 from fastrank.losses import Loss
 from fastrank.modeling.dropout import random_rates
 from fastrank.modeling.prepare import prepared_state
-from fastrank.modeling.unwrap import causal_lm, vocab_size
+from fastrank.modeling.unwrap import causal_lm, unwrap, vocab_size
 from fastrank.ranking import check_loss
-from fastrank.training.engine import Engine, engine_of, unwrap
+from fastrank.training.engine import Engine, engine_of
 from fastrank.training.step_metrics import work_saved
 from fastrank_kernels import live_candidates
 
@@ -193,7 +193,7 @@ class Phases:
     ) -> Phases:
         """Arguments and errors as for `two_phase_backward`."""
         check_loss(loss)
-        state = prepared_state(unwrap(model))
+        state = prepared_state(model)
         if state is None:
             raise ValueError(
                 f"model must be prepared with fastrank.prepare_model, got {type(model).__name__}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import random
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from pack_cases import tied_groups
 
 from fastrank.data.group import Group
 from fastrank.data.report import Report
@@ -15,6 +16,13 @@ from fastrank.data.tokenize import TokenizeOptions, tokenize_record
 from fastrank.tasks.menu import menu_records, tiny_llama, word_tokenizer
 from fastrank.training.config import RankConfig
 from fastrank.training.trainer import RankTrainer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def collect_quickly() -> None:
+    """Every run begins with a garbage collection, which would walk over all imported modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +47,7 @@ def menu_groups() -> list[Group]:
 @pytest.fixture(scope="session")
 def ragged_groups() -> list[Group]:
     """23 groups of random tokens: 1 to 5 candidates of 1 to 9 tokens, with ties."""
-    generator = random.Random(3)
-    groups = []
-    for number in range(23):
-        count = generator.randint(1, 5)
-        prompt = [generator.randrange(3, 32) for _ in range(generator.randint(1, 7))]
-        responses = [
-            [generator.randrange(3, 32) for _ in range(generator.randint(1, 9))]
-            for _ in range(count)
-        ]
-        rewards = [float(generator.randint(0, 3)) for _ in range(count)]
-        groups.append(Group(prompt, responses, rewards, name=f"ragged:{number}"))
-    return groups
+    return tied_groups(3, 5, name="ragged")
 
 
 @pytest.fixture

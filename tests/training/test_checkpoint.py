@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from trainer_runs import assert_same_weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fastrank.data.group import Group
@@ -125,15 +126,11 @@ def _losses(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("options", "stop"),
-    [
-        ({"max_steps": 10}, 4),
-        ({"max_steps": 10}, 9),
-        ({"max_steps": -1, "num_train_epochs": 2}, 6),
-    ],
+    ("options", "stops"),
+    [({"max_steps": 10}, (4, 9)), ({"max_steps": -1, "num_train_epochs": 2}, (6,))],
 )
 def test_resuming_is_exact(
-    make_trainer: Make, menu_groups: list[Group], tmp_path: Path, options: Any, stop: int
+    make_trainer: Make, menu_groups: list[Group], tmp_path: Path, options: Any, stops: Any
 ) -> None:
     """Stopped before, at and after the end of an epoch of 6 steps, with AdamW and its schedule."""
 
@@ -152,12 +149,12 @@ def test_resuming_is_exact(
         return trainer
 
     whole = run("whole", False)
-    with pytest.raises(_Stop):
-        run("cut", True, _StopAt(stop))  # nothing to resume from yet: it begins
+    for stop in stops:
+        with pytest.raises(_Stop):
+            run("cut", True, _StopAt(stop))  # at first there is nothing to resume from: it begins
     resumed = run("cut", True)
     assert resumed.state.global_step == whole.state.global_step
-    for key, value in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[key], value), key
+    assert_same_weights(resumed, whole)
     rows = read_metrics(tmp_path / "cut" / "metrics.jsonl")
     assert _losses(rows) == _losses(read_metrics(tmp_path / "whole" / "metrics.jsonl"))
 
@@ -171,8 +168,7 @@ def test_resuming_a_finished_run_trains_no_further(
     again = make_trainer(menu_groups, **options)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4
-    for key, value in first.model.state_dict().items():
-        assert torch.equal(again.model.state_dict()[key], value)
+    assert_same_weights(again, first)
 
 
 def test_resuming_with_other_steps_is_refused(make_trainer: Make, menu_groups: list[Group]) -> None:
@@ -226,8 +222,7 @@ def test_the_best_checkpoint_has_its_final_path(
     state = json.loads((best / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(best)
     loaded = AutoModelForCausalLM.from_pretrained(best)
-    for key, value in trainer.model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value)
+    assert_same_weights(loaded, trainer)
 
 
 def test_spoilt_weights_are_not_saved(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bad_gradients import InfiniteGradient
+from faults import Inject, clean_groups, poison, spoil_gradients, spoil_scores
+from trainer_runs import assert_same_values, assert_same_weights, step_logs
 from transformers import AutoModelForCausalLM
 
 from fastrank.data.group import Group
@@ -17,46 +18,7 @@ from fastrank.errors import TrainingStopped
 from fastrank.training.checkpoint import latest_checkpoint
 
 Make = Callable[..., Any]
-TRIGGER = 31  # a word that no menu of these tests has
-
-
-def _without_trigger(groups: list[Group]) -> list[Group]:
-    clean = [
-        g for g in groups if all(TRIGGER not in ids for ids in (g.prompt_ids, *g.response_ids))
-    ]
-    return [replace(group, name=f"menu:{i}") for i, group in enumerate(clean)][:24]
-
-
-def _poison(groups: list[Group], positions: list[int]) -> list[Group]:
-    poisoned = list(groups)
-    for i in positions:
-        first, *rest = poisoned[i].response_ids
-        poisoned[i] = replace(
-            poisoned[i], response_ids=(torch.cat((torch.tensor([TRIGGER]), first)), *rest)
-        )
-    return poisoned
-
-
-def _bad_forward(trainer: Any) -> None:
-    """Hidden rows of the trigger become NaN: the scores show it."""
-
-    def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        hit = (inputs[0] == TRIGGER)[..., None]
-        return torch.where(hit, torch.full_like(output, float("nan")), output)
-
-    trainer.model.get_input_embeddings().register_forward_hook(hook)
-
-
-def _bad_backward(trainer: Any) -> None:
-    """Losses and scores stay good; the gradient of the trigger's row is infinite."""
-
-    def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return InfiniteGradient.apply(output, (inputs[0] == TRIGGER)[..., None])
-
-    trainer.model.get_input_embeddings().register_forward_hook(hook)
-
-
-BOTH = pytest.mark.parametrize("inject", [_bad_forward, _bad_backward])
+BOTH = pytest.mark.parametrize("inject", [spoil_scores, spoil_gradients])
 CLIPPED = pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 
 
@@ -66,16 +28,16 @@ def test_stop_names_the_records_and_keeps_the_weights(
     make_trainer: Make,
     menu_groups: list[Group],
     tmp_path: Path,
-    inject: Callable[[Any], None],
+    inject: Inject,
     max_grad_norm: float,
 ) -> None:
-    groups = _without_trigger(menu_groups)
+    groups = clean_groups(menu_groups)
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "max_tokens": 120}
     probe = make_trainer(groups, **options)
     second_step = list(probe.get_train_dataloader().batch_sampler)[1]
     bad = sorted(second_step[2:4])
-    trainer = make_trainer(_poison(groups, bad), max_grad_norm=max_grad_norm, **options)
-    inject(trainer)
+    trainer = make_trainer(poison(groups, bad), max_grad_norm=max_grad_norm, **options)
+    inject(trainer.model)
     with pytest.raises(TrainingStopped) as caught:
         trainer.train()
     text = str(caught.value)
@@ -85,9 +47,7 @@ def test_stop_names_the_records_and_keeps_the_weights(
     assert "--nonfinite skip" in text and "\n" not in text
     latest = latest_checkpoint(tmp_path / "run")
     assert latest is not None and latest.name == "checkpoint-1"
-    good = AutoModelForCausalLM.from_pretrained(latest).state_dict()
-    for key, value in trainer.model.state_dict().items():
-        assert torch.equal(good[key], value)
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(latest), trainer)
 
 
 @BOTH
@@ -95,19 +55,19 @@ def test_stop_names_the_records_and_keeps_the_weights(
 def test_skip_leaves_out_the_records_and_counts_them(
     make_trainer: Make,
     menu_groups: list[Group],
-    inject: Callable[[Any], None],
+    inject: Inject,
     max_grad_norm: float,
 ) -> None:
     """Three steps with two bad records are three steps over the others."""
-    groups = _without_trigger(menu_groups)
+    groups = clean_groups(menu_groups)
     options = {"max_steps": 3, "max_grad_norm": max_grad_norm, "optim": "sgd", "learning_rate": 0.1}
     probe = make_trainer(groups, **options)
     steps = list(probe.get_train_dataloader().batch_sampler)
     bad = {1: steps[1][2:4]}
-    trainer = make_trainer(_poison(groups, bad[1]), nonfinite="skip", **options)
-    inject(trainer)
+    trainer = make_trainer(poison(groups, bad[1]), nonfinite="skip", **options)
+    inject(trainer.model)
     trainer.train()
-    rows = [row for row in trainer.state.log_history if "grad_norm" in row]
+    rows = step_logs(trainer)
     assert [row.get("skipped_records") for row in rows] == [None, 2.0, None]
 
     clean = make_trainer(groups, **options)
@@ -128,34 +88,31 @@ def test_skip_leaves_out_the_records_and_counts_them(
     object.__setattr__(loader, "batch_sampler", Reduced())
     clean.get_train_dataloader = lambda: loader
     clean.train()
-    expected = [row for row in clean.state.log_history if "grad_norm" in row]
+    expected = step_logs(clean)
     for key in ("loss", "rank_loss", "grad_norm", "rewards/margins"):
         assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], rel=1e-5)
-    for key, value in clean.model.state_dict().items():
-        torch.testing.assert_close(trainer.model.state_dict()[key], value, atol=1e-6, rtol=1e-5)
+    assert_same_weights(trainer, clean, atol=1e-6, rtol=1e-5)
 
 
 def test_a_step_of_bad_records_alone_changes_nothing(
     make_trainer: Make, menu_groups: list[Group]
 ) -> None:
-    groups = _poison(_without_trigger(menu_groups), list(range(24)))
+    groups = poison(clean_groups(menu_groups), list(range(24)))
     trainer = make_trainer(groups, nonfinite="skip", max_steps=3)
-    _bad_forward(trainer)
-    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    spoil_scores(trainer.model)
+    before = copy.deepcopy(trainer.model)
     trainer.train()
-    rows = [row for row in trainer.state.log_history if "grad_norm" in row]
+    rows = step_logs(trainer)
     assert [row["skipped_records"] for row in rows] == [8.0, 8.0, 8.0]
     assert [row["loss"] for row in rows] == [0.0, 0.0, 0.0]
-    for key, value in trainer.model.state_dict().items():
-        assert torch.equal(before[key], value)
+    assert_same_weights(before, trainer)
 
 
 def test_finite_runs_are_not_touched(make_trainer: Make, menu_groups: list[Group]) -> None:
     stop, skip = (make_trainer(menu_groups, nonfinite=mode) for mode in ("stop", "skip"))
     stop.train()
     skip.train()
-    for key, value in stop.model.state_dict().items():
-        assert torch.equal(skip.model.state_dict()[key], value)
+    assert_same_weights(skip, stop)
     assert not any("skipped_records" in row for row in skip.state.log_history)
 
 
@@ -172,18 +129,15 @@ def test_weights_that_are_not_finite_are_blamed_first(
 def test_an_evaluation_names_or_leaves_out_bad_records(
     make_trainer: Make, menu_groups: list[Group]
 ) -> None:
-    clean = _without_trigger(menu_groups)
-    groups = _poison(clean, [3, 20])
+    clean = clean_groups(menu_groups)
+    groups = poison(clean, [3, 20])
     stopping = make_trainer(clean, groups, max_tokens=120)
-    _bad_forward(stopping)
+    spoil_scores(stopping.model)
     with pytest.raises(TrainingStopped, match=r"menu:3, menu:20 \(2 of 24 records\)"):
         stopping.evaluate()
     skipping = make_trainer(clean, groups, max_tokens=120, nonfinite="skip")
-    _bad_forward(skipping)
+    spoil_scores(skipping.model)
     values = skipping.evaluate()
     assert values["eval_skipped_records"] == 2.0
     rest = [group for i, group in enumerate(groups) if i not in (3, 20)]
-    expected = make_trainer(clean, rest).evaluate()
-    for key in expected:
-        if "runtime" not in key and "per_second" not in key:
-            assert values[key] == pytest.approx(expected[key], rel=1e-5), key
+    assert_same_values(values, make_trainer(clean, rest).evaluate(), rel=1e-5)

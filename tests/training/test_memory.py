@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from faults import limit_memory
+from trainer_runs import assert_same_weights
 
 from fastrank.data.group import Group
 from fastrank.errors import TrainingStopped
@@ -16,22 +18,12 @@ from fastrank.training.memory import find_pack_size, fullest, is_out_of_memory
 Make = Callable[..., Any]
 
 
-def _limit(trainer: Any, tokens: int, error: type[Exception] = torch.OutOfMemoryError) -> None:
-    """A device that can hold packs of ``tokens`` tokens."""
-
-    def hook(module: Any, inputs: Any) -> None:
-        if inputs[0].numel() > tokens:
-            raise error("CUDA out of memory. Tried to allocate 20.00 MiB.\nA second line.")
-
-    trainer.model.get_input_embeddings().register_forward_pre_hook(hook)
-
-
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
 def test_the_message_names_pack_and_setting(
     make_trainer: Make, menu_groups: list[Group], error: type[Exception]
 ) -> None:
     trainer = make_trainer(menu_groups, max_tokens=300)
-    _limit(trainer, 150, error)
+    limit_memory(trainer.model, 150, error)
     with pytest.raises(TrainingStopped) as caught:
         trainer.train()
     text = str(caught.value)
@@ -43,14 +35,14 @@ def test_the_message_names_pack_and_setting(
 
 def test_one_large_group_is_told_apart(make_trainer: Make, menu_groups: list[Group]) -> None:
     trainer = make_trainer(menu_groups, per_device_train_batch_size=1)
-    _limit(trainer, 5)
+    limit_memory(trainer.model, 5)
     with pytest.raises(TrainingStopped, match=r"holds one group \(menu:\d+\).*max_response_length"):
         trainer.train()
 
 
 def test_an_evaluation_says_the_same(make_trainer: Make, menu_groups: list[Group]) -> None:
     trainer = make_trainer(menu_groups, menu_groups)
-    _limit(trainer, 150)
+    limit_memory(trainer.model, 150)
     with pytest.raises(TrainingStopped, match="out of memory in a pack of"):
         trainer.evaluate()
 
@@ -106,32 +98,24 @@ def test_a_fitting_size_is_found_and_the_run_is_the_same(
     make_trainer: Make, menu_groups: list[Group], tmp_path: Any
 ) -> None:
     options = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 3}
-    plain = make_trainer(menu_groups, max_tokens=16384, **options)
+    plain = make_trainer(menu_groups, max_tokens=1024, **options)
     plain.train()
-    found = make_trainer(
-        menu_groups,
-        max_tokens=16384,
-        auto_find_pack_size=True,
-        save_strategy="steps",
-        save_steps=2,
-        **options,
-    )
-    _limit(found, 200)
+    options |= {"max_tokens": 1024, "auto_find_pack_size": True}
+    found = make_trainer(menu_groups, save_strategy="steps", save_steps=2, **options)
+    limit_memory(found.model, 200)
     found.train()
     assert 180 <= found.max_tokens <= 200 + 30  # in tokens of real packs, which hold whole groups
     assert all(p.grad is None for p in found.model.parameters())
-    for key, value in plain.model.state_dict().items():
-        torch.testing.assert_close(found.model.state_dict()[key], value, atol=2e-6, rtol=1e-5)
+    assert_same_weights(found, plain, atol=2e-6, rtol=1e-5)
     assert read_notes(tmp_path / "run" / "checkpoint-2") == {"max_tokens": found.max_tokens}
-    resumed = make_trainer(menu_groups, max_tokens=16384, auto_find_pack_size=True, **options)
+    resumed = make_trainer(menu_groups, **options)
     resumed.train(resume_from_checkpoint=True)  # without a limit now: the same packs all the same
     assert resumed.max_tokens == found.max_tokens
-    for key, value in found.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[key], value)
+    assert_same_weights(resumed, found)
 
 
 def test_no_size_fits(make_trainer: Make, menu_groups: list[Group]) -> None:
     trainer = make_trainer(menu_groups, auto_find_pack_size=True)
-    _limit(trainer, 5)
+    limit_memory(trainer.model, 5)
     with pytest.raises(TrainingStopped, match="holds one group"):
         trainer.train()

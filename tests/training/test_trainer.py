@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from trainer_runs import assert_same_weights, step_logs
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fastrank import metrics
@@ -106,13 +107,12 @@ def test_steps_equal_the_plain_computation(
         optimizer.step()
     assert [len(index) for index in order] == [8, 8, 7]
     trainer.train()
-    logged = [row for row in trainer.state.log_history if "grad_norm" in row]
+    logged = step_logs(trainer)
     assert [row["loss"] for row in logged] == pytest.approx(expected, rel=1e-5)
     for row in logged:
         assert row["loss"] == pytest.approx(row["rank_loss"] + row["sft_loss"], rel=1e-5)
     trained = trainer.model.state_dict()
-    for key, value in reference.state_dict().items():
-        torch.testing.assert_close(trained[key], value, atol=3e-6, rtol=1e-5)
+    assert_same_weights(trainer, reference, atol=3e-6, rtol=1e-5)
     moved = max((trained[key] - start[key]).abs().max().item() for key in start)
     assert moved > 1e-3
 
@@ -127,7 +127,7 @@ def test_what_is_logged(make_trainer: Make, menu_groups: list[Group]) -> None:
     first = next(iter(sampler))
     trainer.args.learning_rate = 0.0  # the scores of both logged steps are those of the start
     trainer.train()
-    rows = [row for row in trainer.state.log_history if "grad_norm" in row]
+    rows = step_logs(trainer)
     assert [row["step"] for row in rows] == [2, 4]
     assert set(rows[0]) == LOGGED
     second = list(sampler)[1]
@@ -201,8 +201,7 @@ def test_evaluation_leaves_the_mode_and_the_weights(
     )
     evaluated.train()
     assert sum("eval_loss" in row for row in evaluated.state.log_history) == 4
-    for key, value in plain.model.state_dict().items():
-        assert torch.equal(evaluated.model.state_dict()[key], value)
+    assert_same_weights(evaluated, plain)
 
 
 def test_an_epoch_takes_every_group_once(make_trainer: Make, ragged_groups: list[Group]) -> None:
@@ -238,8 +237,7 @@ def test_padded_rows_give_the_same_run_as_shared_prompts(
     shared.train()
     padded = make_trainer(menu_groups, shared_prompts=False, **options)
     padded.train()
-    for key, value in shared.model.state_dict().items():
-        torch.testing.assert_close(padded.model.state_dict()[key], value, atol=3e-6, rtol=1e-5)
+    assert_same_weights(padded, shared, atol=3e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -283,9 +281,7 @@ def test_the_metrics_file_and_the_saved_model(
     assert any("eval_rank/ndcg" in row for row in rows)
     assert not list(run.glob("*.bin")) and not (run / ".staging").exists()
     assert json.loads((run / "training_args.json").read_text())["loss"] == "rrhf"
-    again = AutoModelForCausalLM.from_pretrained(run)
-    for key, value in trainer.model.state_dict().items():
-        assert torch.equal(again.state_dict()[key], value)
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(run), trainer)
 
 
 def test_values_that_json_cannot_hold_become_null(tmp_path: Path) -> None:

@@ -3,95 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    FalconConfig,
-    GPT2Config,
-    LlamaConfig,
-    MixtralConfig,
-    OPTConfig,
-    PreTrainedModel,
-)
+from architectures import build
+from pack_cases import LARGE, one_pack, random_groups, take_gradients
+from pack_cases import assert_same_gradients as assert_gradients
+from torch import nn
+from transformers import PreTrainedModel
 
 import fastrank
 from fastrank import Group
 from fastrank.data.candidate_packs import Candidates, candidate_packs
+from fastrank.modeling.dropout import disable_dropout
 from fastrank.training.two_phase import two_phase_backward
 
-VOCAB = 61
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": None,
-}
-GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-# One-token prompts and responses, a single candidate, and groups larger than a pack of 24.
-SHAPES = [(7, [3, 1, 9]), (1, [4, 2]), (12, [5]), (4, [6, 6, 2, 11, 5, 5, 7]), (9, [15, 3, 8])]
 PACK = 24
 
 
-def random_groups(
-    shapes: Sequence[tuple[int, Sequence[int]]] = SHAPES,
-    *,
-    seed: int = 0,
-    references: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> list[Group]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(length: int) -> Tensor:
-        return torch.randint(0, VOCAB, (length,), generator=generator)
-
-    return [
-        Group(
-            draw(prompt),
-            tuple(draw(length) for length in lengths),
-            torch.rand(len(lengths), generator=generator).to(dtype),
-            -20 * torch.rand(len(lengths), generator=generator) if references else None,
-            name=f"data:{number}",
-        )
-        for number, (prompt, lengths) in enumerate(shapes)
-    ]
+def large_groups(seed: int = 0, *, references: bool = False) -> list[Group]:
+    """One-token prompts and responses, a single candidate, and groups larger than a pack."""
+    return random_groups(LARGE, seed=seed, references=references, name="data")
 
 
-def llama(seed: int = 0, *, dtype: torch.dtype = torch.float32, **options) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    config = LlamaConfig(**{**SMALL, **options})
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+def llama(seed: int = 0) -> PreTrainedModel:
+    return build("llama", seed=seed).train()
 
 
-def joint_backward(model: nn.Module, groups: list[Group], loss, **options):
-    shared_prompts = options.pop("shared_prompts", True)
-    (whole,) = fastrank.pack(groups, max_tokens=4096, shared_prompts=shared_prompts)
-    output = model(pack=whole, loss=loss, **options)
+def joint_backward(model: nn.Module, groups: list[Group], loss, **layout):
+    output = model(pack=one_pack(groups, **layout), loss=loss)
     output.loss.backward()
     return output
-
-
-def take_gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-def assert_gradients(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert got.keys() == expected.keys()
-    for name, reference in expected.items():
-        scale = max(1.0, float(reference.abs().max()))
-        error = float((got[name] - reference).abs().max())
-        assert error <= tolerance * scale, f"{name}: {error:.1e} of {scale:.1e}"
 
 
 LOSSES = [
@@ -108,7 +51,7 @@ LOSSES = [
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_gradients_equal_those_of_joint_training(loss):
     model = fastrank.prepare_model(llama())
-    groups = random_groups(references=loss.uses_reference)
+    groups = large_groups(references=loss.uses_reference)
     joint = joint_backward(model, groups, loss)
     expected = take_gradients(model)
     output = two_phase_backward(model, groups, loss=loss, max_tokens=PACK)
@@ -124,10 +67,9 @@ def test_gradients_equal_those_of_joint_training(loss):
 @pytest.mark.parametrize("loss", [fastrank.RRHF(), fastrank.PRO(), fastrank.ListMLE()], ids=repr)
 def test_gradients_are_exact_in_float64(loss, shared_prompts):
     # Llama's norm computes in float32 whatever its input is; GPT-2 stays in float64.
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(GPT2Config(**GPT2, **NO_DROPOUT), dtype=torch.float64)
+    model = build("gpt2", dtype=torch.float64).train()
     fastrank.prepare_model(model, shared_prompts=shared_prompts)
-    groups = random_groups(dtype=torch.float64)
+    groups = [replace(group, rewards=group.rewards.double()) for group in large_groups()]
     joint_backward(model, groups, loss, shared_prompts=shared_prompts)
     expected = take_gradients(model)
     two_phase_backward(model, groups, loss=loss, max_tokens=PACK)
@@ -147,9 +89,9 @@ def test_twenty_steps_give_the_same_parameters(loss, optimizer):
     optimizers = [make(model.parameters()) for model in models]
     start = copy.deepcopy(models[0].state_dict())
     for step in range(20):
-        groups = random_groups(seed=step % 3)
+        groups = large_groups(seed=step % 3)
         joint_backward(models[0], groups, loss)
-        two_phase_backward(models[1], groups, loss=loss, max_tokens=PACK)
+        two_phase_backward(models[1], groups, loss=loss, max_tokens=40)
         for stepper in optimizers:
             stepper.step()
             stepper.zero_grad()
@@ -162,7 +104,7 @@ def test_twenty_steps_give_the_same_parameters(loss, optimizer):
 
 def test_gradients_add_up_over_calls():
     model = fastrank.prepare_model(llama())
-    groups = random_groups()
+    groups = large_groups()
     loss = fastrank.RRHF()
     two_phase_backward(model, groups, loss=loss, max_tokens=PACK)
     expected = take_gradients(model)
@@ -178,7 +120,7 @@ def test_gradients_add_up_over_calls():
 
 def test_the_size_of_packs_does_not_matter():
     model = fastrank.prepare_model(llama())
-    groups = random_groups()
+    groups = large_groups()
     found = []
     for sizes in ({"max_tokens": 4096}, {"max_tokens": 24}, {"max_tokens": 25, "score_tokens": 40}):
         output = two_phase_backward(model, groups, loss=fastrank.PRO(), **sizes)
@@ -239,7 +181,7 @@ def test_a_score_that_is_nan_reaches_the_gradients():
     model = fastrank.prepare_model(llama())
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
-    output = two_phase_backward(model, random_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
+    output = two_phase_backward(model, large_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
     assert output.loss.isnan() and model.lm_head.weight.grad.isnan().any()
 
 
@@ -247,7 +189,7 @@ def test_a_score_that_is_nan_reaches_the_gradients():
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_with_gradient_checkpointing(use_reentrant):
     model = fastrank.prepare_model(llama())
-    groups = random_groups()
+    groups = large_groups()
     two_phase_backward(model, groups, loss=fastrank.PRO(), max_tokens=PACK)
     expected = take_gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -259,7 +201,7 @@ def test_with_gradient_checkpointing(use_reentrant):
 
 def test_under_autocast_both_phases_compute_in_bfloat16():
     model = fastrank.prepare_model(llama())
-    groups = random_groups()
+    groups = large_groups()
     with torch.autocast("cpu", torch.bfloat16):
         joint_backward(model, groups, fastrank.RRHF())
         expected = take_gradients(model)
@@ -275,7 +217,7 @@ def test_under_autocast_both_phases_compute_in_bfloat16():
 
 
 def test_packs_hold_every_live_candidate_once_with_its_prompt():
-    groups = random_groups()
+    groups = large_groups()
     candidates = Candidates.of(groups)
     live = [i % 3 != 1 for i in range(len(candidates.rewards))]
     packs = candidate_packs(groups, max_tokens=PACK, live=live)
@@ -307,34 +249,35 @@ def test_a_candidate_larger_than_a_pack_is_named():
     with pytest.raises(
         ValueError, match=r"data:4: prompt and response 0 .*max_tokens=20.* 9 \+ 15"
     ):
-        two_phase_backward(model, random_groups(), loss=fastrank.RRHF(), max_tokens=20)
+        two_phase_backward(model, large_groups(), loss=fastrank.RRHF(), max_tokens=20)
 
 
 def test_reference_scores_for_some_groups_only_are_refused():
     model = fastrank.prepare_model(llama())
-    groups = random_groups(references=True)[:2] + random_groups()[2:]
+    groups = large_groups(references=True)[:2] + large_groups()[2:]
     with pytest.raises(ValueError, match="for every group or for none, got 2 of 5"):
         two_phase_backward(model, groups, loss=fastrank.DPO(), max_tokens=PACK)
 
 
 def test_a_model_that_is_not_prepared_is_refused():
     with pytest.raises(ValueError, match="prepare_model, got LlamaForCausalLM"):
-        two_phase_backward(llama(), random_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
+        two_phase_backward(llama(), large_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
 
 
 @pytest.mark.parametrize(
-    ("rate", "named"),
+    ("model_type", "options", "named"),
     [
-        ("attn_pdrop", r"attn\.attn_dropout: 0.1"),
-        ("resid_pdrop", r"attn\.resid_dropout: 0.1"),
-        ("embd_pdrop", r"transformer\.drop: 0.1"),
+        ("gpt2", {"attn_pdrop": 0.1}, r"attn\.attn_dropout: 0.1"),
+        ("gpt2", {"resid_pdrop": 0.1}, r"attn\.resid_dropout: 0.1"),
+        ("gpt2", {"embd_pdrop": 0.1}, r"transformer\.drop: 0.1"),
+        ("mixtral", {"router_jitter_noise": 0.02}, r"jitter_noise: 0.02"),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.5}, r"layerdrop: 0.5"),
     ],
 )
-def test_every_kind_of_dropout_is_refused_by_name(rate, named):
-    model = AutoModelForCausalLM.from_config(GPT2Config(**GPT2, **{**NO_DROPOUT, rate: 0.1}))
-    fastrank.prepare_model(model, shared_prompts=False)
+def test_every_kind_of_randomness_is_refused_by_name(model_type, options, named):
+    model = fastrank.prepare_model(build(model_type, **options), shared_prompts=False)
     with pytest.raises(fastrank.InputError, match=named):
-        two_phase_backward(model, random_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
+        two_phase_backward(model, large_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
 
 
 def test_lora_dropout_is_refused_by_name():
@@ -342,39 +285,15 @@ def test_lora_dropout_is_refused_by_name():
     config = peft.LoraConfig(r=2, lora_dropout=0.05, target_modules=["q_proj"])
     model = fastrank.prepare_model(peft.get_peft_model(llama(), config))
     with pytest.raises(fastrank.InputError, match=r"q_proj\.lora_dropout\.default: 0.05"):
-        two_phase_backward(model, random_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
-
-
-def test_router_jitter_is_refused_by_name():
-    config = MixtralConfig(
-        **SMALL, num_local_experts=2, num_experts_per_tok=1, router_jitter_noise=0.02
-    )
-    model = fastrank.prepare_model(AutoModelForCausalLM.from_config(config))
-    with pytest.raises(fastrank.InputError, match=r"jitter_noise: 0.02"):
-        two_phase_backward(model, random_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
-
-
-def test_skipped_layers_are_refused_by_name():
-    config = OPTConfig(
-        vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0, layerdrop=0.5,
-    )  # fmt: skip
-    model = fastrank.prepare_model(AutoModelForCausalLM.from_config(config), shared_prompts=False)
-    with pytest.raises(fastrank.InputError, match=r"layerdrop: 0.5"):
-        two_phase_backward(model, random_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
+        two_phase_backward(model, large_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
 
 
 def test_dropout_that_no_module_states_is_found_by_the_numbers_it_draws():
     """Falcon's residual dropout reads its rate from the configuration in every forward pass."""
-    config = FalconConfig(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, alibi=False,
-        attention_dropout=0.1, hidden_dropout=0.0, parallel_attn=False,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    from fastrank.modeling.dropout import disable_dropout
-
+    options = {"alibi": False, "parallel_attn": False, "hidden_dropout": 0.0}
+    model = build("falcon", attention_dropout=0.1, head_dim=..., **options)
     disable_dropout(model)
     fastrank.prepare_model(model, shared_prompts=False)
     model.train()
     with pytest.raises(fastrank.InputError, match=r"draws random numbers.*attention_dropout=0.1"):
-        two_phase_backward(model, random_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
+        two_phase_backward(model, large_groups(), loss=fastrank.RRHF(), max_tokens=PACK)

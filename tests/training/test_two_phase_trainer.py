@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from bad_gradients import InfiniteGradient
+from faults import Inject, clean_groups, limit_memory, poison, spoil_gradients, spoil_scores
+from trainer_runs import assert_same_values, assert_same_weights, step_logs
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from fastrank.cli.main import main
@@ -31,10 +32,6 @@ PACK = 24  # smaller than every group of the menu, larger than each of its paths
 TWO = {"backprop": "two_phase", "max_tokens": PACK}
 
 
-def _rows(trainer: Any) -> list[dict[str, float]]:
-    return [row for row in trainer.state.log_history if "grad_norm" in row]
-
-
 @pytest.mark.parametrize("loss", ["rrhf", "pro", "listmle"])
 def test_a_run_is_that_of_joint_training(
     make_trainer: Make, menu_groups: list[Group], loss: str
@@ -42,7 +39,7 @@ def test_a_run_is_that_of_joint_training(
     sizes = group_sizes(menu_groups)
     assert sizes.num_tokens.min() > PACK > sizes.longest_sequence.max()
     options = {
-        "loss": loss, "optim": "sgd", "learning_rate": 0.05, "max_steps": 20, "eval_steps": 10,
+        "loss": loss, "optim": "sgd", "learning_rate": 0.05, "max_steps": 8, "eval_steps": 4,
         "eval_strategy": "steps",
     }  # fmt: skip
     joint, two = (
@@ -51,16 +48,12 @@ def test_a_run_is_that_of_joint_training(
     start = {key: value.clone() for key, value in joint.model.state_dict().items()}
     joint.train()
     two.train()
-    for row, expected in zip(_rows(two), _rows(joint), strict=True):
+    for row, expected in zip(step_logs(two), step_logs(joint), strict=True):
         for key in SAME:
             assert row.get(key) == pytest.approx(expected.get(key), rel=1e-4, abs=1e-6), key
-    for key, value in joint.model.state_dict().items():
-        torch.testing.assert_close(two.model.state_dict()[key], value, atol=1e-5, rtol=0)
-        assert not torch.equal(value, start[key])
-    found, wanted = two.evaluate(), joint.evaluate()
-    for key, value in wanted.items():
-        if "runtime" not in key and "per_second" not in key:
-            assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    assert_same_weights(two, joint, atol=1e-5)
+    assert not any(torch.equal(v, start[key]) for key, v in joint.model.state_dict().items())
+    assert_same_values(two.evaluate(), joint.evaluate(), rel=1e-4, abs=1e-5)
 
 
 def test_the_work_saved_is_logged(make_trainer: Make, menu_groups: list[Group]) -> None:
@@ -69,30 +62,27 @@ def test_the_work_saved_is_logged(make_trainer: Make, menu_groups: list[Group]) 
     )
     joint.train()
     two.train()
-    assert not any("work_saved" in row or "backprop_fraction" in row for row in _rows(joint))
-    for row in _rows(two):
+    assert not any("work_saved" in row or "backprop_fraction" in row for row in step_logs(joint))
+    for row in step_logs(two):
         # Here no group is cut: prompts are encoded once in each phase.
         assert row["live_fraction"] < row["backprop_fraction"] < 1
         saved = 1 - (1 + 3 * row["backprop_fraction"]) / 4
         assert row["work_saved"] == pytest.approx(saved)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_run_is_the_same_bit_for_bit(
-    make_trainer: Make, menu_groups: list[Group], tmp_path: Path, workers: int
+    make_trainer: Make, menu_groups: list[Group], tmp_path: Path
 ) -> None:
-    options = {
-        **TWO, "save_strategy": "steps", "save_steps": 2, "dataloader_num_workers": workers,
-        "lr_scheduler_type": "constant",
-    }  # fmt: skip
+    """Whatever number of processes loads the groups."""
+    options = {**TWO, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     whole = make_trainer(menu_groups, output_dir=str(tmp_path / "whole"), **options)
     whole.train()
-    cut = {**options, "output_dir": str(tmp_path / "cut")}
-    make_trainer(menu_groups, max_steps=2, **cut).train()
-    resumed = make_trainer(menu_groups, max_steps=4, **cut)
-    resumed.train(resume_from_checkpoint=True)
-    for key, value in whole.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[key], value)
+    for workers in (0, 1):
+        cut = {**options, "dataloader_num_workers": workers, "output_dir": f"{tmp_path}/{workers}"}
+        make_trainer(menu_groups, max_steps=2, **cut).train()
+        resumed = make_trainer(menu_groups, max_steps=4, **cut)
+        resumed.train(resume_from_checkpoint=True)
+        assert_same_weights(resumed, whole)
 
 
 def test_padded_rows(make_trainer: Make, menu_groups: list[Group]) -> None:
@@ -101,49 +91,29 @@ def test_padded_rows(make_trainer: Make, menu_groups: list[Group]) -> None:
     two = make_trainer(menu_groups, menu_groups[:5], **options, **TWO)
     joint.train()
     two.train()
-    for key, value in joint.model.state_dict().items():
-        torch.testing.assert_close(two.model.state_dict()[key], value, atol=1e-5, rtol=0)
+    assert_same_weights(two, joint, atol=1e-5)
     assert two.evaluate()["eval_loss"] == pytest.approx(joint.evaluate()["eval_loss"], rel=1e-4)
 
 
-def _poisoned(groups: list[Group], bad: list[int], trigger: int) -> list[Group]:
-    clean = [
-        g for g in groups if all(trigger not in ids for ids in (g.prompt_ids, *g.response_ids))
-    ]
-    clean = [replace(group, name=f"menu:{i}") for i, group in enumerate(clean)][:24]
-    for i in bad:
-        first, *rest = clean[i].response_ids
-        worse = torch.cat((torch.tensor([trigger]), first))
-        clean[i] = replace(clean[i], response_ids=(worse, *rest))
-    return clean
-
-
-@pytest.mark.parametrize("where", ["scores", "gradient"])
+@pytest.mark.parametrize("inject", [spoil_scores, spoil_gradients])
 def test_numbers_that_are_not_finite_are_traced_to_their_records(
-    make_trainer: Make, menu_groups: list[Group], where: str
+    make_trainer: Make, menu_groups: list[Group], inject: Inject
 ) -> None:
-    trigger = 31
-
-    def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        hit = (inputs[0] == trigger)[..., None]
-        if where == "gradient":
-            return InfiniteGradient.apply(output, hit)  # type: ignore[no-untyped-call]
-        return torch.where(hit, torch.full_like(output, float("nan")), output)
-
+    clean = clean_groups(menu_groups)
     options = {**TWO, "max_steps": 3, "optim": "sgd", "learning_rate": 0.1}
-    probe = make_trainer(_poisoned(menu_groups, [], trigger), **options)
+    probe = make_trainer(clean, **options)
     bad = sorted(list(probe.get_train_dataloader().batch_sampler)[1][2:4])
-    groups = _poisoned(menu_groups, bad, trigger)
+    groups = poison(clean, bad)
     stop, skip = (make_trainer(groups, nonfinite=mode, **options) for mode in ("stop", "skip"))
     for trainer in (stop, skip):
-        trainer.model.get_input_embeddings().register_forward_hook(spoil)
+        inject(trainer.model)
     with pytest.raises(TrainingStopped) as caught:
         stop.train()
     text = str(caught.value)
     assert "in step 2" in text and "2 of the step's 8 records" in text
     assert all(f"menu:{i}" in text for i in bad)
     skip.train()
-    assert [row.get("skipped_records") for row in _rows(skip)] == [None, 2.0, None]
+    assert [row.get("skipped_records") for row in step_logs(skip)] == [None, 2.0, None]
     assert all(value.isfinite().all() for value in skip.model.state_dict().values())
 
 
@@ -151,17 +121,13 @@ def test_numbers_that_are_not_finite_are_traced_to_their_records(
 def test_out_of_memory_names_the_pack(
     make_trainer: Make, menu_groups: list[Group], limit: int, advice: str
 ) -> None:
-    def small_device(module: Any, inputs: Any) -> None:
-        if inputs[0].numel() > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
     options = (
         TWO
         if limit > 2
         else {**TWO, "max_tokens": int(group_sizes(menu_groups).longest_sequence.max())}
     )
     trainer = make_trainer(menu_groups, **options)
-    trainer.model.get_input_embeddings().register_forward_pre_hook(small_device)
+    limit_memory(trainer.model, limit)
     with pytest.raises(TrainingStopped, match=f"out of memory in a pack of .*{advice}") as caught:
         trainer.train()
     assert "\n" not in str(caught.value)
