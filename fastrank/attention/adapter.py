@@ -1,6 +1,6 @@
 """The way into transformers' attention layers: the mask channel.
 
-transformers asks `AttentionMaskInterface` for a mask once a forward and kind of layer, and passes
+transformers asks `AttentionMaskInterface` for one mask per forward and kind of layer, and passes
 whatever comes back to every layer's attention function as ``attention_mask``. Keyword arguments do
 not reach the attention of every architecture; the mask does. So the "mask" of the implementation
 registered here is an `AttentionLayout`: the pack's segments and what the layer may see.
@@ -22,10 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
-from fastrank.attention.attend import attend
+from fastrank.attention.backends import AttentionName, attend
 from fastrank.attention.operator import opaque_attention
 from fastrank.attention.segments import SegmentTable
-from fastrank.attention.temperature import correct_temperature
 from fastrank.attention.visibility import Visibility, ask, recognise
 from fastrank.hf_private import attention_implementation, set_attention_implementation
 
@@ -37,23 +36,27 @@ _REFUSED_ARGUMENTS = ("position_bias", "head_mask", "cache")
 
 @dataclass(eq=False)
 class PackContext:
-    """One forward over one pack: what the mask function hands to the layers."""
+    """One forward over one pack, as the mask function hands it to the layers."""
 
     segments: SegmentTable
-    backend: str
+    backend: AttentionName
     calls: int = field(default=0)
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionLayout:
-    """Stands in the place of ``attention_mask`` on its way through the model."""
+    """Takes the place of ``attention_mask`` on its way through the model.
+
+    Attributes:
+        mask_answers, local_size: of `fastrank.attention.visibility.ask`.
+        visibility: recognised in the answers; None while a compiler traces the model, which cannot
+            branch on them.
+    """
 
     context: PackContext
     mask_answers: Tensor
-    """What the mask says on a few positions, on the host; see `fastrank.attention.visibility`."""
     local_size: int | None
     visibility: Visibility | None
-    """None while a compiler traces the model: it cannot branch on the mask's answers."""
 
 
 # Where a model's configs hold the pack during a forward. A context variable would be the usual
@@ -63,7 +66,7 @@ _PACK = "_fastrank_pack"
 
 @contextmanager
 def shared_prompt_attention(
-    configs: list[PretrainedConfig], segments: SegmentTable, backend: str
+    configs: list[PretrainedConfig], segments: SegmentTable, backend: AttentionName
 ) -> Iterator[PackContext]:
     """Let the models with these configs attend along the sequences of ``segments``."""
     context = PackContext(segments, backend)
@@ -96,8 +99,10 @@ def layout_mask(
             f"attention implementation {IMPLEMENTATION!r} serves packs only: call the model that "
             "prepare_model returned with pack=..."
         )
-    where = torch.device("cpu") if attention_mask is None else attention_mask.device
-    answers = ask(mask_function, local_size, where)
+    device = torch.device("cpu")
+    if attention_mask is not None and getattr(config, "attention_chunk_size", None) is not None:
+        device = attention_mask.device  # such masks hold tensors
+    answers = ask(mask_function, local_size, device)
     visibility = None if torch.compiler.is_compiling() else recognise(answers, local_size)
     return AttentionLayout(context, answers, local_size, visibility)
 
@@ -150,6 +155,28 @@ def layout_attention(
         return opaque_attention(query, key, value, context.segments, **options), None
     options["visibility"] = attention_mask.visibility
     return attend(query, key, value, context.segments, **options), None
+
+
+def correct_temperature(module: nn.Module, query: Tensor, segments: SegmentTable) -> Tensor:
+    """The query [1, H, N, D] as the module would have made it on a row of its own.
+
+    Llama 4's layers without RoPE scale queries by the index of the token in the row, beyond
+    ``floor_scale`` tokens. In a pack that is not the token's position, so the factor is exchanged.
+    """
+    layer: Any = module
+    if not getattr(layer, "attn_temperature_tuning", False) or getattr(layer, "use_rope", True):
+        return query
+    if segments.num_tokens < layer.floor_scale:
+        return query  # every factor is 1
+
+    def factor(position: Tensor) -> Tensor:
+        steps = torch.floor((position.float() + 1.0) / layer.floor_scale)
+        return torch.log1p(steps) * layer.attn_scale + 1.0
+
+    index = torch.arange(segments.num_tokens, device=query.device)
+    positions = segments.on_device("positions", query.device, lambda table: table.position_ids)
+    exchange = factor(positions).double() / factor(index).double()
+    return query * exchange.to(query.dtype)[:, None]
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:

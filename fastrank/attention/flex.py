@@ -1,10 +1,15 @@
 """Shared-prompt attention by FlexAttention (CUDA): the odd masks, soft caps and sinks.
 
 A compiled kernel evaluates the mask on (segment, parent, position) of query and key, inside the
-blocks that a `BlockMask` lists. That list is built here from the segment table, a few slices a
-segment, instead of by ``create_block_mask``, which evaluates the mask on all N x N pairs. The pack
-is padded to whole blocks with a segment of its own, and the kernel compiled with dynamic shapes, so
-that packs of changing length share it.
+blocks that a `BlockMask` lists. That list is built here from the segment table, a few slices per
+segment, instead of by ``create_block_mask``, which evaluates the mask on all N x N pairs.
+
+Past PyTorch's limit of recompilations the kernel would silently run uncompiled and materialise all
+scores. So packs look alike to the compiler: shapes are dynamic; every row is padded, with a segment
+of its own (a copy has one memory order), to whole blocks, at least two (a size of one would be a
+constant); full, sliding and chunked layers share one mask, "from the first visible position to the
+query's own". What is left (dtype, soft cap, sinks, with gradients or without) gets a limit of its
+own, and passing that is an error.
 """
 
 from __future__ import annotations
@@ -12,22 +17,23 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from fastrank.attention.segments import SegmentTable, Span
+from fastrank.attention.segments import GroupSpan, SegmentTable, Span
 from fastrank.attention.visibility import FULL, Visibility
 
 BLOCK = 128
+RECOMPILE_LIMIT = 64
 
 
 @functools.cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)  # or it is an error
 
 
 def flex_attention_on_pack(
@@ -58,20 +64,21 @@ def flex_attention_on_pack(
         [1, N, H, D_v] in the dtype of query.
     """
     num_tokens = query.shape[2]
-    missing = -num_tokens % BLOCK
+    missing = padded_size(num_tokens) - num_tokens
     query, key, value = (
         torch.nn.functional.pad(tensor, (0, 0, 0, missing)) for tensor in (query, key, value)
     )
-    result = (kernel or _compiled())(
-        query,
-        key,
-        value,
-        score_mod=_cap(softcap) if softcap is not None else None,
-        block_mask=block_mask(segments, visibility, query.device),
-        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-        return_lse=sinks is not None,
-    )
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        result = (kernel or _compiled())(
+            query,
+            key,
+            value,
+            score_mod=_cap(softcap) if softcap is not None else None,
+            block_mask=block_mask(segments, visibility, query.device),
+            scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+            return_lse=sinks is not None,
+        )
     if sinks is not None:
         out, lse = result
         # A sink is one more term of the denominator: out exp(lse) / (exp(lse) + exp(sink)).
@@ -82,53 +89,81 @@ def flex_attention_on_pack(
     return out[:, :, :num_tokens].transpose(1, 2).contiguous()
 
 
+def padded_size(num_tokens: int) -> int:
+    """Tokens of the padded row: whole blocks, at least two, and more than the pack's."""
+    return max(num_tokens // BLOCK + 1, 2) * BLOCK
+
+
+class _MaskArrays(NamedTuple):
+    """For each index of the padded row: its segment, its segment's parent, its position and the
+    first position that it sees, int32; then the `BlockMask`'s counts and indices of the blocks seen
+    in part and seen whole."""
+
+    segment: Tensor
+    parent: Tensor
+    position: Tensor
+    first: Tensor
+    partial_counts: Tensor
+    partial: Tensor
+    full_counts: Tensor
+    full: Tensor
+
+
 def block_mask(segments: SegmentTable, visibility: Visibility, device: torch.device) -> BlockMask:
-    """The pack's `BlockMask` for one kind of layer; made once a device and kept with the table."""
-    kept: dict[Any, BlockMask] = segments.__dict__.setdefault("_block_masks", {})
+    """The pack's `BlockMask` for one kind of layer; made once per device and table."""
     if visibility.covers(segments.longest_sequence):
         visibility = FULL
+    arrays = segments.on_device(
+        ("flex", visibility), device, lambda table: _mask_arrays(table, visibility)
+    )
+    kept: dict[Any, BlockMask] = segments.__dict__.setdefault("_block_masks", {})
     if (visibility, device) not in kept:
-        partial, full = blocks(segments, visibility)
-        size = partial.shape[0] * BLOCK
         kept[visibility, device] = BlockMask.from_kv_blocks(
-            *_listed(partial, device),
-            *_listed(full, device),
+            *arrays[4:],
             BLOCK_SIZE=BLOCK,
-            mask_mod=mask_mod(segments, visibility, device),
-            seq_lengths=(size, size),
+            mask_mod=_mask_mod(*arrays[:4]),
+            seq_lengths=(len(arrays.segment), len(arrays.segment)),
         )
     return kept[visibility, device]
 
 
-def mask_mod(
-    segments: SegmentTable, visibility: Visibility, device: torch.device
+def _mask_mod(
+    segment: Tensor, parent: Tensor, position: Tensor, first: Tensor
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The mask as FlexAttention evaluates it: on indices of the padded row."""
-    missing = -segments.num_tokens % BLOCK
-    count = len(segments.parents)
-
-    def padded(values: Tensor, fill: Tensor) -> Tensor:
-        return torch.cat((values, fill)).to(device, torch.int32)
-
-    padding = torch.full((missing,), count)  # the padding is one more segment, seeing itself
-    segment = padded(segments.segment_ids, padding)
-    parent = padded(segments.parents.long()[segments.segment_ids], padding)
-    position = padded(segments.position_ids, torch.arange(missing))
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = segment[query] == segment[key]
-        prompt = parent[query] == segment[key]
-        return (own | prompt) & visibility.mask(position[query], position[key])
+        own_or_prompt = (segment[query] == segment[key]) | (parent[query] == segment[key])
+        at = position[key]
+        return own_or_prompt & (at <= position[query]) & (at >= first[query])
 
     return visible
 
 
+def _mask_arrays(segments: SegmentTable, visibility: Visibility) -> _MaskArrays:
+    # The padding is one more segment, which sees itself.
+    missing = padded_size(segments.num_tokens) - segments.num_tokens
+    padding = torch.full((missing,), len(segments.parents))
+    position = torch.cat((segments.position_ids, torch.arange(missing)))
+    partial, full = blocks(segments, visibility)
+    arrays = (
+        torch.cat((segments.segment_ids, padding)),
+        torch.cat((segments.parents.long()[segments.segment_ids], padding)),
+        position,
+        visibility.first(position),
+    )
+    segment, parent, position, first = (array.to(torch.int32) for array in arrays)
+    return _MaskArrays(segment, parent, position, first, *_listed(partial), *_listed(full))
+
+
 def blocks(segments: SegmentTable, visibility: Visibility) -> tuple[np.ndarray, np.ndarray]:
     """bool [B, B] twice: blocks of which a part may be seen, and blocks that are seen whole."""
-    num_blocks = -(-segments.num_tokens // BLOCK)
+    size = padded_size(segments.num_tokens)
+    num_blocks = size // BLOCK
+    padding = GroupSpan(Span(segments.num_tokens, size - segments.num_tokens), ())
     seen = np.zeros((num_blocks, num_blocks), dtype=bool)
     whole = np.zeros_like(seen)
-    for group in segments.groups:
+    for group in (*segments.groups, padding):
         prompt = group.prompt
         for span in (prompt, *group.responses):
             offset = 0 if span is prompt else prompt.length
@@ -141,9 +176,6 @@ def blocks(segments: SegmentTable, visibility: Visibility) -> tuple[np.ndarray, 
                     _mark(seen[block], keys, start, visibility.first(low), high, touch=True)
                     if last - first == BLOCK - 1:
                         _mark(whole[block], keys, start, visibility.first(high), low, touch=False)
-    tail = segments.num_tokens % BLOCK
-    if tail:
-        seen[-1, -1] = True  # the padding
     return seen & ~whole, whole
 
 
@@ -159,14 +191,11 @@ def _mark(row: np.ndarray, keys: Span, offset: int, first: int, last: int, touch
         row[-(-start // BLOCK) : stop // BLOCK] = True
 
 
-def _listed(marked: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+def _listed(marked: np.ndarray) -> tuple[Tensor, Tensor]:
     """Counts int32 [1, 1, B] and indices int32 [1, 1, B, B], the marked blocks of a row first."""
     order = np.argsort(~marked, axis=1, kind="stable").astype(np.int32)
     counts = marked.sum(axis=1).astype(np.int32)
-    return (
-        torch.from_numpy(counts)[None, None].to(device),
-        torch.from_numpy(order)[None, None].to(device),
-    )
+    return torch.from_numpy(counts)[None, None], torch.from_numpy(order)[None, None]
 
 
 def _cap(softcap: float) -> Callable[..., Tensor]:

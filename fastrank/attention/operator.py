@@ -12,15 +12,14 @@ step; the eager path does not pay it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastrank.attention.attend import attend
+from fastrank.attention.backends import AttentionName, attend, recording
+from fastrank.attention.merged import first_order_only
 from fastrank.attention.segments import SegmentTable
 from fastrank.attention.visibility import Visibility, recognise
 
@@ -36,11 +35,11 @@ def opaque_attention(
     scale: float | None,
     softcap: float | None,
     sinks: Tensor | None,
-    backend: str,
+    backend: AttentionName,
 ) -> Tensor:
-    """`fastrank.attention.attend.attend` as one operator; shapes as there.
+    """`fastrank.attention.backends.attend` as one operator; shapes as there.
 
-    ``mask_answers`` and ``local_size`` are what `fastrank.attention.visibility.ask` gave.
+    ``mask_answers`` is the result of `fastrank.attention.visibility.ask` for ``local_size``.
     """
     out: Tensor = _attention(
         query, key, value, sinks, segments.offsets, segments.parents, mask_answers,
@@ -92,24 +91,12 @@ def _attention_backward(
     given = [query, key, value] + ([] if sinks is None else [sinks])
     leaves = [tensor.detach().requires_grad_() for tensor in given]
     sink_leaf = None if sinks is None else leaves[3]
-    with _recording():
+    with recording():
         out = attend(leaves[0], leaves[1], leaves[2], sinks=sink_leaf, **options)
         found = [made.contiguous() for made in torch.autograd.grad(out, leaves, grad)]
     if sinks is None:
         found.append(query.new_empty(0))
     return found[0], found[1], found[2], found[3]
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Autograd inside an operator: the dispatcher has switched it off there, beyond what
-    ``torch.enable_grad`` switches on."""
-    keys = torch._C.DispatchKey
-    with ExitStack() as stack:
-        for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.ADInplaceOrView):
-            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
-        stack.enter_context(torch.enable_grad())
-        yield
 
 
 @_attention_backward.register_fake
@@ -126,6 +113,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.options = inputs[7:]
 
 
+@first_order_only
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     query, key, value, sinks = _attention_backward(grad.contiguous(), *tensors, *ctx.options)

@@ -8,14 +8,16 @@ derives what it needs (slices on the host, index arrays on a device). The altern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+DerivedT = TypeVar("DerivedT", bound="Tensor | tuple[Any, ...]")
 
 
 class Span(NamedTuple):
@@ -37,13 +39,15 @@ class GroupSpan:
     responses: tuple[Span, ...]
 
     @property
-    def stop(self) -> int:
-        return self.responses[-1].stop if self.responses else self.prompt.stop
+    def all_responses(self) -> Span:
+        """The tokens of all responses, which lie side by side."""
+        stop = self.responses[-1].stop if self.responses else self.prompt.stop
+        return Span(self.prompt.stop, stop - self.prompt.stop)
 
     @cached_property
     def runs(self) -> tuple[tuple[Span, int], ...]:
-        """Neighbouring responses of one length: the tokens of each such run, and how many they
-        are."""
+        """Neighbouring responses of one length: the tokens of each such run, and its number of
+        responses."""
         runs: list[tuple[Span, int]] = []
         for length, members in groupby(self.responses, key=lambda response: response.length):
             spans = list(members)
@@ -71,7 +75,7 @@ class SegmentTable:
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[tuple[int, Sequence[int]]]) -> SegmentTable:
-        """One ``(prompt length, response lengths)`` a group, in the order of the row."""
+        """One ``(prompt length, response lengths)`` per group, in the order of the row."""
         sizes: list[int] = []
         parents: list[int] = []
         for prompt_length, response_lengths in lengths:
@@ -91,7 +95,7 @@ class SegmentTable:
 
     @cached_property
     def groups(self) -> tuple[GroupSpan, ...]:
-        """The segments as host integers, one entry a prompt."""
+        """The segments as host integers, one entry per prompt."""
         offsets, parents = self.offsets.tolist(), self.parents.tolist()
         spans = [Span(a, b - a) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
         grouped: list[tuple[Span, list[Span]]] = []
@@ -106,6 +110,10 @@ class SegmentTable:
     def longest_sequence(self) -> int:
         """Tokens of the longest [prompt; response] of the row."""
         return max(group.longest_sequence for group in self.groups)
+
+    @cached_property
+    def longest_segment(self) -> int:
+        return int((self.offsets[1:] - self.offsets[:-1]).max())
 
     @cached_property
     def sequence_lengths(self) -> tuple[int, ...]:
@@ -130,3 +138,27 @@ class SegmentTable:
         """int64 [N]: the segment of every token."""
         sizes = (self.offsets[1:] - self.offsets[:-1]).long()
         return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+
+    def on_device(
+        self, name: Hashable, device: torch.device, make: Callable[[SegmentTable], DerivedT]
+    ) -> DerivedT:
+        """The tensor or named tuple that ``make`` derives from this table, on a device.
+
+        It is made once per name and device and kept with the table, for all layers of a forward.
+        Its tensors are copied without waiting for the device.
+        """
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            # From pageable memory a copy may wait for the device all the same.
+            value = value.pin_memory() if device.type == "cuda" else value
+            return value.to(device, non_blocking=True)
+
+        kept: dict[Any, Any] = self.__dict__.setdefault("_on_device", {})
+        if (name, device) not in kept:
+            made = make(self)
+            moved = type(made)(*map(move, made)) if isinstance(made, tuple) else move(made)
+            kept[name, device] = moved
+        derived: DerivedT = kept[name, device]
+        return derived

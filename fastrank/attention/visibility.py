@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+PositionT = TypeVar("PositionT", int, Tensor)
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,13 @@ class Visibility:
     kind: Literal["full", "sliding", "chunked"] = "full"
     size: int = 0
 
-    def first(self, position: int) -> int:
-        """The first position that a query at ``position`` sees."""
+    def first(self, position: PositionT) -> PositionT:
+        """The first position that a query at ``position`` sees; of an int or an integer tensor."""
         if self.kind == "sliding":
-            return max(0, position - self.size + 1)
+            return (position - self.size + 1) * (position >= self.size)
         if self.kind == "chunked":
             return position - position % self.size
-        return 0
+        return position * 0
 
     def covers(self, length: int) -> bool:
         """Whether a causal row of ``length`` tokens is not restricted at all."""
@@ -38,11 +40,7 @@ class Visibility:
     def mask(self, query: Tensor, key: Tensor) -> Tensor:
         """bool, broadcast over the positions of queries and keys: True where the key is seen."""
         seen = key <= query
-        if self.kind == "sliding":
-            return seen & (key > query - self.size)
-        if self.kind == "chunked":
-            return seen & (key // self.size == query // self.size)
-        return seen
+        return seen if self.kind == "full" else seen & (key >= self.first(query))
 
     def __str__(self) -> str:
         return self.kind if self.kind == "full" else f"{self.kind}({self.size})"
@@ -51,41 +49,49 @@ class Visibility:
 FULL = Visibility()
 
 
-def classify(
-    mask_function: Callable[..., Any], local_size: int | None, device: torch.device
-) -> Visibility:
-    """Recognise the mask that transformers asks for.
-
-    ``mask_function(batch, head, query, key)`` is transformers' definition of the mask on the
-    indices of one row and ``local_size`` the window or chunk that goes with it. The candidates are
-    compared with it on positions around every border that they have, so that a mask of another
-    shape (bidirectional, blockwise, user-made) raises ValueError and is not taken for causal.
-    """
-    return recognise(ask(mask_function, local_size, device), local_size)
-
-
 def ask(mask_function: Callable[..., Any], local_size: int | None, device: torch.device) -> Tensor:
-    """The mask's answers on pairs of positions around every border, bool on the host.
+    """A mask's answers on pairs of positions around every border of `recognise`'s candidates.
 
-    Tensor operations only: a compiler can trace them.
+    The host is asked first, so that nothing waits for a device. The mask of Llama 4's chunked
+    layers holds a tensor on the model's device, and only there it can be evaluated. A compiler
+    traces one attempt only: that on ``device``.
+
+    Args:
+        mask_function: ``(batch, head, query, key)`` -> bool, transformers' definition of a mask on
+            the indices of one row.
+        local_size: the window or chunk that goes with it.
+        device: where the mask's own tensors are.
+
+    Returns:
+        bool, on the host.
+
+    Raises:
+        ValueError: the mask cannot be evaluated on the positions of one row.
     """
     query, key = _borders(local_size)
-    zero = torch.zeros((), dtype=torch.long, device=device)
-    try:
-        asked: Tensor = mask_function(zero, zero, query.to(device), key.to(device)).cpu()
-    except (IndexError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            "attention mask must be causal, sliding or chunked on the positions of one row, got a "
-            f"mask that cannot be evaluated there ({error})"
-        ) from error
-    return asked.expand(query.shape)
+    host = torch.device("cpu")
+    compiling = torch.compiler.is_compiling()
+    attempts = (device,) if compiling or device == host else (host, device)
+    for place in attempts:
+        zero = torch.zeros((), dtype=torch.long, device=place)
+        try:
+            asked: Tensor = mask_function(zero, zero, query.to(place), key.to(place)).cpu()
+        except (IndexError, TypeError, RuntimeError) as error:
+            failure = error
+        else:
+            return asked.expand(query.shape)
+    raise ValueError(
+        "attention mask must be causal, sliding or chunked on the positions of one row, got a "
+        f"mask that cannot be evaluated there ({failure})"
+    ) from failure
 
 
 def recognise(answers: Tensor, local_size: int | None) -> Visibility:
-    """The visibility whose mask gives these answers.
+    """The visibility whose mask gives the answers of `ask`.
 
     Raises:
-        ValueError: none does.
+        ValueError: none does; a mask of another shape (bidirectional, blockwise, user-made) is not
+            taken for causal.
     """
     query, key = _borders(local_size)
     candidates = (

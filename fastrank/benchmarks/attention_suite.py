@@ -18,8 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrank.attention.adapter import attend
-from fastrank.attention.backends import BACKENDS, LayerProperties
+from fastrank.attention.backends import (
+    BACKENDS,
+    AttentionName,
+    BackendName,
+    LayerProperties,
+    attend,
+)
 from fastrank.attention.segments import SegmentTable
 from fastrank.attention.visibility import FULL
 
@@ -96,7 +101,7 @@ def dense_mask(segments: SegmentTable) -> Tensor:
     return related & (positions[:, None] >= positions[None, :])
 
 
-def _make_fastrank(problem: AttentionProblem, backend: str) -> Step:
+def _make_fastrank(problem: AttentionProblem, backend: AttentionName) -> Step:
     inputs = (problem.query, problem.key, problem.value)
     options: dict[str, Any] = {"visibility": FULL, "backend": backend}
     return lambda: problem.gradients(attend(*inputs, problem.segments, **options))
@@ -152,8 +157,8 @@ def _grouped(problem: AttentionProblem) -> bool:
     return problem.workload.heads != problem.workload.kv_heads
 
 
-def _serves(backend: str) -> Callable[[AttentionProblem], str | None]:
-    return lambda problem: BACKENDS[backend](problem.device, problem.dtype, problem.layer)
+def _serves(backend: BackendName) -> Callable[[AttentionProblem], str | None]:
+    return lambda problem: BACKENDS[backend].refusal(problem.device, problem.dtype, problem.layer)
 
 
 PROBLEM = AttentionProblem

@@ -165,7 +165,7 @@ def _load(options: ScoreOptions) -> tuple[PreTrainedModel, bool, str]:
     shared = reason is None if options.shared_prompts is None else options.shared_prompts
     try:
         torch.nn.Module.to(model, device)
-        prepare_model(model, attention=options.attention, shared_prompts=shared)
+        prepare_model(model, attention=options.attention, shared_prompts=shared)  # type: ignore[arg-type]
     except InputError:
         raise
     except (ValueError, torch.cuda.OutOfMemoryError) as error:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from fastrank.arguments import Normalize, Reduction
 from fastrank.attention.adapter import attention_modules, hook_attention, shared_prompt_attention
-from fastrank.attention.backends import BACKENDS
+from fastrank.attention.backends import BACKENDS, AttentionName
 from fastrank.attention.gate import check_shareable, trunk
 from fastrank.data.packing import Pack
 from fastrank.errors import InputError
@@ -59,14 +59,16 @@ class Prepared:
     """State that `prepare_model` keeps on a model."""
 
     shared_prompts: bool
-    attention: str
+    attention: AttentionName
     inner_forward: Callable[..., Any] | None  # an instance's own forward, if it had one
     num_attention_modules: int
     handles: list[Any]
     head: Head | None = None
 
 
-def prepare_model(model: ModelT, *, attention: str = "auto", shared_prompts: bool = True) -> ModelT:
+def prepare_model(
+    model: ModelT, *, attention: AttentionName = "auto", shared_prompts: bool = True
+) -> ModelT:
     """Prepare a causal language model to take packs, in place, and return it.
 
     Afterwards ``model(pack=pack, loss=fastrank.RRHF(), reduction="mean")`` returns a
@@ -79,8 +81,9 @@ def prepare_model(model: ModelT, *, attention: str = "auto", shared_prompts: boo
     Args:
         model: a transformers causal language model, PEFT-wrapped or not. Prepare it before DDP,
             FSDP2 or ``torch.compile`` wrap it.
-        attention: ``"auto"``, or the backend for shared prompts by name: ``"cpu"`` (parts of one
-            softmax merged), ``"varlen"``, ``"flex"``, ``"segmentwise"`` (every sequence by itself).
+        attention: ``"auto"``, or the backend for shared prompts by name: ``"cpu"`` and, on a GPU,
+            ``"merge"`` (parts of one softmax merged), ``"varlen"``, ``"flex"``, ``"segmentwise"``
+            (every sequence by itself). ``"auto"`` tries them in this order, per layer.
         shared_prompts: False for models that cannot share prompts (recurrent, hybrid, ALiBi); they
             take packs made with ``shared_prompts=False``.
 

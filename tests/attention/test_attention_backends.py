@@ -1,51 +1,74 @@
-"""The CUDA backends' index arithmetic on a CPU, and the choice among backends."""
+"""The choice among backends, and the arithmetic around the CUDA kernels, on a CPU."""
 
 from __future__ import annotations
 
 import math
+import re
+import sys
+from types import ModuleType
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from attention_cases import (
+    VISIBILITIES,
+    assert_same_attention,
+    dense_attention,
+    dense_mask,
+    emulated_flash,
+    emulated_flash_backward,
+    emulated_varlen,
+    random_inputs,
+    table,
+)
 from torch.nn.attention.flex_attention import flex_attention
 
-from fastrank.attention import varlen
-from fastrank.attention.adapter import attend
-from fastrank.attention.backends import BACKENDS, LayerProperties, check_backend, choose_attention
-from fastrank.attention.flex import BLOCK, block_mask, blocks, flex_attention_on_pack, mask_mod
-from fastrank.attention.gather import gather_keys, key_index
+from fastrank.attention import backends, merged, varlen
+from fastrank.attention.backends import (
+    BACKENDS,
+    AttentionName,
+    LayerProperties,
+    attend,
+    check_backend,
+    choose_attention,
+    device_fault,
+)
+from fastrank.attention.flash_parts import cuda_backward, cuda_forward
+from fastrank.attention.flex import BLOCK, block_mask, blocks, flex_attention_on_pack, padded_size
 from fastrank.attention.segments import SegmentTable
-from fastrank.attention.segmentwise import segmentwise_attention
-from fastrank.attention.visibility import FULL, Visibility, classify
+from fastrank.attention.varlen import (
+    FlashAttn,
+    TorchVarlen,
+    gather_keys,
+    key_index,
+    takes_grouped_heads,
+    varlen_attention,
+)
+from fastrank.attention.visibility import FULL, Visibility, ask, recognise
 
 CPU = torch.device("cpu")
-LAYOUTS = {
-    "ragged": [(5, [3, 1, 7]), (1, [2, 9]), (17, [1])],
-    "blocks": [(256, [128, 130, 5]), (130, [300]), (3, [2, 2])],
-    "aligned": [(128, [128, 128])],
-}
-VISIBILITIES = [
-    FULL,
-    Visibility("sliding", 4),
-    Visibility("sliding", 150),
-    Visibility("chunked", 96),
-]
+VARLEN = TorchVarlen(emulated_varlen, has_gqa_option=True)
+VARLEN_LAYOUTS = ["ragged", "blocks", "aligned"]
 
 
-def tensors(segments: SegmentTable, heads: int, kv_heads: int, size: int, value_size: int):
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(heads, size), (kv_heads, size), (kv_heads, value_size)]
-    return [
-        torch.randn(1, segments.num_tokens, *shape, generator=generator, dtype=torch.float64)
-        .transpose(1, 2)
-        .requires_grad_()
-        for shape in shapes
-    ]
+@pytest.fixture
+def torch_kernel(monkeypatch):
+    """PyTorch's variable-length kernel, emulated; no flash-attn."""
+    monkeypatch.setattr(
+        varlen, "flash_attn", lambda: FlashAttn(None, "flash-attn is not installed")
+    )
+    monkeypatch.setattr(varlen, "torch_varlen", lambda: VARLEN)
+    monkeypatch.setattr(backends, "flash_attn", varlen.flash_attn)
+    monkeypatch.setattr(backends, "torch_varlen", varlen.torch_varlen)
+    monkeypatch.setattr(backends, "device_fault", lambda *_: None)
+
+
+# ---- varlen -----------------------------------------------------------------------------------
 
 
 def test_gathered_keys_are_the_sequences():
-    segments = SegmentTable.from_lengths(LAYOUTS["ragged"])
+    segments = table("ragged")
     index = key_index(segments, CPU)
     assert key_index(segments, CPU) is index
     offsets = index.cu_keys.tolist()
@@ -60,85 +83,105 @@ def test_gathered_keys_are_the_sequences():
     assert (index.max_queries, index.max_keys) == (17, 18)
     values = torch.randn(segments.num_tokens, 2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v: gather_keys(v, index), values)
+    total = gather_keys(values, index).sum()
+    with pytest.raises(RuntimeError, match="first-order gradients only"):
+        torch.autograd.grad(total, values, create_graph=True)
 
 
-def emulated_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_queries: Tensor,
-    cu_keys: Tensor,
-    max_queries: int,
-    max_keys: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool = False,
-) -> Tensor:
-    """What the flash kernels compute: each segment by itself, aligned at its end."""
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    parts = []
-    for s in range(len(cu_queries) - 1):
-        q = query[cu_queries[s] : cu_queries[s + 1]].transpose(0, 1)
-        k, v = (t[cu_keys[s] : cu_keys[s + 1]].transpose(0, 1) for t in (key, value))
-        assert q.shape[1] <= max_queries and k.shape[1] <= max_keys
-        row = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
-        column = torch.arange(k.shape[1])[None]
-        seen = column <= row + window_size[1]
-        if window_size[0] >= 0:
-            seen &= column >= row - window_size[0]
-        logits = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -math.inf)
-        parts.append((logits.softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(parts)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", VARLEN_LAYOUTS)
 @pytest.mark.parametrize("visibility", VISIBILITIES[:3], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4, 8, 8), (4, 2, 8, 4), (2, 1, 4, 8)])
-def test_varlen_arguments_equal_segmentwise(monkeypatch, layout, visibility, heads):
-    monkeypatch.setattr(varlen, "torch_varlen", lambda: emulated_varlen)
-    monkeypatch.setattr(varlen, "flash_attn_installed", lambda: False)
-    segments = SegmentTable.from_lengths(LAYOUTS[layout])
-    inputs = tensors(segments, *heads)
-    got = varlen.varlen_attention(*inputs, segments, visibility=visibility, scale=0.3)
-    expected = segmentwise_attention(*inputs, segments, visibility=visibility, scale=0.3)
-    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
-    upstream = torch.randn_like(expected)
-    for a, b in zip(
-        torch.autograd.grad(got, inputs, upstream),
-        torch.autograd.grad(expected, inputs, upstream),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+def test_varlen_equals_the_definition(torch_kernel, monkeypatch, layout, visibility, heads):
+    monkeypatch.setattr(merged, "_HEAD_MULTIPLE", {"cpu": 8})  # the kernel's rule, as on a GPU
+    segments = table(layout)
+    inputs = random_inputs(segments, *heads)
+    options = {"visibility": visibility, "scale": 0.3}
+    assert_same_attention(
+        varlen_attention(*inputs, segments, **options),
+        dense_attention(*inputs, segments, **options),
+        inputs,
+        inputs,
+        1e-12,
+    )
 
 
-def test_varlen_says_what_it_cannot_do(monkeypatch):
-    segments = SegmentTable.from_lengths(LAYOUTS["ragged"])
-    inputs = tensors(segments, 2, 2, 4, 4)
+@pytest.mark.parametrize("grouped", [True, False])
+def test_kernels_without_the_option_take_grouped_heads_or_repeated_keys(monkeypatch, grouped):
+    heads = []
+
+    def kernel(query, key, value, *ragged, scale, window_size):
+        if not grouped and key.shape[1] != query.shape[1]:
+            raise RuntimeError("unequal heads")
+        heads.append(key.shape[1])
+        return emulated_varlen(
+            query, key, value, *ragged, scale=scale, window_size=window_size,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )  # fmt: skip
+
+    without = TorchVarlen(kernel, has_gqa_option=False)
+    assert takes_grouped_heads(without, CPU) == grouped
+    monkeypatch.setattr(varlen, "torch_varlen", lambda: without)
+    segments = table("ragged")
+    inputs = random_inputs(segments, 4, 2, 8)
+    got = varlen_attention(*inputs, segments)
+    assert heads[-1] == (2 if grouped else 4)
+    assert_same_attention(got, dense_attention(*inputs, segments), inputs, inputs, 1e-12)
+
+
+def test_a_kernel_that_mixes_heads_up_gets_repeated_keys():
+    def kernel(query, key, value, *_, **options):
+        return value.repeat(1, 2, 1)
+
+    assert not takes_grouped_heads(TorchVarlen(kernel, has_gqa_option=False), CPU)
+
+
+def test_varlen_says_what_it_cannot_do(torch_kernel, monkeypatch):
+    segments = table("ragged")
+    inputs = random_inputs(segments, 2, 2, 4)
     with pytest.raises(ValueError, match=r"cannot restrict a layer to chunked\(4\)"):
-        varlen.varlen_attention(*inputs, segments, visibility=Visibility("chunked", 4))
-    monkeypatch.setattr(varlen, "flash_attn_installed", lambda: False)
+        varlen_attention(*inputs, segments, visibility=Visibility("chunked", 4))
     with pytest.raises(ValueError, match="softcap needs the flash-attn package"):
-        varlen.varlen_attention(*inputs, segments, softcap=1.0)
+        varlen_attention(*inputs, segments, softcap=1.0)
     monkeypatch.setattr(varlen, "torch_varlen", lambda: None)
     with pytest.raises(ValueError, match="needs flash-attn or a PyTorch whose varlen_attn"):
-        varlen.varlen_attention(*inputs, segments)
+        varlen_attention(*inputs, segments)
 
 
-def dense_mask(segments: SegmentTable, visibility: Visibility) -> Tensor:
-    ids, positions = segments.segment_ids, segments.position_ids
-    parents = segments.parents.long()[ids]
-    seen = (ids[:, None] == ids[None]) | (parents[:, None] == ids[None])
-    return seen & visibility.mask(positions[:, None], positions[None])
+@pytest.mark.parametrize(
+    ("modules", "found", "reason"),
+    [
+        ({"flash_attn": None}, False, "is not installed|cannot be imported"),
+        ({"flash_attn": {}}, False, "cannot be imported .cannot import name"),  # flash-attn-4 alone
+        ({"flash_attn": {"flash_attn_varlen_func": print}}, True, "installed"),
+    ],
+)
+def test_flash_attn_is_there_if_its_kernel_can_be_imported(monkeypatch, modules, found, reason):
+    for name, members in modules.items():
+        module = None if members is None else ModuleType(name)
+        if module is not None:
+            vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    got = varlen.flash_attn.__wrapped__()
+    assert (got.function is not None) == found and re.search(reason, got.reason)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# ---- flex -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flex_kernel():
+    """FlexAttention's graphs, run by plain operators: recompiled where they would be on a GPU."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, backend="eager")
+
+
+@pytest.mark.parametrize("layout", VARLEN_LAYOUTS)
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
 def test_flex_blocks_and_mask_are_those_of_the_dense_mask(layout, visibility):
-    segments = SegmentTable.from_lengths(LAYOUTS[layout])
-    size = -(-segments.num_tokens // BLOCK) * BLOCK
+    segments = table(layout)
+    size = padded_size(segments.num_tokens)
+    assert size % BLOCK == 0 and 0 < size - segments.num_tokens < 2 * BLOCK
     dense = torch.zeros(size, size, dtype=torch.bool)
     dense[: segments.num_tokens, : segments.num_tokens] = dense_mask(segments, visibility)
     padding = torch.arange(size) >= segments.num_tokens
@@ -146,37 +189,67 @@ def test_flex_blocks_and_mask_are_those_of_the_dense_mask(layout, visibility):
     place = index - segments.num_tokens
     own = visibility.mask(place[:, None], place[None])
     dense |= padding[:, None] & padding[None] & own
-    visible = mask_mod(segments, visibility, CPU)(index[:1], index[:1], index[:, None], index[None])
-    assert torch.equal(visible, dense)
+    mask = block_mask(segments, visibility, CPU)
+    assert block_mask(segments, visibility, CPU) is mask
+    visible = mask.mask_mod(index[:1], index[:1], index[:, None], index[None])
+    covered = visibility.covers(segments.longest_sequence)
+    assert torch.equal(visible, dense) or covered
+    if covered:
+        assert torch.equal(visible & ~padding[None], dense & ~padding[None])
     tiles = dense.view(size // BLOCK, BLOCK, size // BLOCK, BLOCK).transpose(1, 2).flatten(2)
     partial, full = blocks(segments, visibility)
     some, every = tiles.any(-1).numpy(), tiles.all(-1).numpy()
     assert np.array_equal(partial | full, some)
     assert not (full & ~every).any() and not (partial & full).any()
     # Only blocks that hold the end of a segment may be full without being listed so.
-    borders = {int(o) // BLOCK for o in segments.offsets[1:-1]}
+    borders = {int(o) // BLOCK for o in segments.offsets[1:]}
     for row, column in np.argwhere(every & ~full):
         assert row in borders or column in borders
-    mask = block_mask(segments, visibility, CPU)
-    assert block_mask(segments, visibility, CPU) is mask
-    assert torch.equal(mask.to_dense()[0, 0].bool(), torch.from_numpy(some))
+    assert torch.equal(mask.to_dense()[0, 0].bool(), torch.from_numpy(some)) or covered
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", VARLEN_LAYOUTS)
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
 @pytest.mark.parametrize("softcap", [None, 0.8])
-def test_flex_arguments_equal_segmentwise(layout, visibility, softcap):
-    segments = SegmentTable.from_lengths(LAYOUTS[layout])
-    inputs = [t.detach() for t in tensors(segments, 2, 1, 16, 8)]
+def test_flex_equals_the_definition(flex_kernel, layout, visibility, softcap):
+    segments = table(layout)
+    inputs = [t.detach() for t in random_inputs(segments, 2, 1, 16, 8)]
     options = {"visibility": visibility, "softcap": softcap, "scale": 0.2}
-    got = flex_attention_on_pack(*inputs, segments, kernel=flex_attention, **options)
-    expected = segmentwise_attention(*inputs, segments, **options)
+    got = flex_attention_on_pack(*inputs, segments, kernel=flex_kernel, **options)
+    expected = dense_attention(*inputs, segments, **options)
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
 
 
+def test_flex_compiles_once_whatever_the_packs_and_windows(flex_kernel, monkeypatch):
+    """One graph each without and with a soft cap and under another grad mode; past the limit it is
+    an error, not a run that materialises all scores."""
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    torch._dynamo.reset()
+
+    def run(lengths, visibility, **options):
+        segments = SegmentTable.from_lengths(lengths)
+        inputs = [t.detach() for t in random_inputs(segments, 6, 1, 16)]
+        flex_attention_on_pack(
+            *inputs, segments, visibility=visibility, kernel=flex_kernel, **options
+        )
+        return counters["stats"]["unique_graphs"]
+
+    packs = [[(3, [2])], [(100, [28])], [(200, [56])], [(90, [70, 3, 300])], [(5, [3] * 50)]]
+    for lengths in packs:
+        for visibility in VISIBILITIES:
+            assert run(lengths, visibility) == 1
+    assert [run(packs[0], FULL, softcap=cap) for cap in (2.0, 3.0)] == [2, 2]
+    with torch.no_grad():
+        assert run(packs[0], FULL) == 3
+    monkeypatch.setattr("fastrank.attention.flex.RECOMPILE_LIMIT", 3)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        run(packs[0], FULL, sinks=torch.ones(6))
+
+
 def test_flex_sinks_are_one_more_term_of_the_denominator():
-    segments = SegmentTable.from_lengths(LAYOUTS["ragged"])
-    inputs = [t.detach() for t in tensors(segments, 4, 2, 16, 8)]
+    segments = table("ragged")
+    inputs = [t.detach() for t in random_inputs(segments, 4, 2, 16, 8)]
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
 
     def kernel(query, key, value, *, scale, enable_gqa, block_mask, return_lse, score_mod):
@@ -188,9 +261,11 @@ def test_flex_sinks_are_one_more_term_of_the_denominator():
         return logits.softmax(-1) @ values, logits.logsumexp(-1)
 
     got = flex_attention_on_pack(*inputs, segments, sinks=sinks, kernel=kernel)
-    expected = segmentwise_attention(*inputs, segments, sinks=sinks)
+    expected = dense_attention(*inputs, segments, sinks=sinks)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
+
+# ---- choice -----------------------------------------------------------------------------------
 
 WINDOWED = LayerProperties(Visibility("sliding", 4), covered=False)
 
@@ -202,70 +277,127 @@ WINDOWED = LayerProperties(Visibility("sliding", 4), covered=False)
         ("cpu", torch.bfloat16, LayerProperties(sinks=True), "cpu", "merged"),
         ("cpu", torch.float32, WINDOWED, "segmentwise", r"sliding\(4\) is shorter than a sequence"),
         ("cpu", torch.float32, LayerProperties(softcap=True), "segmentwise", "soft-capped"),
-        ("cuda", torch.bfloat16, LayerProperties(), "varlen", "gathered keys"),
-        ("cuda", torch.bfloat16, WINDOWED, "varlen", "gathered keys"),
+        ("cuda", torch.bfloat16, LayerProperties(), "merge", "no prompt copied per response$"),
+        ("cuda", torch.bfloat16, WINDOWED, "varlen", "gathered keys; not merge .sliding"),
         ("cuda", torch.bfloat16, LayerProperties(sinks=True), "flex", "attention sinks"),
+        ("cuda", torch.bfloat16, LayerProperties(softcap=True), "flex", "flash-attn is not inst"),
         ("cuda", torch.bfloat16, LayerProperties(head_size=512), "flex", "larger than 256"),
         ("cuda", torch.float32, LayerProperties(), "flex", "neither float16 nor bfloat16"),
         ("cuda", torch.float64, LayerProperties(), "segmentwise", "flex .float64."),
         ("mps", torch.float32, LayerProperties(), "segmentwise", "every sequence"),
     ],
 )
-def test_auto_chooses_with_a_reason(monkeypatch, device, dtype, layer, name, reason):
-    import fastrank.attention.backends as module
-
-    monkeypatch.setattr(module, "flash_attn_installed", lambda: False)
-    monkeypatch.setattr(module, "torch_varlen", lambda: emulated_varlen)
+def test_auto_chooses_with_a_reason(torch_kernel, device, dtype, layer, name, reason):
     choice = choose_attention(torch.device(device), dtype, layer)
     assert choice.name == name
-    assert __import__("re").search(reason, choice.reason), choice.reason
+    assert re.search(reason, choice.reason), choice.reason
 
 
-def test_flash_attn_serves_soft_caps(monkeypatch):
-    import fastrank.attention.backends as module
-
-    monkeypatch.setattr(module, "flash_attn_installed", lambda: True)
+def test_flash_attn_serves_soft_caps(torch_kernel, monkeypatch):
+    monkeypatch.setattr(backends, "flash_attn", lambda: FlashAttn(print, ""))
     layer = LayerProperties(softcap=True)
     assert choose_attention(torch.device("cuda"), torch.bfloat16, layer).name == "varlen"
 
 
-@pytest.mark.parametrize("name", ["varlen", "flex"])
+def test_a_device_whose_kernels_fail_or_err_gets_the_next_backend(torch_kernel, monkeypatch):
+    def give_way(attention, device):
+        return "it fails here: no such kernel" if attention is merged.merged_attention else None
+
+    monkeypatch.setattr(backends, "device_fault", give_way)
+    choice = choose_attention(torch.device("cuda"), torch.bfloat16)
+    assert choice == ("varlen", choice.reason) and "not merge (it fails here" in choice.reason
+
+
+def test_a_device_is_tried_forward_and_backward(torch_kernel, monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", emulated_flash)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", emulated_flash_backward)
+    monkeypatch.setattr(merged, "cpu_forward", cuda_forward)
+    monkeypatch.setattr(merged, "cpu_backward", cuda_backward)
+    attempt = device_fault.__wrapped__
+    with torch.inference_mode():
+        assert attempt(merged.merged_attention, CPU) is None
+    assert attempt(varlen_attention, CPU) is None
+
+    def wrong(*arguments, **options):
+        of_query, *rest = emulated_flash_backward(*arguments, **options)
+        return of_query * 1.5, *rest
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", wrong)
+    assert attempt(merged.merged_attention, CPU).startswith("its results are wrong here")
+
+    def missing(*arguments, **options):
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nat line 7")
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", missing)
+    reason = attempt(merged.merged_attention, CPU)
+    assert reason == "it fails here: FlashAttention only supports Ampere GPUs or newer."
+
+
+@pytest.mark.parametrize("name", ["merge", "varlen", "flex"])
 def test_a_backend_asked_for_by_name_never_falls_back(name):
-    segments = SegmentTable.from_lengths(LAYOUTS["ragged"])
-    inputs = [t.detach().float() for t in tensors(segments, 2, 2, 4, 4)]
+    segments = table("ragged")
+    inputs = [t.detach().float() for t in random_inputs(segments, 2, 2, 4)]
     with pytest.raises(ValueError, match=f"attention='{name}' cannot serve a full layer"):
         attend(*inputs, segments, visibility=FULL, backend=name)
     with pytest.raises(ValueError, match=r"'cpu' cannot serve a sliding\(4\) layer"):
         check_backend("cpu", CPU, torch.float32, WINDOWED)
-    assert set(BACKENDS) == {"cpu", "varlen", "flex", "segmentwise"}
+
+
+def test_the_names_of_the_type_are_those_of_the_table():
+    auto, names = get_args(AttentionName)
+    assert (*get_args(auto), *get_args(names)) == ("auto", *BACKENDS)
 
 
 @pytest.mark.parametrize("visibility", VISIBILITIES, ids=str)
-def test_attend_by_auto_equals_segmentwise(visibility):
-    segments = SegmentTable.from_lengths(LAYOUTS["ragged"])
-    inputs = tensors(segments, 4, 2, 8, 8)
+def test_attend_by_auto_equals_the_definition(visibility):
+    segments = table("ragged")
+    inputs = random_inputs(segments, 4, 2, 8)
     got = attend(*inputs, segments, visibility=visibility)
-    expected = segmentwise_attention(*inputs, segments, visibility=visibility, fused=False)
+    expected = dense_attention(*inputs, segments, visibility=visibility)
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
+# ---- masks ------------------------------------------------------------------------------------
 
 
 def test_masks_of_transformers_are_recognised():
     from transformers import masking_utils as masks
 
+    def classify(mask, size):
+        return recognise(ask(mask, size, CPU), size)
+
     left = torch.zeros(1, dtype=torch.long)
     for size in (1, 2, 5, 16):
         sliding = masks.sliding_window_causal_mask_function(size)
-        assert classify(sliding, size, CPU) == Visibility("sliding", size)
+        assert classify(sliding, size) == Visibility("sliding", size)
         chunked = masks.chunked_causal_mask_function(size, left)
-        expected = (
-            "sliding" if size == 1 else "chunked"
-        )  # a chunk of one sees itself, as does a window
-        assert classify(chunked, size, CPU) == Visibility(expected, size)
-    assert classify(masks.causal_mask_function, None, CPU) == FULL
+        # A chunk of one sees itself, as does a window.
+        expected = "sliding" if size == 1 else "chunked"
+        assert classify(chunked, size) == Visibility(expected, size)
+    assert classify(masks.causal_mask_function, None) == FULL
     for mask, size in (
         (masks.bidirectional_mask_function, None),
         (masks.sliding_window_bidirectional_mask_function(5), 5),
         (masks.sliding_window_causal_mask_function(7), 5),
     ):
         with pytest.raises(ValueError, match="another pattern"):
-            classify(mask, size, CPU)
+            classify(mask, size)
+
+
+def test_a_mask_is_asked_on_the_host_and_only_then_on_its_device():
+    places = []
+
+    def mask(batch, head, query, key):
+        places.append(query.device.type)
+        return key <= query
+
+    assert recognise(ask(mask, None, torch.device("meta")), None) == FULL
+    assert places == ["cpu"]
+
+    def elsewhere(batch, head, query, key):
+        places.append(query.device.type)
+        raise RuntimeError("Expected all tensors to be on the same device")
+
+    with pytest.raises(ValueError, match="cannot be evaluated there .Expected all tensors"):
+        ask(elsewhere, None, torch.device("meta"))
+    assert places == ["cpu", "cpu", "meta"]

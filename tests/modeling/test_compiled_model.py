@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import fastrank
-from fastrank.attention.attend import attend
+from fastrank.attention.backends import attend
 from fastrank.attention.operator import _attention, opaque_attention
 from fastrank.attention.segments import SegmentTable
 from fastrank.attention.visibility import Visibility, ask

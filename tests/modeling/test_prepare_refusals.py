@@ -133,7 +133,7 @@ def test_forward_arguments_that_contradict_each_other(arguments, message):
 
 def test_unknown_backends_and_backends_that_do_not_serve():
     model = build("llama")
-    expected = "attention must be one of auto, cpu, varlen, flex, segmentwise"
+    expected = "attention must be one of auto, cpu, merge, varlen, flex, segmentwise"
     with pytest.raises(ValueError, match=expected):
         fastrank.prepare_model(model, attention="magic")
     fastrank.prepare_model(model, attention="flex")

@@ -1,0 +1,128 @@
+"""Shared-prompt attention as parts of one softmax, merged by log-sum-exp.
+
+A response attends to its prompt (everything) and to itself (causally). The two parts run as
+separate flash attentions on views of the pack and are merged exactly:
+
+    lse = logaddexp(lse_1, lse_2)        out = out_1 exp(lse_1 - lse) + out_2 exp(lse_2 - lse)
+
+In the backward each part calls the unmodified flash backward with the *merged* output and
+log-sum-exp, which makes its probabilities and its row term those of the whole softmax: the parts'
+gradients then simply add up. An attention sink, a logit without a value, is one more part. Only the
+pack's q, k, v, its output and one number per row and head are kept.
+
+The alternative, gathering [prompt; response] keys for every response, copies each prompt n times in
+every layer; windowed and soft-capped layers, which cannot be merged, take it (`varlen`,
+`segmentwise`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrank.attention.flash_parts import cpu_backward, cpu_forward, cuda_backward, cuda_forward
+from fastrank.attention.segments import SegmentTable
+
+
+def merged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: SegmentTable,
+    *,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Full causal attention of every response over [its prompt; itself].
+
+    Args:
+        query: [1, H, N, D]; on a CPU of any float dtype, on CUDA float16 or bfloat16, D at most
+            256.
+        key, value: [1, H_kv, N, D] and [1, H_kv, N, D_v]; H is a multiple of H_kv.
+        segments: the layout of the N tokens.
+        scale: of the logits; 1 / sqrt(D) if None.
+        sinks: [H], a logit per head that takes probability and adds no value.
+
+    Returns:
+        [1, N, H, D_v] in the dtype of query.
+    """
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    query_key_value = same_head_size(query, key, value)
+    out: Tensor = _MergedAttention.apply(*query_key_value, sinks, segments, scale)
+    return out[..., : value.shape[-1]]
+
+
+_HEAD_MULTIPLE = {"cpu": 1}  # of head sizes; elsewhere 8
+
+
+def same_head_size(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with heads of one size that the device's flash kernels take, padded with zeros;
+    those that need no padding come back as they are."""
+    size = max(tensor.shape[-1] for tensor in tensors)
+    size += -size % _HEAD_MULTIPLE.get(tensors[0].device.type, 8)
+    return tuple(
+        tensor
+        if tensor.shape[-1] == size
+        else torch.nn.functional.pad(tensor, (0, size - tensor.shape[-1]))
+        for tensor in tensors
+    )
+
+
+def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """An autograd function's backward that cannot itself be differentiated, and says so.
+
+    PyTorch's ``once_differentiable`` notices only upstream gradients that need a gradient; that of
+    a scalar loss never does, and the second derivative would silently lack this term.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():  # true in a backward for create_graph=True only
+            raise RuntimeError(
+                "shared-prompt attention has first-order gradients only: its backward cannot run "
+                "with create_graph=True"
+            )
+        return backward(ctx, *grads)
+
+    return checked
+
+
+class _MergedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        segments: SegmentTable,
+        scale: float,
+    ) -> Tensor:
+        forward = cpu_forward if query.device.type == "cpu" else cuda_forward
+        out, lse = forward(query, key, value, segments, scale)
+        if sinks is not None:
+            merged = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
+            out.mul_(torch.exp(lse - merged).transpose(1, 2).unsqueeze(-1))
+            lse = merged
+        ctx.save_for_backward(query, key, value, sinks, out, lse)
+        ctx.segments, ctx.scale = segments, scale
+        return out
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, out, lse = ctx.saved_tensors
+        backward = cpu_backward if query.device.type == "cpu" else cuda_backward
+        grads = backward((grad, query, key, value, out, lse), ctx.segments, ctx.scale)
+        grad_sinks = None
+        if sinks is not None and ctx.needs_input_grad[3]:
+            # The sink's value is zero: dS = p (0 - delta), delta = <grad, out>.
+            delta = torch.sum(grad.to(lse.dtype) * out, dim=-1).transpose(1, 2)
+            weight = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
+            grad_sinks = -torch.sum(weight * delta, dim=(0, 2)).to(sinks.dtype)
+        return *grads, grad_sinks, None, None
