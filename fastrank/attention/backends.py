@@ -1,4 +1,4 @@
-"""The attention backends: which one serves a layer, why, and the call of it.
+"""The attention backends: the choice for a layer with its reason, and the call.
 
 ``auto`` takes the first of `BACKENDS` that can: the log-sum-exp merge, which copies no prompt per
 response, for full layers (``cpu`` and ``merge`` are its two devices); then one variable-length
@@ -230,21 +230,9 @@ def attend(
 ) -> Tensor:
     """Shared-prompt attention of one layer by the backend named, or by the one that fits.
 
-    Under autocast queries, keys and values are cast to its dtype, as for PyTorch's own attention:
-    rotary embeddings leave queries and keys wider than values.
-
-    Args:
-        query: [1, H, N, D].
-        key, value: [1, H_kv, N, D] and [1, H_kv, N, D_v]; H is a multiple of H_kv.
-        segments: the layout of the N tokens.
-        visibility: which earlier positions a token sees.
-        scale: of the logits; 1 / sqrt(D) if None.
-        softcap: logits become ``softcap * tanh(logits / softcap)``.
-        sinks: [H], a logit per head that takes probability and adds no value.
-        backend: a name of `BACKENDS`, or ``"auto"``.
-
-    Returns:
-        [1, N, H, D_v] in the dtype of query.
+    Arguments and result are those of `segmentwise_attention`. Under autocast queries, keys and
+    values are cast to its dtype, as for PyTorch's own attention: rotary embeddings leave queries
+    and keys wider than values.
 
     Raises:
         ValueError: the backend named cannot serve the layer.

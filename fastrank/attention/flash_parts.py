@@ -199,7 +199,7 @@ def cuda_forward(
 ) -> tuple[Tensor, Tensor]:
     """As `cpu_forward`."""
     index = segments.on_device("parts", query.device, _part_index)
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    q, k, v = (_rows(tensor) for tensor in (query, key, value))
     out, lse = _cuda_flash(q, k, v, _causal(index), True, scale)
     if index.longest_keys:
         k, v = k[index.prompts], v[index.prompts]
@@ -215,7 +215,7 @@ def cuda_backward(
     """As `cpu_backward`."""
     grad, query, key, value, out, lse = saved
     index = segments.on_device("parts", query.device, _part_index)
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    q, k, v = (_rows(tensor) for tensor in (query, key, value))
     made = (grad[0].contiguous(), out[0], lse[0])
     of_q, of_k, of_v = _cuda_flash_backward(made, q, k, v, _causal(index), True, scale)
     if index.longest_keys:
@@ -226,6 +226,12 @@ def cuda_backward(
         of_v[index.prompts] += shared[2]
     of_q, of_k, of_v = (grad.transpose(0, 1)[None] for grad in (of_q, of_k, of_v))
     return of_q, of_k, of_v
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[1, H, N, D] -> [N, H, D], a view wherever the kernel can read it."""
+    rows = tensor[0].transpose(0, 1)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 Ragged = tuple[Tensor, Tensor, int, int]  # offsets of queries and keys, their longest entries

@@ -50,18 +50,8 @@ def flex_attention_on_pack(
 ) -> Tensor:
     """Attention of every response over [its prompt; itself], as far as ``visibility`` goes.
 
-    Args:
-        query: [1, H, N, D], any dtype that FlexAttention takes.
-        key, value: [1, H_kv, N, D] and [1, H_kv, N, D_v].
-        segments: the layout of the N tokens.
-        visibility: which earlier positions a token sees.
-        scale: of the logits; 1 / sqrt(D) if None.
-        softcap: logits become ``softcap * tanh(logits / softcap)``.
-        sinks: [H], a logit per head that takes probability and adds no value.
-        kernel: what to call instead of the compiled ``flex_attention``.
-
-    Returns:
-        [1, N, H, D_v] in the dtype of query.
+    Arguments and result as in `fastrank.attention.segmentwise`, in any dtype that FlexAttention
+    takes. ``kernel`` is called instead of the compiled ``flex_attention``.
     """
     num_tokens = query.shape[2]
     missing = padded_size(num_tokens) - num_tokens

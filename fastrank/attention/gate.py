@@ -1,10 +1,11 @@
-"""Which models may share prompts.
+"""The check whether a model may share prompts.
 
 A shared-prompt pack is exact only where every mixing of tokens goes through an attention function
-that the adapter replaces, on positions that the model takes from ``position_ids``. What fails that
-is refused here by name and not left to be silently wrong: recurrent and hybrid models (their state
-would run from one response into the next), convolutions over time, biases by packed index (ALiBi),
-encoders, attention dropout. All of them work with ``shared_prompts=False``, one row a response.
+that the adapter replaces, on positions that the model takes from ``position_ids``. Models that do
+otherwise are refused by name, before they are silently wrong: recurrent and hybrid models (their
+state would run from one response into the next), convolutions over time, biases by packed index
+(ALiBi), encoders, attention dropout. All of them work with ``shared_prompts=False``, one row per
+response.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ def check_shareable(causal_lm: PreTrainedModel) -> None:
     if reason:
         raise InputError(
             f"{type(causal_lm).__name__} cannot share prompts: {reason}; use shared_prompts=False "
-            "(one padded row a response)"
+            "(one padded row per response)"
         )
 
 
 def refusal(causal_lm: PreTrainedModel) -> str | None:
-    """Why shared prompts would not be exact on this model; None if nothing speaks against them."""
+    """Why shared prompts would not be exact on this model; None if they are."""
     config = causal_lm.config.get_text_config()
     return (
         _refused_by_config(config)
@@ -53,7 +54,7 @@ def refusal(causal_lm: PreTrainedModel) -> str | None:
 
 
 def trunk(causal_lm: PreTrainedModel) -> nn.Module:
-    """The model without its head: what maps token ids to last hidden states."""
+    """The model without its head: token ids in, last hidden states out."""
     inner: nn.Module = causal_lm.base_model
     if inner is causal_lm:  # where the prefix in checkpoints is not the attribute's name
         inner = getattr(causal_lm, "model", causal_lm)
@@ -122,7 +123,7 @@ def _attention_dropout(causal_lm: PreTrainedModel) -> str | None:
 
 
 def attention_dropouts(model: nn.Module) -> Iterator[tuple[str, float]]:
-    """Every attention dropout rate of the model, by the name of its place."""
+    """Name and value of every attention dropout rate of the model."""
     for module in attention_modules(model):
         for name, value in vars(module).items():
             if "dropout" in name and "resid" not in name and isinstance(value, float):

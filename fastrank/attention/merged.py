@@ -40,16 +40,8 @@ def merged_attention(
 ) -> Tensor:
     """Full causal attention of every response over [its prompt; itself].
 
-    Args:
-        query: [1, H, N, D]; on a CPU of any float dtype, on CUDA float16 or bfloat16, D at most
-            256.
-        key, value: [1, H_kv, N, D] and [1, H_kv, N, D_v]; H is a multiple of H_kv.
-        segments: the layout of the N tokens.
-        scale: of the logits; 1 / sqrt(D) if None.
-        sinks: [H], a logit per head that takes probability and adds no value.
-
-    Returns:
-        [1, N, H, D_v] in the dtype of query.
+    Arguments and result as in `fastrank.attention.segmentwise`; on CUDA in float16 or bfloat16,
+    with heads of at most 256.
     """
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     query_key_value = same_head_size(query, key, value)

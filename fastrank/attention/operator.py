@@ -1,13 +1,13 @@
 """Shared-prompt attention as one operator, for compiled models.
 
-The eager path works on host integers, a Python loop over segments: a compiler would unroll it into
-the graph and compile anew for every pack. Here the whole attention of a layer is opaque: what the
-graph sees are tensors whose lengths may change, among them the segment table and the mask's answers
-on a few positions. So a model compiles in one piece, once for every pack.
+Without a compiler attention works on host integers, in Python loops over segments: a compiler would
+unroll them into the graph and compile anew for every pack. Here the whole attention of a layer is
+opaque: the graph sees tensors whose lengths may change, among them the segment table and the mask's
+answers on a few positions. So a model compiles in one piece, once for all packs.
 
-The price: the backward runs the attention's forward once more, because what a backend keeps for its
-own backward differs between backends and cannot cross the operator. That is a few percent of a
-step; the eager path does not pay it.
+The price: the backward runs the attention's forward once more, because the tensors that a backend
+keeps for its own backward differ between backends and cannot cross the operator. That is a few
+percent of a step; eager models do not pay it.
 """
 
 from __future__ import annotations

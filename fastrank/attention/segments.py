@@ -1,4 +1,4 @@
-"""Which token of a pack belongs to which prompt and response.
+"""The prompts and responses of a shared-prompt pack, as segments of its tokens.
 
 A shared-prompt pack is one row, ``[prompt_a | a1 | a2 | ... | prompt_b | b1 | ...]``. Only
 `SegmentTable` describes that row: two small integer arrays, from which every attention backend

@@ -2,8 +2,8 @@
 
 The keys that a segment can see are gathered (those of the prompt that its window reaches, then its
 own) and attended in one call under a mask on positions. This is the specification that the other
-backends are held against, and what serves the layers which they cannot do: windows and chunks that
-are shorter than a sequence, soft-capped logits, float64. Where nothing but a mask is needed it goes
+backends are held against, and it serves the layers that they cannot: windows and chunks that are
+shorter than a sequence, soft-capped logits, float64. Where nothing but a mask is needed it goes
 through PyTorch's fused attention; otherwise the probabilities are formed, and kept by autograd.
 """
 
@@ -56,7 +56,7 @@ def segmentwise_attention(
             first = visibility.first(offset)
             keys, values = (_visible(tensor, prompt, span, first) for tensor in (key, value))
             rows = query.narrow(2, span.start, span.length)
-            mask = _mask(span.length, keys.shape[2], offset, first, visibility, query.device)
+            mask = _mask(span.length, keys.shape[2], offset, visibility, query.device)
             if fused:
                 groups = query.shape[1] // key.shape[1]
                 keys, values = (_per_query_head(tensor, groups) for tensor in (keys, values))
@@ -80,7 +80,6 @@ def _mask(
     num_rows: int,
     num_columns: int,
     offset: int,
-    first: int,
     visibility: Visibility,
     device: torch.device,
 ) -> Tensor:

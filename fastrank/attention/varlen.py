@@ -100,16 +100,8 @@ def varlen_attention(
 ) -> Tensor:
     """Attention of every response over [its prompt; itself], full or within a sliding window.
 
-    Args:
-        query: [1, H, N, D], bfloat16 or float16, D at most 256.
-        key, value: [1, H_kv, N, D] and [1, H_kv, N, D_v]; H is a multiple of H_kv.
-        segments: the layout of the N tokens.
-        visibility: which earlier positions a token sees; a chunk must cover every sequence.
-        scale: of the logits; 1 / sqrt(D) if None.
-        softcap: needs flash-attn.
-
-    Returns:
-        [1, N, H, D_v] in the dtype of query.
+    Arguments and result as in `fastrank.attention.segmentwise`, in float16 or bfloat16, with heads
+    of at most 256.
 
     Raises:
         ValueError: a chunk shorter than a sequence, a softcap without flash-attn, no kernel.

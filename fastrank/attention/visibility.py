@@ -1,4 +1,4 @@
-"""Which earlier positions a layer lets a token see.
+"""The earlier positions that a layer lets a token see.
 
 Every mask of a causal attention layer in transformers is an interval that ends at the query:
 everything (full), the last w positions (sliding), or the query's own chunk of c positions

@@ -20,11 +20,12 @@ from torch import Tensor
 import fastrank
 from fastrank.attention import merged
 from fastrank.attention.backends import BACKENDS
-from fastrank.attention.flash_parts import cuda_backward, cuda_forward
+from fastrank.attention.flash_parts import _part_index, cuda_backward, cuda_forward
 from fastrank.attention.merged import merged_attention
+from fastrank.attention.operator import opaque_attention
 from fastrank.attention.segments import SegmentTable
 from fastrank.attention.segmentwise import segmentwise_attention
-from fastrank.attention.visibility import FULL, Visibility
+from fastrank.attention.visibility import FULL, Visibility, ask
 
 SHORT = [name for name in LAYOUTS if name not in ("blocks", "aligned")]
 
@@ -95,9 +96,7 @@ def test_both_devices_share_one_result(cuda_kernels, monkeypatch):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
-def test_a_prompt_alone_is_a_view_and_several_are_gathered_once(cuda_kernels):
-    from fastrank.attention.flash_parts import _part_index
-
+def test_a_prompt_alone_is_a_view_and_several_are_gathered_once():
     assert _part_index(table("equal")).prompts == slice(0, 8)
     index = _part_index(table("ragged"))
     assert index.prompts.tolist() == [*range(5), 16, *range(28, 45)]
@@ -166,10 +165,17 @@ def test_merge_leaves_the_saved_tensors_alone():
 def test_a_second_derivative_is_refused():
     segments = table("ragged")
     inputs = random_inputs(segments, 4, 2, 8)
+    answers = ask(lambda batch, head, query, key: key <= query, None, torch.device("cpu"))
     loss = merged_attention(*inputs, segments).pow(2).sum()
     with pytest.raises(RuntimeError, match="has first-order gradients only.*create_graph=True"):
         torch.autograd.grad(loss, inputs, create_graph=True)
     torch.autograd.grad(loss, inputs)
+    opaque = opaque_attention(
+        *inputs, segments, mask_answers=answers, local_size=None, scale=None, softcap=None,
+        sinks=None, backend="auto",
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="has first-order gradients only"):
+        torch.autograd.grad(opaque.pow(2).sum(), inputs, create_graph=True)
 
 
 @pytest.mark.parametrize("layout", SHORT)
