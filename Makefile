@@ -15,8 +15,9 @@ test: $(VENV)/.dev check  ## formatting, types, and every test that is neither s
 test-slow: $(VENV)/.dev  ## the tests that take minutes
 	$(BIN)/pytest -m "slow and not gpu"
 
-bench: $(VENV)/.dev $(VENV)/.peers  ## the CPU tables and curves of the README, about 20 minutes
-	$(BIN)/python -m bench.cpu_suite --output bench/results
+bench: $(VENV)/.dev $(VENV)/.peers  ## the CPU tables and curves of the README, about 30 minutes
+	set -e; for suite in loss rank attention step; do \
+	  $(BIN)/fastrank bench --suite $$suite --device cpu --seconds 10 --output bench/results; done
 	$(BIN)/python -m bench.curves --output bench/results
 	$(BIN)/python -m bench.tables
 	$(BIN)/python -m bench.goals bench/results

@@ -36,6 +36,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import get_context
+from operator import ge, gt, le
 from pathlib import Path
 from typing import Any
 
@@ -302,49 +303,34 @@ def comparison_table(path: Path) -> str:
     )
 
 
-Means = dict[str, float]
-CLAIMS: dict[str, Callable[[Means, Means], bool]] = {
-    "RRHF at least triples the base model's reward": (
-        lambda reward, perplexity: reward["RRHF"] >= 3 * reward[BASE]
-    ),
-    "RRHF beats SFT on the best": (
-        lambda reward, perplexity: reward["RRHF"] > reward["SFT on the best"]
-    ),
-    "without its SFT term the perplexity is at least ten times as high": (
-        lambda reward, perplexity: perplexity["RRHF without SFT"] >= 10 * perplexity["RRHF"]
-    ),
-    "online RRHF with the penalty reaches offline RRHF's reward": (
-        lambda reward, perplexity: reward["online RRHF with penalty"] >= reward["offline RRHF"]
-    ),
-    "at no higher perplexity": (
-        lambda reward, perplexity: (
-            perplexity["online RRHF with penalty"] <= perplexity["offline RRHF"]
-        )
-    ),
-    "without the penalty it drifts further from the base model": (
-        lambda reward, perplexity: (
-            perplexity["online RRHF"] > perplexity["online RRHF with penalty"]
-        )
-    ),
-}
-"""The results that a comparison is meant to show, from the methods' mean rewards and
-perplexities."""
+_PENALTY = "online RRHF with penalty"
+CLAIMS: list[tuple[str, str, str, Callable[[float, float], bool], float, str]] = [
+    ("RRHF at least triples the base model's reward", "reward", "RRHF", ge, 3, BASE),
+    ("RRHF beats SFT on the best", "reward", "RRHF", gt, 1, "SFT on the best"),
+    ("without its SFT term the perplexity is at least ten times as high", "perplexity",
+     "RRHF without SFT", ge, 10, "RRHF"),
+    ("online RRHF with the penalty reaches offline RRHF's reward", "reward",
+     _PENALTY, ge, 1, "offline RRHF"),
+    ("at no higher perplexity", "perplexity", _PENALTY, le, 1, "offline RRHF"),
+    ("without the penalty it drifts further from the base model", "perplexity",
+     "online RRHF", gt, 1, _PENALTY),
+]  # fmt: skip
+"""The results that a comparison is meant to show: a method's mean figure, compared with so many
+times that of another."""
 
 
 def claims(rows: Sequence[Outcome]) -> list[tuple[str, bool]]:
     """Every claim, and whether these rows bear it out; those without their methods are left out."""
-    means = [
-        {method: statistics.fmean(getattr(r, name) for r in own) for method, own in found.items()}
-        for found in [by_method(rows)]
-        for name in ("reward", "perplexity")
+    found = by_method(rows)
+
+    def mean(method: str, name: str) -> float:
+        return statistics.fmean(getattr(row, name) for row in found[method])
+
+    return [
+        (claim, compare(mean(method, name), times * mean(other, name)))
+        for claim, name, method, compare, times, other in CLAIMS
+        if method in found and other in found
     ]
-    held = []
-    for claim, check in CLAIMS.items():
-        try:
-            held.append((claim, check(*means)))
-        except KeyError:  # a method that was not run
-            pass
-    return held
 
 
 def plot(rows: Sequence[Outcome], path: Path) -> None:

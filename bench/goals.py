@@ -18,41 +18,24 @@ from fastrank.benchmarks.loss_peers import HOLDS_ALL_LOGITS
 from fastrank.benchmarks.results import FASTRANK, OK, Measurement, markdown_table, read_csv
 
 
-class Figures:
-    """Figures of one workload's variants that passed their checks."""
-
-    def __init__(self, rows: Sequence[Measurement]) -> None:
-        self.rows = {row.variant: row for row in rows if row.status == OK}
-
-    def __call__(self, field: str, variant: str = FASTRANK) -> float:
-        """One variant's figure.
-
-        Raises:
-            LookupError: it was not measured.
-        """
-        value: float | None = getattr(self.rows[variant], field)
-        if value is None:
-            raise LookupError(f"{variant} has no {field}")
-        return value
-
-
 @dataclass(frozen=True)
 class Goal:
-    """``value`` of a workload's figures is to be at most (or at least) ``limit``."""
+    """``value`` of a workload's rows, by variant, is to be at most (or at least) ``limit``."""
 
     workload: str
     what: str
     sign: Literal["at most", "at least"]
     limit: float
-    value: Callable[[Figures], float]
+    value: Callable[[dict[str, Measurement]], float | None]
 
     def check(self, rows: Sequence[Measurement]) -> tuple[float | None, bool | None]:
         """The value and whether it meets the goal; None where it was not measured."""
-        of = Figures([row for row in rows if row.workload == self.workload])
+        found = {r.variant: r for r in rows if r.workload == self.workload and r.status == OK}
         try:
-            of("median_ms")
-            value = self.value(of)
-        except LookupError:
+            value = self.value(found) if found[FASTRANK].timed else None
+        except (KeyError, TypeError):  # no such variant; a figure of it that is None
+            value = None
+        if value is None:
             return None, None
         return value, value <= self.limit if self.sign == "at most" else value >= self.limit
 
@@ -64,40 +47,43 @@ TORCH, TRL, PADDED = "F.linear_cross_entropy", "TRL ChunkedLogProb", "padded, re
 def slower(workload: str, variant: str, times: float, what: str = "") -> Goal:
     """The variant takes at least so many times as long as fastrank."""
     ratio = f"{what or variant} over fastrank"
-    return Goal(workload, ratio, "at least", times, lambda of: _over(of, "median_ms", variant))
+    return Goal(workload, ratio, "at least", times, lambda rows: rows[variant].ratio)
 
 
-def smaller(workload: str, field: str, variant: str, part: float, what: str) -> Goal:
+def smaller(workload: str, variant: str, field: str, part: float, what: str) -> Goal:
     """fastrank's figure is at most this part of the variant's."""
-    return Goal(workload, what, "at most", part, lambda of: 1 / _over(of, field, variant))
+
+    def value(rows):
+        return getattr(rows[FASTRANK], field) / getattr(rows[variant], field)
+
+    return Goal(workload, what, "at most", part, value)
 
 
-def _over(of: Figures, field: str, variant: str) -> float:
-    return of(field, variant) / of(field)
+def _over_floor(rows):
+    return 1 / rows[FASTRANK].floor_share
 
 
-def _fastest_streaming_peer(of: Figures) -> float:
+def _over_floor_and_traffic(rows):
+    own = rows[FASTRANK]
+    return own.median_ms / (own.floor_ms + own.traffic_ms)
+
+
+def _fastest_streaming_peer(rows):
     """Time over fastrank's of the fastest peer that never holds all logits."""
-    peers = [n for n, row in of.rows.items() if not row.ours and n not in HOLDS_ALL_LOGITS]
-    if not peers:
-        raise LookupError("no such peer was measured")
-    return min(_over(of, "median_ms", peer) for peer in peers)
-
-
-def _over_floor_and_traffic(of: Figures) -> float:
-    return of("median_ms") / (of("floor_ms") + of("traffic_ms"))
+    peers = [row for row in rows.values() if not row.ours and row.variant not in HOLDS_ALL_LOGITS]
+    return min((peer.ratio for peer in peers), default=None)
 
 
 CPU_GOALS = [
     slower("K5", PLAIN, 1.0),
     slower("K5", TORCH, 1.7),
-    smaller("K5", "peak_mib", PLAIN, 1 / 3, "peak memory, of plain PyTorch's"),
+    smaller("K5", PLAIN, "peak_mib", 1 / 3, "peak memory, of plain PyTorch's"),
     slower("K5-bf16", PLAIN, 1.3),
-    smaller("K5-bf16", "peak_mib", PLAIN, 0.25, "peak memory, of plain PyTorch's"),
+    smaller("K5-bf16", PLAIN, "peak_mib", 0.25, "peak memory, of plain PyTorch's"),
     slower("K5-85", "fastrank, every row", 1.0, "keeping dead rows"),
     slower("S2", LOOP, 3.5),
     slower("S2", PADDED, 2.5, f"{PADDED},"),
-    smaller("S2", "saved_mib", LOOP, 0.45, "saved activations, of the published loop's"),
+    smaller("S2", LOOP, "saved_mib", 0.45, "saved activations, of the published loop's"),
     slower("S2-1024", LOOP, 4.5),
     slower("S2-1024", PADDED, 3.3, f"{PADDED},"),
     slower("S2-256", LOOP, 1.0),
@@ -105,7 +91,7 @@ CPU_GOALS = [
 ]
 
 GPU_GOALS = [
-    *(Goal(name, "fastrank over the floor", "at most", limit, lambda of: 1 / of("floor_share"))
+    *(Goal(name, "fastrank over the floor", "at most", limit, _over_floor)
       for name, limit in (("K1", 1.15), ("K2", 1.2), ("K3", 1.2))),
     *(Goal(name, "fastest streaming peer over fastrank", "at least", limit, _fastest_streaming_peer)
       for name, limit in (("K1", 1.2), ("K2", 1.5))),
@@ -113,15 +99,15 @@ GPU_GOALS = [
     slower("K1", TRL, 1.7, "TRL"),
     Goal("K4", "fastrank over floor and traffic", "at most", 1.1, _over_floor_and_traffic),
     Goal("R1-64x8", "the kernel in a replayed graph, microseconds", "at most", 10.0,
-         lambda of: 1000 * of("median_ms", "fastrank kernel, replayed graph")),
+         lambda rows: 1000 * rows["fastrank kernel, replayed graph"].median_ms),
     Goal("R1-64x8", "the public call with gradient, microseconds", "at most", 150.0,
-         lambda of: 1000 * of("median_ms")),
+         lambda rows: 1000 * rows[FASTRANK].median_ms),
     slower("R1-64x8", LOOP, 20.0),
     *(Goal(name, "fastrank's choice over the fastest", "at most", 1.2,
-           lambda of: 1 / min(_over(of, "median_ms", variant) for variant in of.rows))
+           lambda rows: 1 / min(row.ratio for row in rows.values()))
       for name in ("A1-2048", "A1-512", "A1-256")),
     *(slower(name, LOOP, 3.0) for name in ("S1-qwen", "S1-llama")),
-    *(smaller(name, "peak_mib", LOOP, 0.4, "peak memory, of the published loop's")
+    *(smaller(name, LOOP, "peak_mib", 0.4, "peak memory, of the published loop's")
       for name in ("S1-qwen", "S1-llama")),
 ]  # fmt: skip
 

@@ -3,7 +3,7 @@
     pytest bench/test_cpu.py --benchmark-enable -k "K5 and fastrank"
 
 Each variant passes the float64 gate before it is timed. The recorded tables come from
-`bench.cpu_suite`, which lets variants take turns; here each runs by itself.
+``fastrank bench``, which lets variants take turns; here each runs by itself.
 """
 
 from __future__ import annotations

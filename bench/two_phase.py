@@ -51,6 +51,8 @@ class Row:
     ms: float | None = None
     spread: float | None = None
     accuracy: float | None = None
+    ratio: float | None = None
+    """``ms`` over that of checkpointed joint training."""
     live_fraction: float | None = None
     tokens_joint: int | None = None
     tokens_scored: int | None = None
@@ -151,21 +153,18 @@ def gradient_error(model: nn.Module, steps: dict[str, Callable[[], object]]) -> 
 
 def measure_memory(shape: Shape, candidates: Sequence[int]) -> list[Row]:
     rows = []
-    print(f"peak memory of a step in MiB, packs of {shape['max_tokens']} tokens")
     for mode in MODES:
         for n in candidates:
             peak = fresh_process_peak(
                 "bench.two_phase:fresh_step", shape=shape, mode=mode, candidates=n
             )
-            if peak is None:
-                raise RuntimeError("peak memory is measured on Linux alone")
-            rows.append(Row(mode, n, peak_mib=peak / 2**20))
-            print(f"  {mode:20}  n = {n:3}  {rows[-1].peak_mib:8.1f}", flush=True)
+            rows.append(Row(mode, n, peak_mib=None if peak is None else peak / 2**20))
+            show(rows[-1])
     return rows
 
 
 def measure_time(shape: Shape, args: argparse.Namespace) -> list[Row]:
-    rows: list[Row] = []
+    rows = []
     model = make_model(shape)
     plain = make_groups(shape, args.time_groups, args.time_candidates)
     for accuracy in args.accuracy:
@@ -174,28 +173,25 @@ def measure_time(shape: Shape, args: argparse.Namespace) -> list[Row]:
         error = gradient_error(model, steps)
         output = steps["two-phase"]()
         assert output is not None
-        print(
-            f"RRHF, n = {args.time_candidates}, pairwise accuracy {found:.3f}: live_fraction "
-            f"{output.live_fraction:.3f}; back-propagated {output.tokens_backpropagated} of "
-            f"{output.tokens_joint} tokens; work_saved {output.work_saved:.3f}; gradients differ "
-            f"from joint ones by {error:.0e}"
-        )
         timings = interleave(steps, torch.device("cpu"), seconds=args.seconds)
-        base = timings["joint, checkpointed"].median
         for mode, timing in timings.items():
             row = Row(mode, args.time_candidates, None, timing.median, timing.spread, found)
-            print(
-                f"  {mode:20}  {row.ms:8.0f} ms  ± {row.spread:4.0%}  "
-                f"{timing.median / base:.2f} x checkpointed",
-                flush=True,
-            )
+            row.ratio = timing.median / timings["joint, checkpointed"].median
             if mode == "two-phase":
                 for name in ("live_fraction", "tokens_joint", "tokens_scored",
                              "tokens_backpropagated", "work_saved"):  # fmt: skip
                     setattr(row, name, getattr(output, name))
                 row.gradient_error = error
+            show(row)
             rows.append(row)
     return rows
+
+
+def show(row: Row) -> None:
+    """The figures that a row has, on one line."""
+    figures = {name: value for name, value in vars(row).items() if value is not None}
+    mode = figures.pop("mode")
+    print(f"{mode:20} " + "; ".join(f"{k} {v:,.4g}" for k, v in figures.items()), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

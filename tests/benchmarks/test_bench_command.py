@@ -53,9 +53,15 @@ def test_a_red_gate_ends_in_code_1_and_no_speed_up(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--workload", "K9"], "--workload of suite loss must be one of K1"),
-        (["--workload", "K5", "--tokens", "77"], "--tokens must be a multiple of"),
-        (["--workload", "K5", "--vocab", "-3"], "--vocab must be at least 1"),
+        (["--workload", "S2"], "--workload of suite loss must be one of K1, K2"),
+        (
+            ["--workload", "K5", "--tokens", "100"],
+            "--tokens must be a multiple of candidates x response = 512, got 100",
+        ),
+        (["--tokens", "0"], "--tokens must be at least 1, got 0"),
+        (["--vocab", "-3"], "--vocab must be at least 1, got -3"),
+        (["--accuracy", "1.5"], "--accuracy must lie between 0 and 1, got 1.5"),
+        (["--suite", "rank", "--vocab", "5"], "--vocab is no size of suite rank, which has groups"),
         (["--suite", "step", "--model", "gpt"], "--model must be one of qwen2.5-0.5b, "),
         (["--variant", "nonsense"], "--variant must be one of fastrank"),
         (["--seconds", "-1"], "--seconds must not be negative"),

@@ -87,9 +87,9 @@ def test_the_readme_is_up_to_date():
 
 def test_goals_are_held_against_rows(a_row):
     rows = [
-        a_row("fastrank", median_ms=10.0, peak_mib=50.0, floor_share=0.8),
-        a_row("plain PyTorch", median_ms=11.0, peak_mib=100.0),
-        a_row("F.linear_cross_entropy", median_ms=15.0, peak_mib=90.0),
+        a_row("fastrank", median_ms=10.0, ratio=1.0, peak_mib=50.0, floor_share=0.8),
+        a_row("plain PyTorch", median_ms=11.0, ratio=1.1, peak_mib=100.0),
+        a_row("F.linear_cross_entropy", median_ms=15.0, ratio=1.5, peak_mib=90.0),
     ]
     found = {(g.workload, g.what): g.check(rows) for g in goals.CPU_GOALS}
     assert found["K5", "plain PyTorch over fastrank"] == (1.1, True)
@@ -101,16 +101,16 @@ def test_goals_are_held_against_rows(a_row):
 
 
 def test_goals_of_a_gpu(a_row):
-    own = {"median_ms": 10.0, "floor_ms": 8.0, "floor_share": 0.8, "traffic_ms": 1.5}
+    own = {"median_ms": 10.0, "ratio": 1.0, "floor_ms": 8.0, "floor_share": 0.8, "traffic_ms": 1.5}
     rows = [
         a_row("fastrank", "K1", **own),
-        a_row("plain PyTorch", "K1", median_ms=9.0),  # holds all logits: no streaming
-        a_row("TRL ChunkedLogProb", "K1", median_ms=18.0),
-        a_row("F.linear_cross_entropy", "K1", median_ms=13.0),
+        a_row("plain PyTorch", "K1", median_ms=9.0, ratio=0.9),  # holds all logits: no streaming
+        a_row("TRL ChunkedLogProb", "K1", median_ms=18.0, ratio=1.8),
+        a_row("F.linear_cross_entropy", "K1", median_ms=13.0, ratio=1.3),
         a_row("fastrank", "K2", **own),
         a_row("fastrank", "K4", **own),
-        a_row("fastrank", "A1-256", median_ms=12.0),
-        a_row("dense mask", "A1-256", median_ms=8.0),
+        a_row("fastrank", "A1-256", median_ms=12.0, ratio=1.0),
+        a_row("dense mask", "A1-256", median_ms=8.0, ratio=0.625),
     ]
     found = {(g.workload, g.what): g.check(rows) for g in goals.GPU_GOALS}
     assert found["K1", "fastrank over the floor"] == (1.25, False)
@@ -118,7 +118,7 @@ def test_goals_of_a_gpu(a_row):
     assert found["K1", "TRL over fastrank"] == (1.8, True)
     assert found["K2", "fastest streaming peer over fastrank"] == (None, None)
     assert found["K4", "fastrank over floor and traffic"] == (pytest.approx(10 / 9.5), True)
-    assert found["A1-256", "fastrank's choice over the fastest"] == (1.5, False)
+    assert found["A1-256", "fastrank's choice over the fastest"] == (1.6, False)
 
 
 def test_a_goal_without_a_right_result_of_our_own_is_not_measured(a_row):

@@ -17,7 +17,6 @@ from fastrank.benchmarks.results import MISSING, Measurement, read_csv, text_tab
 from fastrank.benchmarks.runner import RunPlan, run_workload
 from fastrank.benchmarks.timing import Timing, interleave
 from fastrank.benchmarks.workloads import SUITES, WORKLOADS, Workload, choose_workloads, resize
-from fastrank.errors import InputError
 
 CPU = torch.device("cpu")
 
@@ -115,30 +114,6 @@ def test_a_workload_survives_the_way_to_another_process():
 def test_sizes_can_be_replaced():
     workload = resize(WORKLOADS["K5"], tokens=1024, vocab=77, candidates=None)
     assert (workload.groups, workload.tokens, workload.vocab) == (2, 1024, 77)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ({"tokens": 100}, "--tokens must be a multiple of candidates x response = 512, got 100"),
-        ({"tokens": 0}, "--tokens must be at least 1, got 0"),
-        ({"vocab": 0}, "--vocab must be at least 1, got 0"),
-        ({"accuracy": 1.5}, "--accuracy must lie between 0 and 1, got 1.5"),
-    ],
-)
-def test_wrong_sizes(sizes: dict[str, float], message: str):
-    with pytest.raises(InputError, match=message):
-        resize(WORKLOADS["K5"], **sizes)
-
-
-def test_a_size_of_another_suite_is_refused():
-    with pytest.raises(InputError, match="--vocab is no size of suite rank, which has groups"):
-        resize(WORKLOADS["R1-64x8"], vocab=5)
-
-
-def test_an_unknown_workload_is_named():
-    with pytest.raises(InputError, match="--workload of suite loss must be one of K1, .*got S2"):
-        choose_workloads("loss", "cpu", ["S2"])
 
 
 @pytest.mark.parametrize("accuracy", [0.0, 0.15, 0.5, 0.85, 1.0])
