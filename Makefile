@@ -22,7 +22,7 @@ bench: $(VENV)/.dev $(VENV)/.peers  ## the CPU tables and curves of the README, 
 	$(BIN)/python -m bench.tables
 	$(BIN)/python -m bench.goals bench/results
 
-compare: $(VENV)/.dev  ## what each loss makes of the same candidates, over three seeds
+compare: $(VENV)/.dev  ## the effect of each loss on the same candidates, over three seeds
 	$(BIN)/python -m bench.compare --output bench/results
 	$(BIN)/python -m bench.tables
 

@@ -49,7 +49,7 @@ EVERY = 8  # steps between online rounds
 
 _GENTLE = {"learning_rate": 3e-4, "loss_kwargs": {"sft_weight": 3.0}}
 METHODS: dict[str, dict[str, Any]] = {
-    # So far below 0 a margin lets no pair count: what is left of RRHF is its SFT term.
+    # With a margin so far below 0 no pair counts: only RRHF's SFT term is left.
     "SFT on the best": {"loss_kwargs": {"margin": -1e9}},
     "RRHF": {},
     "RRHF without SFT": {"loss_kwargs": {"sft_weight": 0.0}},

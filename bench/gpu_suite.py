@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
     parser.add_argument("--no_tests", dest="tests", action="store_false", help="measure only")
     parser.add_argument(
-        "--commit", default="", help="what is measured, for a copy without its history"
+        "--commit", default="", help="measured commit, for a copy without its history"
     )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def _measure(
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "fastrank.cli.main", "bench", f"--suite={unit.suite}"]
         command += [f"--device={device}", f"--output={scratch}", "--workload", *unit.workloads]
-        # Checks stop early enough for the timing of what was checked.
+        # Checks stop early enough for the timing that follows.
         command += [f"--time_limit={0.6 * seconds:.1f}"]
         if dry_run:
             command += ["--seconds=0", "--no_memory", *unit.tiny.split()]

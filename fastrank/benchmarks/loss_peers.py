@@ -110,7 +110,7 @@ def _liger_scaled() -> Logprobs:
 
 
 def _liger_scaled_generic() -> Logprobs:
-    # What the line above falls back to away from Hopper, asked for on a Hopper GPU too.
+    # The fallback of the function above on other GPUs, asked for on a Hopper GPU too.
     from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
 
     generic = module._FusedLinearPPOFallbackFunction

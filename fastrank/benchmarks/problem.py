@@ -91,7 +91,7 @@ class Problem(abc.ABC):
         return self._references[target]
 
     def forget_references(self) -> None:
-        """Free the references: they would count as memory of what is measured next."""
+        """Free the references: they would count as memory in the next measurement."""
         self._references.clear()
 
     def floor(self) -> Floor | None:
@@ -140,7 +140,7 @@ def make_step(workload: dict[str, Any], variant: str) -> Step:
 
 
 class Verdict(NamedTuple):
-    """Errors by the result's name, and what is wrong (None: nothing)."""
+    """Errors by the result's name, and the reason if one is too large."""
 
     errors: dict[str, float]
     wrong: str | None

@@ -215,7 +215,7 @@ def _one_pack(
 
 
 def _make_fastrank(problem: StepProblem, shared_prompts: bool | Literal["auto"] = True) -> Step:
-    """``shared_prompts`` as `fastrank.pack` takes it: the layout is what is compared."""
+    """``shared_prompts`` as `fastrank.pack` takes it chooses the layout."""
     model = fastrank.prepare_model(problem.model)
     pack = _one_pack(problem, shared_prompts=shared_prompts)
     return lambda: problem.gradients(model(pack=pack, loss=problem.loss).loss)
@@ -303,7 +303,7 @@ def _make_published(problem: StepProblem) -> Step:
 
 
 def _present(problem: StepProblem, outputs: Outputs) -> Outputs:
-    """All parameters' gradients as one vector: what is small is judged beside what is not."""
+    """All parameters' gradients as one vector: small ones are judged beside large ones."""
     grads = [
         outputs.get(name, torch.zeros_like(p)).reshape(-1)
         for name, p in problem.model.named_parameters()

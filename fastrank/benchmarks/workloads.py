@@ -1,8 +1,8 @@
 """The workloads: one definition of each, for every device, suite and entry point.
 
 Sizes follow the fields of `Workload`; every one can be overridden. Groups are rectangular (n equal
-candidates of R tokens): that is the kindest case for the peers, which pad, so what is reported is
-the gain without ragged lengths.
+candidates of R tokens): that is the kindest case for the peers, which pad, so the reported gain is
+that without ragged lengths.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``fastrank bench``: what it prints, writes and refuses."""
+"""``fastrank bench``: its output, its files and its refusals."""
 
 from __future__ import annotations
 
