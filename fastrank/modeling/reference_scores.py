@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastrank.arguments import Normalize
 from fastrank.attention.gate import refusal
 from fastrank.data.columns import (
     GroupSizes,
@@ -110,7 +111,7 @@ def with_reference_scores(
     groups: Sequence[Group],
     model: str | Path | nn.Module,
     *,
-    normalize: str,
+    normalize: Normalize,
     cache_dir: str | Path | None = None,
     max_tokens: int = 16384,
     dtype: torch.dtype | str = torch.float32,
@@ -176,7 +177,9 @@ def _read(cache: Path | None, num_candidates: int) -> Tensor | None:
     return scores if scores is not None and scores.shape == (num_candidates,) else None
 
 
-def _score(model: nn.Module, groups: Sequence[Group], normalize: str, max_tokens: int) -> Tensor:
+def _score(
+    model: nn.Module, groups: Sequence[Group], normalize: Normalize, max_tokens: int
+) -> Tensor:
     """float32 [C], every process its share of the groups."""
     from tqdm import tqdm
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastrank.arguments import Normalize
 from fastrank.attention.gate import refusal
 from fastrank.data.candidate_packs import split_groups
 from fastrank.data.columns import group_sizes
@@ -16,7 +17,11 @@ from fastrank.modeling.unwrap import causal_lm, evaluation_mode, unwrap, vocab_s
 
 
 def score(
-    model: nn.Module, groups: Sequence[Group], *, max_tokens: int = 16384, normalize: str = "mean"
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    max_tokens: int = 16384,
+    normalize: Normalize = "mean",
 ) -> list[Tensor]:
     """Score every candidate of every group, without gradients and in evaluation mode.
 
