@@ -1,8 +1,7 @@
-"""The wheel's contents, the import direction of the rooms, and what must not be imported early."""
+"""The wheel's contents, lazy imports, and the package as a command."""
 
 from __future__ import annotations
 
-import ast
 import shutil
 import subprocess
 import sys
@@ -51,53 +50,6 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel) -> None:
 def test_no_python_file_lies_directly_in_kernels() -> None:
     # A kernels/__init__.py would shadow the package of that name, which transformers imports.
     assert not list((ROOT / "kernels").glob("*.py"))
-
-
-LAYERS = [  # a room imports only from itself and from rooms after it
-    {"cli"},
-    {"workflow", "benchmarks"},
-    {"training", "tasks"},
-    {"modeling", "data", "attention"},
-    {
-        "linear_loss",
-        "ranking",
-        "logprobs",
-        "metrics",
-        "losses",
-        "outputs",
-        "arguments",
-        "errors",
-        "hf_private",
-    },
-]
-
-
-def imported_rooms(path: Path) -> set[str]:
-    """The rooms of fastrank that a file imports, also inside functions."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            base = list(package[: len(package) - node.level + 1]) if node.level else []
-            names = base + (node.module.split(".") if node.module else [])
-            full = [names + [alias.name] for alias in node.names]
-        elif isinstance(node, ast.Import):
-            full = [alias.name.split(".") for alias in node.names]
-        else:
-            continue
-        found |= {parts[1] for parts in full if parts[0] == "fastrank" and len(parts) > 1}
-    return found
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_dependencies_point_one_way(path) -> None:
-    parts = path.relative_to(ROOT / "fastrank").with_suffix("").parts
-    if parts[0] in ("__init__", "__main__"):
-        return
-    level = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
-    own = level[parts[0]]
-    upwards = {room for room in imported_rooms(path) if level.get(room, own) < own}
-    assert not upwards, f"{parts[0]} must not import {upwards}"
 
 
 def test_importing_the_library_imports_nothing_heavy() -> None:
