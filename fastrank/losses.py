@@ -52,16 +52,26 @@ class Loss:
     sft_reduction: Normalize = "mean"
     normalize: Normalize = "mean"
 
+    _code: ClassVar[str | None]
     uses_reference: ClassVar[bool] = False
     """Whether a reference model's scores are subtracted from the model's own."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check(type(self).__name__, field.name, getattr(self, field.name))
+        spec = self._build_spec()
+        object.__setattr__(self, "_code", None if spec is None else spec.encode())
 
     def spec(self) -> RankSpec:
         """The same loss as the operators take it."""
-        raise TypeError(f"{type(self).__name__} is not a loss by itself; use one of {_names()}")
+        # From a string, which a compiler holds constant even where it takes numbers for dynamic.
+        if self._code is None:
+            raise TypeError(f"{type(self).__name__} is not a loss by itself; use one of {_names()}")
+        return RankSpec.parse(self._code)
+
+    def _build_spec(self) -> RankSpec | None:
+        """The operators' form of the loss; None for a class that is no loss by itself."""
+        return None
 
     def _spec(self, form: Literal["pairwise", "staged", "softmax"], **fields: Any) -> RankSpec:
         return RankSpec(
@@ -103,7 +113,7 @@ class RRHF(PairwiseLoss):
     margin: float = 0.0
     sft_weight: float = dataclasses.field(default=1.0, kw_only=True)
 
-    def spec(self) -> RankSpec:
+    def _build_spec(self) -> RankSpec:
         return self._pairwise("hinge", margin=float(self.margin))
 
 
@@ -119,7 +129,7 @@ class PRO(Loss):
     sft_weight: float = dataclasses.field(default=0.05, kw_only=True)
     sft_reduction: Normalize = dataclasses.field(default="sum", kw_only=True)
 
-    def spec(self) -> RankSpec:
+    def _build_spec(self) -> RankSpec:
         return self._spec("staged", stage_scale="reward_gap", sft_growth="square")
 
 
@@ -128,7 +138,7 @@ class RankNet(PairwiseLoss):
     """``Σ_{r_i > r_j} softplus(−(s_i − s_j))``: RankNet (Burges et al., 2005), which is the
     Bradley–Terry likelihood of every pair."""
 
-    def spec(self) -> RankSpec:
+    def _build_spec(self) -> RankSpec:
         return self._pairwise("logistic")
 
 
@@ -143,7 +153,7 @@ class SLiC(PairwiseLoss):
 
     margin: float = 1.0
 
-    def spec(self) -> RankSpec:
+    def _build_spec(self) -> RankSpec:
         return self._pairwise("hinge", margin=float(self.margin))
 
 
@@ -159,7 +169,7 @@ class SimPO(PairwiseLoss):
     beta: float = 2.0
     gamma: float = 1.0
 
-    def spec(self) -> RankSpec:
+    def _build_spec(self) -> RankSpec:
         return self._pairwise("logistic", score_scale=float(self.beta), margin=float(self.gamma))
 
 
@@ -175,7 +185,7 @@ class IPO(PairwiseLoss):
     beta: float = 0.1
     uses_reference: ClassVar[bool] = True
 
-    def spec(self) -> RankSpec:
+    def _build_spec(self) -> RankSpec:
         return self._pairwise("square", margin=1.0 / (2.0 * self.beta))
 
 
@@ -192,7 +202,7 @@ class DPO(PairwiseLoss):
     normalize: Normalize = dataclasses.field(default="sum", kw_only=True)
     uses_reference: ClassVar[bool] = True
 
-    def spec(self) -> RankSpec:
+    def _build_spec(self) -> RankSpec:
         return self._pairwise("logistic", score_scale=float(self.beta))
 
 
@@ -201,7 +211,7 @@ class LambdaRank(PairwiseLoss):
     """RankNet's pairs weighted by the change of DCG that swapping them would make (LiPO-λ,
     arXiv:2402.01878, equations 9 and 10); the weights carry no gradient."""
 
-    def spec(self) -> RankSpec:
+    def _build_spec(self) -> RankSpec:
         return self._pairwise("logistic", pair_weight="lambda")
 
 
@@ -216,7 +226,7 @@ class ListMLE(Loss):
 
     top_k: int | None = None
 
-    def spec(self) -> RankSpec:
+    def _build_spec(self) -> RankSpec:
         return self._spec("staged", top_k=self.top_k or 0)
 
 
@@ -231,7 +241,7 @@ class ListNet(Loss):
 
     temperature: float = 1.0
 
-    def spec(self) -> RankSpec:
+    def _build_spec(self) -> RankSpec:
         return self._spec("softmax", temperature=float(self.temperature))
 
 

@@ -65,8 +65,13 @@ class RankSpec(NamedTuple):
         return " ".join([f"{field}" for field in self])
 
     @staticmethod
-    @lru_cache
-    def decode(text: str) -> RankSpec:
-        """The inverse of `encode`."""
+    def parse(text: str) -> RankSpec:
+        """The inverse of `encode`, for code that a compiler traces."""
         kinds = [str, *map(type, RankSpec._field_defaults.values())]
         return RankSpec(*(kind(word) for kind, word in zip(kinds, text.split(), strict=True)))
+
+    @staticmethod
+    @lru_cache
+    def decode(text: str) -> RankSpec:
+        """The inverse of `encode`, cached."""
+        return RankSpec.parse(text)
