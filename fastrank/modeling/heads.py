@@ -6,14 +6,16 @@ HyperCLOVAX multiplies by an attribute of the same name. So the head is *measure
 logits on a few rows are compared with those computed from the head, and a scale is accepted only if
 it reproduces them. What cannot be reproduced, and a head that is not a plain linear layer (with an
 adapter, quantised, partitioned by ZeRO-3), takes the logits fallback: the model computes its own
-logits. Multiplying by an adapter's factors here would save memory for one kind of adapter; the
-logits fallback is right for every kind.
+logits, at the cost of memory for all response rows' logits, with the same values and gradients.
+Multiplying by an adapter's factors here would save memory for one kind of adapter; the fallback is
+right for every kind.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
+
+from fastrank.data.packing import Pack
 
 
 class HeadWeights(NamedTuple):
@@ -70,6 +74,22 @@ def not_plain(model: PreTrainedModel) -> str | None:
     if not weight.is_floating_point():
         return f"the head is quantised ({weight.dtype})"
     return None
+
+
+def logits_fallback(
+    model: PreTrainedModel, forward: Callable[..., Any], inputs: dict[str, Any], pack: Pack
+) -> Tensor:
+    """Log-probability of every label by the model's own forward: [T], in at least float32."""
+    num_columns = pack.input_ids.shape[1]
+    rows, index = torch.unique(pack.rows, return_inverse=True)
+    keeps_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+    if pack.shared_prompts and keeps_rows:
+        logits = forward(**inputs, logits_to_keep=rows).logits[0]
+    else:
+        logits = forward(**inputs).logits
+        logits = logits[rows // num_columns, rows % num_columns]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits[index, pack.labels] - torch.logsumexp(logits, dim=-1)[index]
 
 
 @contextmanager

@@ -33,8 +33,7 @@ from fastrank.linear_loss import linear_ranking_loss
 from fastrank.logprobs import sequence_scores, token_logprobs
 from fastrank.losses import Loss
 from fastrank.modeling.context import check_sequences
-from fastrank.modeling.heads import Head
-from fastrank.modeling.logits import model_logprobs
+from fastrank.modeling.heads import Head, logits_fallback
 from fastrank.modeling.probe import check_causal, check_sharing, probe_head
 from fastrank.modeling.unwrap import (
     causal_lm,
@@ -237,7 +236,7 @@ def _pack_hidden(lm: PreTrainedModel, state: Prepared, pack: Pack) -> Tensor:
 
 def _model_logprobs(model: nn.Module, lm: PreTrainedModel, state: Prepared, pack: Pack) -> Tensor:
     forward = _inner(model)
-    return _run(lm, state, pack, lambda **inputs: model_logprobs(lm, forward, inputs, pack))
+    return _run(lm, state, pack, lambda **inputs: logits_fallback(lm, forward, inputs, pack))
 
 
 def _run(
