@@ -62,7 +62,7 @@ class Backprop(abc.ABC):
     """Whether a batch holds groups that are packed later."""
 
     def cutter(self) -> StepCutter:
-        """Cuts a step's groups into what `step` takes."""
+        """The cutter of a step's groups into a batch for `step`."""
         return StepCutter(
             max_tokens=self.max_tokens,
             shared_prompts=self.shared_prompts,
@@ -87,7 +87,7 @@ class Backprop(abc.ABC):
 
 
 class JointBackprop(Backprop):
-    """Forward and backward over packs of whole groups."""
+    """One forward and backward pass over packs of whole groups."""
 
     whole_groups = False
 
@@ -124,7 +124,7 @@ class JointBackprop(Backprop):
 
 
 class TwoPhaseBackprop(Backprop):
-    """Scores first, then gradients of the candidates that have one; see
+    """Scores of all candidates, then gradients of those that have one; see
     `fastrank.training.two_phase`."""
 
     whole_groups = True
@@ -176,9 +176,7 @@ class TwoPhaseBackprop(Backprop):
         def explain(failing: Pack) -> AbstractContextManager[None]:
             return explained_out_of_memory(failing, self.max_tokens, whole_groups=False)
 
-        return Phases.of(
-            model, self.loss, max_tokens=self.max_tokens, engine=engine, explain=explain
-        )
+        return Phases(model, self.loss, max_tokens=self.max_tokens, engine=engine, explain=explain)
 
 
 class _GradientProbe(Engine):

@@ -1,12 +1,12 @@
 """From the groups of a step to the packs of every process.
 
-A step is a set of groups, drawn from a seeded permutation, and nothing else: how many processes
-there are and how many packs fit into memory only decides how that set is cut. Because the loss
-is a sum over groups divided by the number of groups of the step, every cut gives the same gradient.
+A step is a set of groups, drawn from a seeded permutation, and nothing else: the number of
+processes and the size of packs only decide how that set is cut. Because the loss is a sum over
+groups divided by the number of groups of the step, every cut gives the same gradient.
 
 transformers' usual way, a loader of micro-batches sharded by accelerate, fixes the number of
 micro-batches instead, pads or repeats samples at an uneven end, and weighs a short micro-batch
-like a full one. Here the loader yields one `StepBatch` a step, and the processes get equally
+like a full one. Here the loader yields one `StepBatch` per step, and the processes get equally
 many packs: engines that communicate inside forward and backward would otherwise wait for each
 other for ever. Where packs are missing, a process repeats the step's smallest group with weight 0.
 """
@@ -31,7 +31,7 @@ _PACKS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one process computes in one step.
+    """One process's part of a step.
 
     Attributes:
         packs: this process's packs; equally many on every process.
@@ -40,8 +40,8 @@ class StepBatch:
         index: positions in the training set of all the step's groups; ``Pack.group_index`` of
             ``packs`` are positions in it.
         members: positions in ``index`` of this process's groups.
-        groups: those groups, where training in two phases packs their candidates later; there are
-            no packs then, and this process may have no group at all.
+        groups: those groups, where training in two phases packs their candidates later; ``packs``
+            is empty then, and this process may have no group at all.
     """
 
     packs: list[Pack]
@@ -64,30 +64,22 @@ class StepBatch:
 
 
 class StepSampler(BatchSampler):
-    """The groups of every step of an epoch: a permutation that depends on seed and epoch alone.
+    """The groups of each step of an epoch: a permutation that depends on seed and epoch alone.
 
     Args:
         num_groups: size of the training set.
-        groups_per_step: groups a step; the last step of an epoch may have fewer.
+        groups_per_step: the last step of an epoch may have fewer.
         seed: of the permutations.
         drop_last: leave out a last step that is not full.
-        shuffle: False gives the given order.
     """
 
     def __init__(
-        self,
-        num_groups: int,
-        groups_per_step: int,
-        *,
-        seed: int,
-        drop_last: bool = False,
-        shuffle: bool = True,
+        self, num_groups: int, groups_per_step: int, *, seed: int, drop_last: bool = False
     ) -> None:
         self.num_groups = num_groups
         self.groups_per_step = groups_per_step
         self.seed = seed
         self.drop_last = drop_last
-        self.shuffle = shuffle
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -99,16 +91,14 @@ class StepSampler(BatchSampler):
         return math.ceil(self.num_groups / self.groups_per_step)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(self.num_groups)
-        if self.shuffle:
-            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_groups)
         for step in range(len(self)):
             start = step * self.groups_per_step
             yield order[start : start + self.groups_per_step].tolist()
 
 
 class StepLoader(DataLoader):
-    """A loader of steps whose order follows the epoch that the training loop announces."""
+    """Loader of steps whose order follows the epoch that the training loop announces."""
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
@@ -149,7 +139,7 @@ class StepCutter:
     def batch(
         self, groups: Sequence[Group], plan: Sequence[Sequence[int]], index: tuple[int, ...]
     ) -> StepBatch:
-        """What is computed of these groups by a ``plan`` for this process."""
+        """This process's part of these groups, by its part of a `plan`."""
         members = tuple(i for part in plan for i in part)
         if self.whole_groups:
             own = tuple(groups[i] for i in members)
@@ -264,13 +254,6 @@ def _load(sizes: GroupSizes, members: list[int], shared_prompts: bool) -> int:
     if shared_prompts:
         return int(sizes.num_tokens[members].sum())
     return int(sizes.num_candidates[members].sum() * sizes.longest_sequence[members].max())
-
-
-def group_tokens(group: Group, shared_prompts: bool) -> int:
-    """Tokens of a pack that holds this group alone."""
-    if shared_prompts:
-        return group.num_tokens_shared
-    return group.num_candidates * group.longest_sequence
 
 
 def too_large(group: Group, size: int, max_tokens: int) -> str:

@@ -19,13 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import (
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import ProgressCallback, TrainerCallback, TrainerState
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -78,13 +72,7 @@ class RankProgress(ProgressCallback):
         super().__init__()
         self.disable_bar = bool(disable_bar)
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.current_step = state.global_step
         if state.is_world_process_zero and not self.disable_bar:
             self.training_bar = tqdm(
@@ -95,31 +83,17 @@ class RankProgress(ProgressCallback):
                 mininterval=_REFRESH_SECONDS[sys.stderr.isatty()],
             )
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:
             self.training_bar.update(state.global_step - self.current_step)
         self.current_step = state.global_step
 
-    def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         if not self.disable_bar and sys.stderr.isatty():
-            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+            super().on_prediction_step(*args, **kwargs)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         line = format_line(logs or {}, state.global_step, state.max_steps)
         if line is None or not state.is_world_process_zero:
@@ -129,9 +103,7 @@ class RankProgress(ProgressCallback):
         else:
             print(line, flush=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:
             self.training_bar.close()
         self.training_bar = None
@@ -143,9 +115,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / METRICS_FILE
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         known = [{"step": row["step"], **row} for row in state.log_history]
@@ -155,12 +125,7 @@ class MetricsFile(TrainerCallback):
         partial.replace(self.path)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and logs:
             with self.path.open("a", encoding="utf-8") as file:

@@ -146,8 +146,8 @@ def write_manifest(staged: Path, plan: dict[str, Any], notes: dict[str, Any]) ->
 
     Args:
         staged: the folder, complete otherwise.
-        plan: what has to be the same for a resumed run to train on the same groups.
-        notes: what a resumed run may want to know.
+        plan: settings that a resumed run must share to train on the same groups.
+        notes: settings for a resumed run to take over.
     """
     files = {str(file.relative_to(staged)): file.stat().st_size for file in _files(staged)}
     text = json.dumps({"files": files, "plan": plan, "notes": notes}, indent=1)

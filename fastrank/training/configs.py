@@ -26,7 +26,7 @@ def path(name: str) -> Path:
     """The file of a configuration, e.g. ``path("fsdp2")``.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: no configuration has that name.
     """
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1)

@@ -68,7 +68,7 @@ class FiniteGuard:
 
         Args:
             batch: the step.
-            computed: what was computed of it.
+            computed: its results on this process.
             is_sound: tries the group at this position in the training set alone; None where a
                 process cannot run the model alone.
         """

@@ -31,7 +31,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_out_of_memory(failing: Pack, max_tokens: int, *, whole_groups: bool = True) -> str:
-    """One line: what the pack holds, and what to lower. A pack that holds ``whole_groups`` cannot
+    """One line: the contents of the pack, and the option to lower. One of ``whole_groups`` cannot
     be made smaller than a group, one of candidates not smaller than a response."""
     holds = f"{failing.num_candidates} candidates and {failing.num_tokens} tokens"
     unit, count = "response", failing.num_candidates
@@ -73,23 +73,15 @@ def find_pack_size(fits: Callable[[int], bool], smallest: int, largest: int) -> 
     Tries ``largest`` first, so that a run with enough memory pays for one trial; then halves
     down to a budget that fits and bisects between it and the last that did not.
     """
-    if fits(largest):
-        return largest
-    too_large, good = largest, None
-    while good is None:
-        if too_large <= smallest:
+    good, too_large = (largest, largest) if fits(largest) else (None, largest)
+    while good is None or too_large - good > max(1, _GRANULARITY * too_large):
+        if good is None and too_large <= smallest:
             return None
-        trial = max(smallest, too_large // 2)
+        trial = max(smallest, too_large // 2) if good is None else (good + too_large) // 2
         if fits(trial):
             good = trial
         else:
             too_large = trial
-    while too_large - good > max(1, _GRANULARITY * too_large):
-        middle = (good + too_large) // 2
-        if fits(middle):
-            good = middle
-        else:
-            too_large = middle
     return good
 
 

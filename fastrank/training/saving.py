@@ -1,4 +1,4 @@
-"""Saving from several processes through a staging folder, and what a failure means in one line.
+"""Saving from several processes through a staging folder, with one-line errors.
 
 See `fastrank.training.checkpoint` for the scheme.
 """
@@ -24,7 +24,7 @@ _FEW_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Saver:
-    """Has folders written aside and published.
+    """Saves a folder in two moves: written aside by all processes, then published by one.
 
     Attributes:
         publishes: whether this process makes and publishes the staging folder.

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,44 +18,24 @@ from torch import Tensor
 
 import fastrank_kernels
 from fastrank import metrics
+from fastrank.data.candidate_packs import Candidates
+from fastrank.data.packing import Pack
 from fastrank.losses import Loss
 from fastrank.outputs import RankingOutput
 
 Gather = Callable[[list[Any]], list[Any]]
 """Concatenates every process's list, in the order of processes, on every process."""
 
+AllCandidates = Pack | Candidates
+"""Whole groups, in one pack or packed in parts."""
+
 _LOSSES = ("loss", "rank_loss", "sft_loss")
-
-
-class HasCandidates(Protocol):
-    """The part of a `Pack`, or of groups that are packed in parts, that metrics are made of."""
-
-    @property
-    def rewards(self) -> Tensor: ...  # [C]
-
-    @property
-    def reference_scores(self) -> Tensor | None: ...  # [C]
-
-    @property
-    def cu_responses(self) -> Tensor: ...  # int32 [C + 1] on the host
-
-    @property
-    def cu_groups(self) -> Tensor: ...  # int32 [G + 1] on the host
-
-    @property
-    def group_index(self) -> Sequence[int]: ...  # [G], positions in the step
-
-    @property
-    def sequence_lengths(self) -> Sequence[int]: ...  # [C]
-
-    @property
-    def num_tokens(self) -> int: ...
 
 
 class Computed(NamedTuple):
     """Groups of a training step, with sums of losses over them."""
 
-    candidates: HasCandidates
+    candidates: AllCandidates
     output: RankingOutput
 
     def bad_groups(self) -> list[int]:
@@ -73,7 +53,7 @@ class Evaluated(NamedTuple):
 
     output: RankingOutput
     """Losses are [G], or sums over the groups; scores are [C]."""
-    candidates: HasCandidates
+    candidates: AllCandidates
     members: Sequence[int]
     """Positions of the groups in the data set."""
 
@@ -100,7 +80,7 @@ class PackScores:
 class StepWindow:
     """Sums over the packs of this process since the last log line."""
 
-    packs: list[tuple[HasCandidates, Tensor]] = field(default_factory=list)  # scores on device
+    packs: list[tuple[AllCandidates, Tensor]] = field(default_factory=list)  # scores on device
     losses: dict[str, Any] = field(default_factory=lambda: {"rank_loss": 0.0, "sft_loss": 0.0})
     steps: int = 0
     seconds: float = 0.0
@@ -164,7 +144,7 @@ def work_saved(joint: int, scored: int, backpropagated: int) -> float:
     return 1 - (scored + 3 * backpropagated) / (4 * joint) if joint else 0.0
 
 
-def _to_host(pack: HasCandidates, scores: Tensor) -> PackScores:
+def _to_host(pack: AllCandidates, scores: Tensor) -> PackScores:
     return PackScores(
         scores=scores.detach().cpu(),
         rewards=pack.rewards.cpu(),
@@ -294,7 +274,7 @@ def score_metrics(
     return values
 
 
-def _split(values: Tensor, candidates: HasCandidates) -> Sequence[Tensor]:
+def _split(values: Tensor, candidates: AllCandidates) -> Sequence[Tensor]:
     """Per-candidate values [C], group by group."""
     return values.split(candidates.cu_groups.diff().tolist())
 

@@ -189,8 +189,7 @@ class RankTrainer(TrainerHooks, Trainer):
             return super().train(None if found is None else str(found), *args, **kwargs)
 
     def run_plan(self) -> dict[str, Any]:
-        """What has to be the same for a checkpoint's step number to mean the same place in the
-        data."""
+        """Settings that a resumed run must share for a step number to mean the same groups."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return {
             "groups_per_step": self.groups_per_step,
@@ -465,7 +464,7 @@ def _switch(optimizer: Any, mode: str) -> None:
 
 
 def _unused_collator(items: list[Any]) -> dict[str, Any]:
-    """Keeps ``Trainer`` from making one that pads; the loaders made here cut packs instead."""
+    """Keep ``Trainer`` from making one that pads; the loaders made here cut packs instead."""
     raise TypeError("RankTrainer's loaders cut packs; a data collator is never called")
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +110,7 @@ def two_phase_backward(
         max_tokens: tokens of a pack that is back-propagated; memory follows from it.
         score_tokens: tokens of a pack that is only scored, default ``max_tokens``. Without a graph
             more fit, and fewer prompts are encoded twice.
-        num_groups: what the sum over groups is divided by; default: the groups of all processes.
+        num_groups: divides the sum over groups; default: the groups of all processes.
         logits_memory, backend: as for `fastrank.token_logprobs`.
         engine: how the model is run; default: as PyTorch's DDP or FSDP2 wrapped it.
 
@@ -119,7 +118,7 @@ def two_phase_backward(
         InputError: the model has a dropout, router jitter or other randomness, by name.
         ValueError: the model is not prepared, or a candidate does not fit into a pack.
     """
-    phases = Phases.of(
+    phases = Phases(
         model,
         loss,
         max_tokens=max_tokens,
@@ -159,28 +158,15 @@ class Ranked(NamedTuple):
     scale: float
 
 
-@dataclass(frozen=True)
 class Phases:
     """The two passes over packs of one model, in step with the other processes.
 
-    ``explain`` gives a context for each pass over a pack, to explain its errors.
+    Args and errors as for `two_phase_backward`; ``explain`` gives a context for each pass over a
+    pack, to explain its errors.
     """
 
-    model: nn.Module
-    loss: Loss
-    engine: Engine
-    max_tokens: int
-    score_tokens: int
-    device: torch.device
-    shared_prompts: bool
-    vocab_size: int
-    logits_memory: int | None
-    backend: str | None
-    explain: Callable[[Pack], contextlib.AbstractContextManager[Any]]
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         model: nn.Module,
         loss: Loss,
         *,
@@ -190,8 +176,7 @@ class Phases:
         backend: str | None = None,
         engine: Engine | None = None,
         explain: Callable[[Pack], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-    ) -> Phases:
-        """Arguments and errors as for `two_phase_backward`."""
+    ) -> None:
         check_loss(loss)
         state = prepared_state(model)
         if state is None:
@@ -200,19 +185,16 @@ class Phases:
             )
         check_deterministic(model)
         lm = causal_lm(unwrap(model))
-        return cls(
-            model=model,
-            loss=loss,
-            engine=engine or engine_of(model),
-            max_tokens=max_tokens,
-            score_tokens=score_tokens or max_tokens,
-            device=lm.device,
-            shared_prompts=state.shared_prompts,
-            vocab_size=vocab_size(lm),
-            logits_memory=logits_memory,
-            backend=backend,
-            explain=explain,
-        )
+        self.model, self.loss = model, loss
+        self.engine = engine or engine_of(model)
+        self.max_tokens = max_tokens
+        self.score_tokens = score_tokens or max_tokens
+        self.device = lm.device
+        self.shared_prompts = state.shared_prompts
+        self.vocab_size = vocab_size(lm)
+        self.backend = backend
+        self.how: dict[str, Any] = {"logits_memory": logits_memory, "backend": backend}
+        self.explain = explain
 
     def score(self, groups: Sequence[Group]) -> ScoredCandidates:
         """Phase one: the log-probability of every response token, without a graph."""
@@ -299,9 +281,7 @@ class Phases:
         )
 
     def _logprobs(self, pack: Pack) -> Tensor:
-        output = self.model(
-            pack=pack.to(self.device), logits_memory=self.logits_memory, backend=self.backend
-        )
+        output = self.model(pack=pack.to(self.device), **self.how)
         logprobs: Tensor = output.token_logprobs
         return logprobs
 

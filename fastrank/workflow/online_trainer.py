@@ -3,7 +3,9 @@
 Training runs in rounds of ``online_every`` steps. A round's prompts are those of its steps, in the
 order that the seeded permutation gives; before its first step the present model draws candidates
 for all of them, and the round's steps train on these. Nothing else changes: batches, packs, losses,
-checkpoints and logs are the trainer's own.
+checkpoints and logs are the trainer's own. A callback could not do it: a round must exist before
+its first step is cut into packs, and the last event before that, the end of the step before, comes
+ahead of that step's log, evaluation and checkpoint.
 
 Every round is also a file, ``<output_dir>/online/round-00012.jsonl``. A run that is resumed in the
 middle of a round trains on the file's candidates; one that is resumed between rounds draws them
@@ -41,9 +43,9 @@ ROUNDS_FOLDER = "online"
 
 
 class OnlineGroups(Sequence[Group]):
-    """One entry a prompt; a prompt has a group while its round lasts, and None if it gave nothing.
+    """One entry per prompt; it is a group while the prompt's round lasts, None if it gave nothing.
 
-    What is known beforehand are bounds: ``sizes`` are those of the largest group that can come.
+    Only bounds are known beforehand: ``sizes`` are those of the largest group that can come.
     """
 
     def __init__(self, maker: RoundMaker) -> None:
@@ -51,7 +53,7 @@ class OnlineGroups(Sequence[Group]):
         self._groups: dict[int, Group | None] = {}
 
     def set_round(self, groups: dict[int, Group | None]) -> None:
-        """Replace what the last round left."""
+        """Replace the groups of the round before."""
         self._groups = groups
 
     def __len__(self) -> int:
@@ -168,7 +170,7 @@ class OnlineTrainer(RankTrainer):
         return Path(self.args.output_dir or ".") / ROUNDS_FOLDER / f"round-{number:05d}.jsonl"
 
     def _begin_round(self) -> None:
-        """Have the candidates of the coming step: drawn, or of a round that was interrupted."""
+        """Provide the coming step's candidates: drawn, or of the round that was interrupted."""
         every = self.online.online_every
         assert every is not None
         number, within = divmod(self.state.global_step, every)
