@@ -228,6 +228,8 @@ def test_a_damaged_entry_is_built_again(damage: str, tmp_path: Path) -> None:
 # ---- interruptions ---------------------------------------------------------------------------
 
 BUILD = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 import sys
 from record_files import byte_tokenizer
 from fastrank.data import cache

@@ -1,11 +1,15 @@
-"""Start a script in several processes, as users do."""
+"""Start a script in several processes, as users do, once for all of pytest's processes."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,3 +40,16 @@ def torchrun(nproc: int, *arguments: str, timeout: float = 300) -> subprocess.Co
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done
+
+
+def filled_once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], object]) -> Path:
+    """A temporary folder that the first of pytest's processes fills and the others read."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = folder.with_suffix(".partial")
+            partial.mkdir()
+            fill(partial)
+            partial.rename(folder)
+    return folder

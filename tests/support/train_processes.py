@@ -1,32 +1,30 @@
 """What every process of the distributed training tests runs: ``train_processes.py OUT CASE ...``.
 
-A case trains for 10 steps and leaves, for each process, the weights, the log and an evaluation.
+A case trains for a few steps and leaves, for each process, the weights, the log and an evaluation.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from faults import TRIGGER, limit_memory, poison, spoil_scores
+from pack_cases import tied_groups
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastrank.data.group import Group
 from fastrank.tasks.menu import tiny_llama
 from fastrank.training.config import RankConfig
 from fastrank.training.step_metrics import StepWindow
 from fastrank.training.trainer import RankTrainer
 
-STEPS = 10
+STEPS = 6  # three epochs
 GLOBAL_BATCH = 12  # groups a step; 23 groups: the last step of an epoch has 11
 LEARNING_RATE = 0.1
-TRIGGER = 31
 
 # case: (groups for each of two processes, accumulation, options)
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -42,22 +40,6 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "fully_shard": (6, 1, {"max_tokens": 75}),
     "two phases, fully_shard": (6, 1, {"max_tokens": 20, "backprop": "two_phase"}),
 }
-
-
-def make_groups() -> list[Group]:
-    """23 groups of 1 to 6 candidates of 1 to 9 tokens."""
-    generator = random.Random(11)
-    groups = []
-    for number in range(23):
-        count = generator.randint(1, 6)
-        prompt = [generator.randrange(3, TRIGGER) for _ in range(generator.randint(1, 7))]
-        responses = [
-            [generator.randrange(3, TRIGGER) for _ in range(generator.randint(1, 9))]
-            for _ in range(count)
-        ]
-        rewards = [float(generator.randint(0, 3)) for _ in range(count)]
-        groups.append(Group(prompt, responses, rewards, name=f"group:{number}"))
-    return groups
 
 
 def make_trainer(folder: Path, case: str, world_size: int) -> RankTrainer:
@@ -80,30 +62,18 @@ def make_trainer(folder: Path, case: str, world_size: int) -> RankTrainer:
         **options,
     )
     assert config.groups_per_step == GLOBAL_BATCH
-    groups = make_groups()
+    groups = tied_groups(11, 6, vocab=TRIGGER)
     if case == "skip":
-        first, *rest = groups[5].response_ids
-        poisoned = torch.cat((first, torch.tensor([TRIGGER])))
-        groups[5] = replace(groups[5], response_ids=(poisoned, *rest))
+        groups = poison(groups, [5])
     trainer = RankTrainer(tiny_llama(0), config, groups, groups[:7])
     if case == "outside":  # the mistake that the design forbids: the model without its wrapper
         step = trainer.backprop.step
         trainer.backprop.step = lambda model, *rest: step(trainer.lm, *rest)  # type: ignore[method-assign]
     if case == "skip":
-        trainer.model.get_input_embeddings().register_forward_hook(_spoil)
+        spoil_scores(trainer.model)
     if case == "find" and int(os.environ.get("RANK", "0")) == world_size - 1:
-        trainer.model.get_input_embeddings().register_forward_pre_hook(_limit)
+        limit_memory(trainer.model, 100)
     return trainer
-
-
-def _spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    hit = (inputs[0] == TRIGGER)[..., None]
-    return torch.where(hit, torch.full_like(output, float("nan")), output)
-
-
-def _limit(module: Any, inputs: Any) -> None:
-    if inputs[0].numel() > 100:
-        raise torch.OutOfMemoryError("as a small device would say")
 
 
 def run_case(folder: Path, case: str, world_size: int) -> dict[str, Any]:

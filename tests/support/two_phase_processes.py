@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from architectures import build
+from pack_cases import LARGE, random_groups, take_gradients
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 import fastrank
 
@@ -23,26 +24,11 @@ ENGINES = ("ddp", "fsdp2", "fsdp2 tied", "fsdp2 head apart")
 
 
 def make_model(engine: str) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        initializer_range=0.2, pad_token_id=None, tie_word_embeddings=engine == "fsdp2 tied",
-    )  # fmt: skip
-    return fastrank.prepare_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    return fastrank.prepare_model(build("llama", tie_word_embeddings=engine == "fsdp2 tied"))
 
 
 def make_groups() -> list[fastrank.Group]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(7, [3, 1, 9]), (1, [4, 2]), (12, [5]), (4, [6, 6, 2, 11, 5, 5, 7]), (9, [15, 3, 8])]
-    return [
-        fastrank.Group(
-            torch.randint(0, 61, (prompt,), generator=generator),
-            tuple(torch.randint(0, 61, (n,), generator=generator) for n in lengths),
-            torch.rand(len(lengths), generator=generator),
-        )
-        for prompt, lengths in shapes
-    ]
+    return random_groups(LARGE)
 
 
 def wrap(model: nn.Module, engine: str) -> nn.Module:
@@ -57,15 +43,9 @@ def wrap(model: nn.Module, engine: str) -> nn.Module:
     return model
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
+def bare_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Whole gradients by the bare model's names."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        grad = parameter.grad
-        assert grad is not None, name
-        whole = grad.full_tensor() if isinstance(grad, DTensor) else grad
-        found[name.removeprefix("module.")] = whole.clone()
-    return found
+    return {name.removeprefix("module."): g for name, g in take_gradients(model).items()}
 
 
 def run(rank: int, world_size: int, folder: str) -> None:
@@ -81,14 +61,13 @@ def run(rank: int, world_size: int, folder: str) -> None:
         for case, shares in SHARES.items():
             mine = [groups[i] for i in shares[rank]]
             output = fastrank.two_phase_backward(model, mine, loss=loss, max_tokens=MAX_TOKENS)
-            results[engine, case] = (gradients(model), output.loss, output.scores)
-            model.zero_grad()
+            results[engine, case] = (bare_gradients(model), output.loss, output.scores)
         mine = [groups[i] for i in SHARES["uneven"][rank]]
         (pack,) = fastrank.pack(mine, max_tokens=4096)
         output = model(pack=pack, loss=loss, reduction="sum")
         (output.loss * world_size / len(groups)).backward()
         results[engine, "joint"] = (
-            gradients(model),
+            bare_gradients(model),
             output.loss.detach() / len(groups),
             output.scores,
         )

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
+from architectures import build
 from record_files import byte_tokenizer, some_rows, write_jsonl
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from fastrank import Group
 from fastrank.data.group import Group as GroupClass
@@ -30,10 +30,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Group], GroupTa
     return listed, mapped
 
 
-def model(vocab_size: int = 258) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, num_attention_heads=2, **sizes))
+def model(vocab_size: int = 258) -> PreTrainedModel:
+    return build("llama", vocab_size=vocab_size, num_hidden_layers=1, max_position_embeddings=128)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import build
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import save_llama
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from fastrank.cli.main import main
 from fastrank.errors import InputError
@@ -22,11 +22,6 @@ from fastrank.training.adapters import lora_config
 from fastrank.training.options import TrainOptions
 
 INPUT = torch.tensor([[7, 20, 33, 8, 45, 21], [9, 9, 50, 12, 30, 61]])
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_llama(tmp_path_factory.mktemp("base") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +41,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def arguments(base: Path, data: Path, folder: Path, **options: Any) -> list[str]:
+def arguments(policy_path: Path, data: Path, folder: Path, **options: Any) -> list[str]:
     given = {
-        "model": base, "data": data, "output_dir": folder, "use_peft": "true", "lora_r": 4,
+        "model": policy_path, "data": data, "output_dir": folder, "use_peft": "true", "lora_r": 4,
         "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_steps": 4, "save_steps": 2,
         "logging_steps": 1, "eval_groups": 4,
     } | options  # fmt: skip
@@ -60,10 +55,10 @@ def arguments(base: Path, data: Path, folder: Path, **options: Any) -> list[str]
 
 
 @pytest.fixture(scope="module")
-def run(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(policy_path: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "lora"
     targets = ["q_proj", "v_proj", "lm_head"]
-    argv = arguments(base, data, folder, lora_target_modules=targets, merge_adapter="true")
+    argv = arguments(policy_path, data, folder, lora_target_modules=targets, merge_adapter="true")
     assert main(argv) == 0
     return folder
 
@@ -74,7 +69,9 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def test_the_adapter_is_trained_and_the_base_is_not(run: Path, base: Path, data: Path) -> None:
+def test_the_adapter_is_trained_and_the_base_is_not(
+    run: Path, policy_path: Path, data: Path
+) -> None:
     weights = load_file(run / "adapter_model.safetensors")
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights if ".lora_" in name} == {
         "q_proj", "v_proj", "lm_head",
@@ -83,15 +80,15 @@ def test_the_adapter_is_trained_and_the_base_is_not(run: Path, base: Path, data:
     assert len(trained) == 5 and all(value.abs().max() > 1e-3 for value in trained)
     settings = json.loads((run / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (4, 32)
-    assert settings["base_model_name_or_path"] == str(base)
+    assert settings["base_model_name_or_path"] == str(policy_path)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"]["train_split"]["loss"] < summary["before"]["train_split"]["loss"] - 0.05
 
 
-def test_every_way_back_gives_the_same_model(run: Path, base: Path) -> None:
+def test_every_way_back_gives_the_same_model(run: Path, policy_path: Path) -> None:
     """PEFT's own loader, transformers', fastrank's, and the merged export without PEFT."""
     expected = logits(AutoPeftModelForCausalLM.from_pretrained(run, dtype=torch.float32))
-    assert (expected - logits(load_model(base))).abs().max() > 1e-2
+    assert (expected - logits(load_model(policy_path))).abs().max() > 1e-2
     for folder in (run, run / "merged", run / "checkpoint-4"):
         plain = load_model(folder, torch.float32)
         assert not hasattr(plain, "peft_config")
@@ -99,7 +96,7 @@ def test_every_way_back_gives_the_same_model(run: Path, base: Path) -> None:
         own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         torch.testing.assert_close(logits(own), expected, atol=1e-5, rtol=1e-5)
     assert not is_adapter(run / "merged") and is_adapter(run)
-    assert check_model_path(run) == str(base)
+    assert check_model_path(run) == str(policy_path)
 
 
 def test_other_commands_take_the_adapter_for_a_model(run: Path, data: Path, tmp_path: Path) -> None:
@@ -118,12 +115,12 @@ def test_other_commands_take_the_adapter_for_a_model(run: Path, data: Path, tmp_
 
 @pytest.mark.parametrize("backprop", ["joint", "two_phase"])
 def test_a_resumed_run_is_the_same_bit_for_bit(
-    run: Path, base: Path, data: Path, tmp_path: Path, backprop: str
+    run: Path, policy_path: Path, data: Path, tmp_path: Path, backprop: str
 ) -> None:
     def train(folder: str, **options: Any) -> dict[str, torch.Tensor]:
         targets = ["q_proj", "lm_head"]
         given = {"lora_target_modules": targets, "backprop": backprop} | options
-        assert main(arguments(base, data, tmp_path / folder, **given)) == 0
+        assert main(arguments(policy_path, data, tmp_path / folder, **given)) == 0
         return load_file(tmp_path / folder / "adapter_model.safetensors")
 
     whole = train("whole")
@@ -167,10 +164,10 @@ def test_options_that_do_not_make_sense(options: dict[str, Any], message: str) -
 
 
 def test_an_adapter_that_does_not_fit_is_one_line(
-    base: Path, data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    policy_path: Path, data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "none"
-    assert main(arguments(base, data, folder, lora_target_modules=["nonsense"])) == 2
+    assert main(arguments(policy_path, data, folder, lora_target_modules=["nonsense"])) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert "the adapter does not fit LlamaForCausalLM" in lines[-1] and "nonsense" in lines[-1]
     assert main(arguments(run, data, folder)) == 2
@@ -228,13 +225,7 @@ KINDS = {
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
 def test_merged_is_what_the_adapter_computes(kind: str, tied: bool, tmp_path: Path) -> None:
     """Also after saving and loading, which would tie a separated head again."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=62, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied,
-        initializer_range=0.2, pad_token_id=None,
-    )  # fmt: skip
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = build("llama", vocab_size=62, tie_word_embeddings=tied)
     wrapped = get_peft_model(model, LoraConfig(r=2, **KINDS[kind])).eval()
     before = logits(wrapped)
     with torch.no_grad():

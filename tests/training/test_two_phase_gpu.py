@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import two_phase_processes as small
+from pack_cases import assert_same_gradients, one_pack, take_gradients
 from torch import Tensor
 
 import fastrank
@@ -16,15 +17,8 @@ pytestmark = [
 
 
 def joint(model, groups, loss) -> dict[str, Tensor]:
-    (whole,) = fastrank.pack(groups, max_tokens=4096)
-    model(pack=whole, loss=loss).loss.backward()
+    model(pack=one_pack(groups), loss=loss).loss.backward()
     return take_gradients(model)
-
-
-def take_gradients(model) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    return found
 
 
 @pytest.mark.parametrize("loss", [fastrank.RRHF(), fastrank.PRO(), fastrank.ListMLE()], ids=repr)
@@ -37,9 +31,7 @@ def test_gradients_equal_those_of_joint_training(loss, backend):
         model, groups, loss=loss, max_tokens=small.MAX_TOKENS, backend=backend
     )
     assert output.scores.is_cuda and output.tokens_scored > output.tokens_joint
-    for name, gradient in take_gradients(model).items():
-        scale = max(1.0, float(expected[name].abs().max()))
-        assert float((gradient - expected[name]).abs().max()) <= 1e-5 * scale, name
+    assert_same_gradients(take_gradients(model), expected, 1e-5)
 
 
 def test_under_autocast_it_is_no_further_from_float32_than_joint_training():
