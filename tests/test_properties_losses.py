@@ -190,9 +190,10 @@ def test_a_dense_batch_is_the_ragged_one(
         dense_s[g, places], dense_r[g, places] = scores[a:b], rewards[a:b]
     dense_s.requires_grad_()
     dense = fastrank.ranking_loss(dense_s, dense_r, loss=loss, where=where, reduction="none")
-    values, gradient = value_and_gradient(loss, scores, rewards, offsets)
+    upstream = torch.linspace(1, -2, len(sizes), dtype=torch.float64)
+    values, gradient = value_and_gradient(loss, scores, rewards, offsets, upstream)
     close(dense.detach(), values)
-    (got,) = torch.autograd.grad(dense.sum(), dense_s)
+    (got,) = torch.autograd.grad((dense * upstream).sum(), dense_s)
     close(got[where], gradient)
     assert not got[~where].any()
 

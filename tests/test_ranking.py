@@ -124,42 +124,6 @@ def test_float32_is_close_and_stays_finite_at_extreme_scores(name, options) -> N
     assert torch.isfinite(value) and torch.isfinite(extreme.grad).all()
 
 
-@pytest.mark.parametrize("name", sorted(fastrank.losses.LOSSES))
-def test_a_group_without_a_strict_pair_is_zero_with_zero_gradient(name) -> None:
-    loss = fastrank.loss_from_name(name)
-    scores = torch.tensor([-1.0, 2.0, 0.5, 4.0], requires_grad=True)
-    offsets = torch.tensor([0, 1, 1, 4], dtype=torch.int32)
-    value = fastrank.ranking_loss(scores, torch.ones(4), loss=loss, cu_groups=offsets)
-    value.backward()
-    assert value.item() == 0.0
-    assert scores.grad.tolist() == [0.0] * 4
-
-
-@pytest.mark.parametrize("name", sorted(fastrank.losses.LOSSES))
-def test_dense_with_where_equals_ragged(name) -> None:
-    loss = fastrank.loss_from_name(name)
-    scores, rewards, offsets = ragged(11, [3, 5, 1, 4])
-    dense_s = torch.full((4, 6), float("nan"), dtype=torch.float64)
-    dense_r = torch.full((4, 6), 77.0, dtype=torch.float64)
-    where = torch.zeros(4, 6, dtype=torch.bool)
-    for g, (a, b) in enumerate(itertools.pairwise(offsets.tolist())):
-        places = torch.arange(b - a) + g % 2  # holes in front as well as behind
-        dense_s[g, places], dense_r[g, places] = scores[a:b], rewards[a:b]
-        where[g, places] = True
-    dense_s.requires_grad_()
-    scores.requires_grad_()
-    upstream = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
-    ragged_loss = fastrank.ranking_loss(
-        scores, rewards, loss=loss, cu_groups=offsets, reduction="none"
-    )
-    dense_loss = fastrank.ranking_loss(dense_s, dense_r, loss=loss, where=where, reduction="none")
-    torch.testing.assert_close(dense_loss, ragged_loss)
-    (want,) = torch.autograd.grad((ragged_loss * upstream).sum(), scores)
-    (got,) = torch.autograd.grad((dense_loss * upstream).sum(), dense_s)
-    torch.testing.assert_close(got[where], want)
-    assert got[~where].abs().max() == 0
-
-
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_groups_of_one_size(name, options, width) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_linear import Problem, largest_error, make_problem
+from plain_linear import largest_error, make_problem
 
 pytest.importorskip("triton")
 
@@ -12,29 +12,6 @@ import fastrank  # noqa: E402
 from fastrank.losses import LOSSES  # noqa: E402
 
 LOSS_OBJECTS = {name: cls() for name, cls in LOSSES.items()}
-
-
-def problem_on(device: torch.device, seed: int, **variant) -> Problem:
-    problem = make_problem(seed, **variant).to(torch.float32)
-    for name in ("hidden", "weight", "bias", "labels", "rows", "rewards", "reference_scores"):
-        tensor = getattr(problem, name)
-        if tensor is not None:
-            moved = tensor.detach().to(device).requires_grad_(tensor.requires_grad)
-            setattr(problem, name, moved)
-    problem.reference_scores = problem.reference_scores.float()
-    return problem
-
-
-def value_and_gradients(problem: Problem, loss, **options) -> list[torch.Tensor]:
-    out = problem.fused(loss, **options)
-    return [out.loss, *torch.autograd.grad(-1.7 * out.loss, problem.leaves())]
-
-
-def exact(problem: Problem, loss) -> list[torch.Tensor]:
-    wide = problem.to(torch.float64)
-    wide.reference_scores = problem.reference_scores.double()
-    total = wide.plain(loss).mean()
-    return [total, *torch.autograd.grad(-1.7 * total, wide.leaves())]
 
 
 @pytest.fixture(autouse=True)
@@ -47,24 +24,24 @@ def _full_float32_products():
 
 @pytest.mark.parametrize("loss", LOSS_OBJECTS.values(), ids=LOSS_OBJECTS)
 def test_every_loss(device, poisoned, loss) -> None:
-    problem = problem_on(device, 3)
-    got = value_and_gradients(problem, loss, backend="triton")
-    assert largest_error(got, exact(problem, loss)) < 1e-5
+    problem = make_problem(3, longest=3).on(device, torch.float32)
+    got = problem.value_and_gradients(loss, -1.7, backend="triton")
+    assert largest_error(got, problem.exact(loss, -1.7)) < 1e-5
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["head", "frozen head"])
-@pytest.mark.parametrize("logits_memory", [None, 97 * 4 * 40, 97 * 4 * 3])
+@pytest.mark.parametrize("logits_memory", [None, 97 * 4 * 20, 97 * 4 * 3])
 def test_every_strategy(device, logits_memory, frozen) -> None:
     loss = LOSS_OBJECTS["rrhf"]  # the one that leaves rows dead
-    problem = problem_on(device, 5, frozen_head=frozen, longest=10)
-    got = value_and_gradients(problem, loss, backend="triton", logits_memory=logits_memory)
-    assert largest_error(got, exact(problem, loss)) < 1e-5
+    problem = make_problem(5, frozen_head=frozen, longest=5).on(device, torch.float32)
+    got = problem.value_and_gradients(loss, -1.7, backend="triton", logits_memory=logits_memory)
+    assert largest_error(got, problem.exact(loss, -1.7)) < 1e-5
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["head", "frozen head"])
 @pytest.mark.parametrize("logits_memory", [None, 97 * 4 * 3])
 def test_token_logprobs_for_any_loss(device, logits_memory, frozen) -> None:
-    problem = problem_on(device, 7, frozen_head=frozen)
+    problem = make_problem(7, frozen_head=frozen).on(device, torch.float32)
     got = fastrank.token_logprobs(
         problem.hidden, problem.weight, problem.labels, backend="triton",
         logits_memory=logits_memory, **problem.head(),
@@ -78,26 +55,29 @@ def test_token_logprobs_for_any_loss(device, logits_memory, frozen) -> None:
 
 
 def test_float64_is_pointed_to_the_backend_that_computes_it(device) -> None:
-    problem = problem_on(device, 9).to(torch.float64)
+    problem = make_problem(9).on(device, torch.float32).to(torch.float64)
     with pytest.raises(ValueError, match="float64; backend='torch' computes in float64"):
         problem.fused(LOSS_OBJECTS["rrhf"], backend="triton")
 
 
-@pytest.mark.parametrize("logits_memory", [None, 97 * 4 * 3])
-@pytest.mark.parametrize("frozen", [False, True], ids=["head", "frozen head"])
-@pytest.mark.parametrize("name", ["rrhf", "pro", "dpo"])
+@pytest.mark.parametrize(
+    ("name", "frozen", "logits_memory"),
+    [("rrhf", False, None), ("pro", False, 97 * 4 * 3), ("dpo", True, 97 * 4 * 3)],
+    ids=["group", "recompute", "unit"],
+)
 def test_a_losing_candidate_of_probability_zero(device, name, frozen, logits_memory) -> None:
     """Its score is -inf and its coefficient exactly 0: values and gradients of the others hold."""
     loss = type(LOSS_OBJECTS[name])(sft_weight=0.5)
-    problem = problem_on(device, 11, groups=(4, 3), softcap=None, frozen_head=frozen)
+    options = {"softcap": None, "frozen_head": frozen, "longest": 3}
+    problem = make_problem(11, groups=(4, 3), **options).on(device, torch.float32)
     problem.rewards = torch.tensor([0.5, 1, 0, 2, 1.5, -1, 0], device=device)
     problem.labels[problem.labels == 96] = 95
     problem.labels[problem.cu_responses[[2, 5]].long()] = 96
     with torch.no_grad():
         problem.bias[96] = float("-inf")
-    want = exact(problem, loss)
+    want = problem.exact(loss, -1.7)
     assert all(x.isfinite().all() for x in want)
-    got = value_and_gradients(problem, loss, backend="triton", logits_memory=logits_memory)
+    got = problem.value_and_gradients(loss, -1.7, backend="triton", logits_memory=logits_memory)
     assert largest_error(got, want) < 1e-5
     apart = problem.fused(loss, backend="triton", logits_memory=logits_memory, reduction="none")
     grads = torch.autograd.grad(-1.7 * apart.loss.mean(), problem.leaves())

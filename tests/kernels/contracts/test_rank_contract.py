@@ -36,7 +36,7 @@ TERMS = {
 SIZES = {
     "small": [3, 0, 1, 8, 2, 5],
     "one block": [9, 32, 4, 0],
-    "many blocks": [33, 64, 97],
+    "many blocks": [33, 70],
 }
 
 
@@ -92,7 +92,7 @@ def assert_close(actual, expected, tolerance=2e-6) -> None:
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_scores_to_loss_and_gradients(device, poisoned, sizes, spec) -> None:
     groups = Groups(sizes, device)
-    for valid in (None, groups.valid):
+    for valid in (None, groups.valid) if sizes == SIZES["small"] else (groups.valid,):
         actual = groups.ranked(triton_backend, spec, valid)
         assert_close(actual, groups.ranked(reference, spec, valid, wide=True))
 
@@ -110,22 +110,28 @@ def test_tokens_to_coefficients(device, poisoned, spec) -> None:
 def test_supervised_term_and_normalisation(device, poisoned, sizes, form, terms) -> None:
     groups = Groups(sizes, device)
     spec = FORMS[form]._replace(**terms)
-    for with_reference in (True, False):
+    for with_reference in (True, False) if len(sizes) > 2 else (True,):
         actual = groups.tokens(triton_backend, spec, with_reference=with_reference)
         expected = groups.tokens(reference, spec, wide=True, with_reference=with_reference)
         assert_close(actual, expected)
 
 
+EVERY_SIZE = list(range(131))
+AROUND_BLOCKS = [*range(18), 31, 32, 33, 63, 64, 65, 96, 97, 129]
+
+
 @pytest.mark.parametrize(
-    "form",
+    ("form", "sizes"),
     [
-        "pro",
-        pytest.param("logistic all lambda", marks=pytest.mark.slow),
-        pytest.param("listnet", marks=pytest.mark.slow),
+        ("pro", AROUND_BLOCKS),
+        pytest.param("pro", EVERY_SIZE, marks=pytest.mark.slow),
+        pytest.param("logistic all lambda", EVERY_SIZE, marks=pytest.mark.slow),
+        pytest.param("listnet", EVERY_SIZE, marks=pytest.mark.slow),
     ],
+    ids=["pro around blocks", "pro", "lambda", "listnet"],
 )
-def test_every_group_size_from_1_to_130(device, poisoned, form) -> None:
-    groups = Groups(list(range(131)), device, longest=2, levels=9)
+def test_every_group_size_from_1_to_130(device, poisoned, form, sizes) -> None:
+    groups = Groups(sizes, device, longest=2, levels=9)
     actual = groups.ranked(triton_backend, FORMS[form])
     assert_close(actual, groups.ranked(reference, FORMS[form], wide=True))
 
@@ -135,7 +141,7 @@ def test_any_block_serves_any_group(device, poisoned, form, monkeypatch) -> None
     """With offsets on the device the block is a guess: a group may be many times as large."""
     groups = Groups([45, 3, 20], device)
     expected = groups.tokens(reference, FORMS[form], wide=True)
-    for tile in (8, 16, 32):
+    for tile in (8, 32):
         monkeypatch.setattr(rank, "tile_of_groups", lambda *_, tile=tile: tile)
         assert_close(groups.tokens(triton_backend, FORMS[form]), expected)
 
@@ -162,16 +168,18 @@ def test_a_group_without_a_strict_pair_is_zero_in_every_loss(device, poisoned, s
 
 
 @pytest.mark.parametrize("spec", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
-def test_what_is_not_finite_goes_where_the_reference_sends_it(device, spec, value) -> None:
-    groups = Groups([5, 4, 40], device)
-    groups.rewards[:9] = torch.tensor([3.0, 0, 1, 1, 2, 0, 2, 1, 3])
-    groups.scores[[2, 6, 30]] = value
+def test_what_is_not_finite_goes_where_the_reference_sends_it(device, spec) -> None:
+    """NaN and infinities in small groups, where a tie with one is left out, and across blocks."""
+    groups = Groups([5, 4] * 3 + [40], device)
+    groups.rewards[:27] = torch.tensor([3.0, 0, 1, 1, 2, 0, 2, 1, 3]).repeat(3)
+    for first, value in ((0, float("nan")), (9, float("-inf")), (18, float("inf"))):
+        groups.scores[[first + 2, first + 6]] = value
+    groups.scores[48] = float("-inf")
     valid = torch.ones(groups.count, dtype=torch.bool, device=device)
-    valid[6] = False  # what is left out may hold anything
-    actual = groups.ranked(triton_backend, spec, valid)
-    assert_close(actual, groups.ranked(reference, spec, valid, wide=True))
-    assert actual[1][6] == 0 and actual[0][1].isfinite()
+    valid[[6, 15, 24]] = False  # what is left out may hold anything
+    loss, grads = groups.ranked(triton_backend, spec, valid)
+    assert_close((loss, grads), groups.ranked(reference, spec, valid, wide=True))
+    assert not grads[[6, 15, 24]].any() and loss[[1, 3, 5]].isfinite().all()
 
 
 def test_a_token_that_is_not_a_number_reaches_its_group_and_no_other(device, poisoned) -> None:

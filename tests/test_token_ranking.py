@@ -1,12 +1,12 @@
-"""A losing candidate with a token of probability 0: right values and gradients on every path.
+"""The loss from token log-probabilities, and one of them -inf on every way to the loss.
 
-Its score is -inf. Most losses give it a coefficient of exactly 0, and a product of the two anywhere
-would turn the whole step into NaN.
+A losing candidate with a token of probability 0 has a score of -inf. Most losses give it a
+coefficient of exactly 0, and a product of the two anywhere would turn the whole step into NaN.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pack_cases
 import plain_losses
@@ -16,6 +16,7 @@ from plain_linear import Problem, make_problem
 from torch import nn
 
 import fastrank
+import fastrank_kernels
 from fastrank.modeling.prepare import prepared_state
 from fastrank.ranking import ranking_from_logprobs
 
@@ -51,8 +52,12 @@ def impossible_problem(frozen_head: bool = False) -> Problem:
     return problem
 
 
+def offsets(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
 def gradients(value: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    found = list(torch.autograd.grad(value, leaves))
+    found = list(torch.autograd.grad(value, leaves, retain_graph=True))
     assert all(gradient.isfinite().all() for gradient in found)
     return found
 
@@ -78,38 +83,57 @@ def test_fused(loss, strategy, reduction) -> None:
 
 
 @by_loss
-def test_from_logprobs_and_from_scores(loss) -> None:
-    """Values by the papers' formulas in plain Python; gradients as those of the fused loss."""
-    problem = impossible_problem()
+@pytest.mark.parametrize("possible", [True, False])
+def test_from_logprobs_and_from_scores(loss, possible) -> None:
+    """Values by the papers' formulas in plain Python; gradients by autograd through the scores."""
+    problem = make_problem(3, softcap=None) if possible else impossible_problem()
+    cu_responses, cu_groups = problem.cu_responses, problem.cu_groups
     reference = problem.reference_scores if loss.uses_reference else None
     logp = problem.logprobs().detach().requires_grad_()
     out = ranking_from_logprobs(
         logp, **problem.groups(), loss=loss, reference_scores=reference, reduction="none"
     )
-    own = fastrank.sequence_scores(logp, problem.cu_responses, normalize=loss.normalize)
+    own = fastrank.sequence_scores(logp, cu_responses, normalize=loss.normalize)
     compared = own if reference is None else own - reference
     term = fastrank.ranking_loss(
-        compared, problem.rewards, loss=loss, cu_groups=problem.cu_groups, reduction="none"
+        compared, problem.rewards, loss=loss, cu_groups=cu_groups, reduction="none"
     )
+    torch.testing.assert_close(term.detach(), out.rank_loss)
     name, s, r = type(loss).__name__.lower(), compared.tolist(), problem.rewards.tolist()
     options = {"margin": loss.margin} if isinstance(loss, fastrank.RRHF) else {}
-    if not isinstance(loss, fastrank.ListNet):
-        want = [
-            plain_losses.rank_term(name, s[a:b], r[a:b], **options)
-            for a, b in pairwise(problem.cu_groups.tolist())
-        ]
-        torch.testing.assert_close(out.rank_loss.tolist(), want)
-    torch.testing.assert_close(term.detach(), out.rank_loss)
-    factors = torch.tensor([0.7, -1.3, 2.0])
-    pool = fastrank.sequence_scores(logp, problem.cu_responses, normalize=loss.sft_reduction)
-    sft = 0.0
-    for factor, best, n in zip(factors, (3, 4, 7), (4, 3, 2), strict=True):
-        weight = plain_losses.sft_weight(name, n, loss.sft_weight)
-        sft = sft - factor * weight * pool[best]
-    torch.testing.assert_close(
-        gradients((out.loss * factors).sum(), [logp]),
-        gradients((term * factors).sum() + sft, [logp]),
-    )
+    pool = fastrank.sequence_scores(logp, cu_responses, normalize=loss.sft_reduction)
+    want, factors = torch.zeros((), dtype=torch.float64), torch.linspace(0.7, -2, len(term))
+    for g, (a, b) in enumerate(pairwise(cu_groups.tolist())):
+        if possible or not isinstance(loss, fastrank.ListNet):
+            plain = plain_losses.rank_term(name, s[a:b], r[a:b], **options)
+            torch.testing.assert_close(out.rank_loss[g].item(), plain)
+        if a < b:
+            weight = plain_losses.sft_weight(name, b - a, loss.sft_weight)
+            want = want - factors[g] * weight * pool[a + plain_losses.order(r[a:b])[0]]
+    want = gradients((term * factors).sum() + want, [logp])
+    torch.testing.assert_close(gradients((out.loss * factors).sum(), [logp]), want)
+    coefficients = fastrank_kernels.rank_tokens(
+        logp, **problem.groups(), spec=loss.spec(), reference_scores=reference, scale=0.7
+    ).coefficients
+    assert not coefficients.requires_grad
+    torch.testing.assert_close([coefficients], gradients(0.7 * out.loss.sum(), [logp]))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups", "backend", "text"),
+    [
+        ([2, 2], [2], None, r"cu_responses must end at 5 \(number of token_logprobs"),
+        ([2, 3], [1], None, "cu_groups must end at 2"),
+        ([0, 5], [2], None, "cu_responses must rise"),
+        ([2, 3], [2], "magic", "backend must be one of"),
+    ],
+)
+def test_what_does_not_fit_is_refused(lengths, groups, backend, text):
+    with pytest.raises(ValueError, match=text):
+        fastrank_kernels.rank_tokens(
+            torch.zeros(5), torch.zeros(2), cu_responses=offsets(*lengths),
+            cu_groups=offsets(*groups), spec=fastrank.RRHF().spec(), backend=backend,
+        )  # fmt: skip
 
 
 def impossible_groups() -> list[fastrank.Group]:
