@@ -9,8 +9,8 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """A file, model, option or environment that cannot be used. The text is one line:
-    what it is about, what was expected, what came."""
+    """A file, model, option or environment that cannot be used. The text is one line that names
+    it, the expected and the given value."""
 
 
 class TrainingStopped(RuntimeError):

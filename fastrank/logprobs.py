@@ -1,8 +1,9 @@
 """From hidden rows to token log-probabilities and scores, without the logits ever existing at once.
 
-This is the way for a ranking loss of one's own: `token_logprobs` → `sequence_scores` →
-anything. It knows nothing of what comes after it, so its backward needs the logits a second time,
-or room to keep them; `fastrank.linear_ranking_loss` knows the loss and does without.
+This is the way for a ranking loss of one's own: `token_logprobs` → `sequence_scores` → any
+function. The upstream gradient is only known in the backward, which therefore needs the logits a
+second time, or room to keep them; `fastrank.linear_ranking_loss` contains the loss and does
+without.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def token_logprobs(
         rows: int64 [T], the hidden row that predicts each label; rows may repeat.
         bias: [V]. softcap: κ > 0. logit_scale: σ.
         logits_memory: bytes of logits that may exist at once; None for the device's default. It
-            decides between keeping the logits (3 matrix products) and making them twice (4); with a
-            frozen head 2 products serve either way.
+            decides between keeping the logits (3 matrix products) and computing them twice (4);
+            with a frozen head 2 products serve either way.
         validate: also check values that live on a GPU, which waits for it.
         backend: ``"torch"``, ``"triton"``, or None for the device's own.
 
@@ -103,7 +104,7 @@ def flatten(
     """From a padded batch, as a ``Trainer`` has it, to rows, labels and offsets.
 
     Args:
-        hidden: [B, L, D], the model's last hidden states, one candidate a row.
+        hidden: [B, L, D], the model's last hidden states, one candidate per row.
         labels: int64 [B, L], *not* shifted, ``ignore_index`` where nothing is to be predicted.
 
     Returns:
@@ -178,9 +179,9 @@ def checked_projection(
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What hidden and head are multiplied in: autocast's dtype under autocast (but never less than
-    float64 inputs), else the wider of the two; float32 for float16 on a CPU, which has no
-    float16 products worth using."""
+    """The dtype of the products of hidden rows and head: autocast's under autocast (but float64 for
+    float64 inputs), else the wider of the two; float32 for float16 on a CPU, which has no fast
+    float16 products."""
     wide = torch.promote_types(hidden.dtype, weight.dtype)
     kind = hidden.device.type
     if wide != torch.float64 and torch.is_autocast_enabled(kind):

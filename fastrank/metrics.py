@@ -1,4 +1,4 @@
-"""How well a model's scores order the candidates of each prompt.
+"""Ranking metrics: agreement of a model's scores with the rewards of each prompt's candidates.
 
 >>> from fastrank import metrics
 >>> scores = [[-0.9, -1.4, -1.1], [-2.0, -1.0]]
@@ -8,19 +8,18 @@
 >>> metrics.top1_accuracy(scores, rewards)
 0.5
 
-Every function takes the groups as a sequence (one tensor, array or list a group), or as flat arrays
-with their offsets (``cu_groups``), and returns one float: the mean over the groups that have
+Every function takes the groups as a sequence (one tensor, array or list per group), or as flat
+arrays with their offsets (``cu_groups``), and returns one float: the mean over the groups that have
 a strict reward pair. A group with one candidate, or with all rewards equal, says nothing about
 ranking and is left out; if no group is left, the result is NaN, because 0 would read as
 "all wrong".
 
-Ties in the scores are resolved by expectation over a random order, not by position: data sets
-are often stored best first, and a model that gives every candidate the same score must not look
-perfect there. (The alternative, a stable sort, is what many evaluation scripts do.)
+Ties in the scores are resolved by expectation over a random order, not by position: data sets are
+often stored best first, and a model that gives every candidate the same score must not look perfect
+there. (Many evaluation scripts sort stably instead.)
 
-Groups of similar size are padded to a common width and compared as [G, n, n] blocks in float64:
-computing the five of them in a Python loop over groups would take longer than many a training
-step.
+Groups of similar size are padded to a common width and compared as [G, n, n] blocks in float64: a
+Python loop over groups could take longer than a training step.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from torch import Tensor
 
 __all__ = ["kendall_tau", "mrr", "ndcg", "pairwise_accuracy", "ranking_metrics", "top1_accuracy"]
 
-_BLOCK_ELEMENTS = 1 << 22  # 32 MiB of float64 a comparison block
+_BLOCK_ELEMENTS = 1 << 22  # 32 MiB of float64 per comparison block
 
 
 class _Block(NamedTuple):
@@ -106,7 +105,7 @@ def top1_accuracy(scores: Ragged, rewards: Ragged, *, cu_groups: Any = None) -> 
 
 
 def ranking_metrics(scores: Ragged, rewards: Ragged, *, cu_groups: Any = None) -> dict[str, float]:
-    """All five at once, keyed by function name, for one pass over the same groups."""
+    """All five metrics, keyed by function name, in one pass over the groups."""
     functions: dict[str, _PerGroup] = {
         "pairwise_accuracy": _pairwise_accuracy,
         "kendall_tau": _kendall_tau,

@@ -1,4 +1,4 @@
-"""What must hold of every loss whatever the numbers: symmetries, zeros, independence of groups."""
+"""Invariants of every loss: symmetries, zeros, independence of groups."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ IGNORE = -100
 
 @st.composite
 def padded_labels(draw: Any) -> torch.Tensor:
-    """int64 [B, L]: labels anywhere but at position 0, at least one a row, holes between them."""
+    """int64 [B, L]: labels anywhere but at position 0, at least one per row, holes between them."""
     rows, length = draw(st.integers(1, 5)), draw(st.integers(2, 9))
     labels = torch.full((rows, length), IGNORE)
     for row in range(rows):

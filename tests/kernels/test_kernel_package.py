@@ -1,4 +1,4 @@
-"""The kernel project's own rules: what it imports, where its files lie, what importing it needs."""
+"""Rules of the kernel project: its imports, its layout, importing it without triton."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the kernels: no waiting, replay in a graph, time, other devices."""
+"""Kernels on a GPU: no waiting, replay in a graph, time, other devices."""
 
 from __future__ import annotations
 

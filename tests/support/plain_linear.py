@@ -192,7 +192,7 @@ def make_problem(
 
 
 def largest_error(got: list[Tensor], want: list[Tensor]) -> float:
-    """Largest absolute difference, in units of the largest entry of what is wanted (at least 1)."""
+    """Largest absolute difference, in units of the largest wanted entry (at least 1)."""
     return max(
         (a.double() - b.double()).abs().max().item() / max(1.0, b.abs().max().item())
         for a, b in zip(got, want, strict=True)

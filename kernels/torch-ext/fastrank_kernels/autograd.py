@@ -1,5 +1,5 @@
 # mypy: allow-untyped-calls
-"""Autograd over the operators: gradients that the forward made are scaled by what comes from above.
+"""Autograd over the operators: gradients made in the forward, scaled by the upstream gradient.
 
 What needs a gradient is passed in as flags, because ``ctx.needs_input_grad`` is True under
 ``no_grad`` as well and evaluation would pay for gradients. Upstream factors are applied out of
@@ -242,7 +242,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _with_needs(call: Projection) -> Projection:
-    """The call with what a backward will ask for."""
+    """The call with the gradients that a backward will ask for."""
     enabled = torch.is_grad_enabled()
     inputs = (call.hidden, call.weight, call.bias)
     return call._replace(needs=[enabled and x is not None and x.requires_grad for x in inputs])

@@ -1,7 +1,7 @@
-"""Checks of values that shapes cannot show: offsets and labels.
+"""Checks of values: offsets, labels and rewards.
 
 They run inside the operators, on the host, so that they also hold in a compiled step. A message
-says the argument, what was expected and what came.
+names the argument, the expected and the given value.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check_offsets(name: str, offsets: Tensor, total: int, what: str, *, allow_em
 
 
 def check_range(name: str, values: Tensor, stop: int, what: str) -> None:
-    """Every one of ``values`` must lie in ``[0, stop)``.
+    """All ``values`` must lie in ``[0, stop)``.
 
     Raises:
         ValueError: one does not; its position is named.
@@ -49,8 +49,8 @@ def check_range(name: str, values: Tensor, stop: int, what: str) -> None:
 
 
 def check_not_nan(name: str, values: Tensor) -> None:
-    """No one of ``values`` may be NaN: it is neither above nor below any other, and would drop
-    out of a ranking in silence.
+    """None of ``values`` may be NaN, which is neither above nor below any other and would silently
+    drop out of a ranking.
 
     Raises:
         ValueError: one is; its position is named.

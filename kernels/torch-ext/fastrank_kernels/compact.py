@@ -1,10 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""Which rows still carry a gradient, and sums over segments: both in a fixed order, no atomics.
+"""Indices of the live rows, and sums over segments: both in a fixed order, without atomics.
 
 Live rows are found by ``torch.nonzero``. The number of live rows sizes the matrix products that
-follow, so it has to come to the host whoever counts it; given that, nonzero's own count, prefix sum
-and scatter are already what a kernel here would do, with a rising order that does not depend on the
-schedule.
+follow, so it has to reach the host in any case; given that, nonzero's own count, prefix sum and
+scatter do the work of a kernel here, in a rising order that does not depend on the schedule.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ from .launch import FLOATS, INTEGERS, Launch, require_device, require_dtype, run
 
 
 def live_rows(coefficients: Tensor) -> Tensor:
-    """`reference.live_rows`: int64 rising indices of what is not exactly zero. NaN is live.
+    """`reference.live_rows`: int64 rising indices of coefficients that are not exactly zero. NaN is
+    live.
 
     Waits for the device, because the result's length depends on the data.
     """
@@ -53,7 +53,7 @@ def plan_segment_sum(values: Tensor, offsets: Tensor, sums: Tensor) -> Launch:
 def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     """`reference.segment_sum`: float32 [segments], float64 for float64, accumulated in float64.
 
-    One program a segment. ``offsets`` int32 [segments + 1] may be on the host.
+    One program per segment. ``offsets`` int32 [segments + 1] may be on the host.
     """
     require_device(values=values)
     require_dtype((*FLOATS, torch.float64), values=values)

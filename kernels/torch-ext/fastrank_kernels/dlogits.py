@@ -1,11 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Gradient of the weighted log-probabilities by the logits, over the logits if wanted.
 
-One program a row, blocks in rising order. Written over the logits it needs no second buffer, which
-for a float32 chunk is half of all memory that the loss takes. The narrower row lies in the front
-half of the wide one, so a block's store lands on logits that this program has read before, but
-perhaps not yet in all its warps: warps drift apart without limit. A barrier between load and store
-in *every* block is what makes it right; a separate ``out`` goes without.
+One program per row, blocks in rising order. Written over the logits it needs no second buffer,
+which for a float32 chunk is half of all memory that the loss takes. The narrower row lies in the
+front half of the wide one, so a block's store lands on logits that this program has read before,
+but perhaps not yet in all its warps: warps drift apart without limit. A barrier between load and
+store in *every* block is what makes it right; a separate ``out`` goes without.
 """
 
 from __future__ import annotations

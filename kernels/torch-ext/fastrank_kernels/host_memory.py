@@ -1,8 +1,8 @@
-"""Large buffers on a host, in pages of 2 MiB where the system has them.
+"""Large host buffers in pages of 2 MiB, where the system has them.
 
 A buffer that lives for one call is mapped anew by every call, and touching it page by page, 4 KiB
-each, costs several percent of the matrix products that fill it. Linux gives larger pages to those
-who ask (``madvise``); where it does not, the buffer is an ordinary one.
+each, costs several percent of the matrix products that fill it. Linux gives larger pages on request
+(``madvise``); elsewhere the buffer is an ordinary one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 @cache
 def _madvise() -> Any:
-    """The C library's function, or None where there is no such thing."""
+    """The C library's function, or None without one."""
     if not sys.platform.startswith("linux"):
         return None
     try:

@@ -1,6 +1,6 @@
-"""What every Triton launch shares: the checks before it, and the launch itself.
+"""Triton launches, and the checks before them.
 
-A launch is built as data (`Launch`) and run afterwards. That costs a tuple a call and buys two
+A launch is built as data (`Launch`) and run afterwards. That costs a tuple per call and buys two
 things: the device is set in one place, and the tests compile ahead of time, without a GPU, exactly
 the argument types and pinned configurations that would be launched.
 """
@@ -30,7 +30,7 @@ class Launch(NamedTuple):
     """Whether ``a * b + c`` may become one rounding. Its default changes between versions of
     triton, so every kernel states it."""
     max_registers: int | None = None
-    """Registers a thread at most, on NVIDIA. Left to itself ptxas may spill a few to raise the
+    """Registers per thread at most, on NVIDIA. Left to itself ptxas may spill a few to raise the
     occupancy; told the limit it uses what it may and spills nothing."""
 
     def options(self, *, nvidia: bool) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Which way the gradients are made: chosen from sizes, what needs a gradient, and a memory budget.
+"""The choice of strategy: from sizes, the gradients that are needed, and a memory budget.
 
-A plan is a pure function of its arguments: the same call is planned the same way on every
-run of a machine, because another order of chunks would be another order of sums. For that
-reason the default budget is a share of the device's *total* memory, not of what happens to be free.
+A plan is a pure function of its arguments: the same call is planned the same way on every run of a
+machine, because another order of chunks would be another order of sums. For that reason the default
+budget is a share of the device's *total* memory, not of the memory that happens to be free.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-# On a CPU a chunk of this many rows keeps the matrix products at full speed; more only costs
-# memory.
+# On a CPU a chunk of this many rows keeps the products at full speed; more only costs memory.
 CPU_CHUNK_ROWS = 512
 _TOTAL_MEMORY_SHARE = 16
 
@@ -22,7 +21,7 @@ STRATEGIES = ("forward", "group", "keep", "recompute", "unit")
 
 
 class Plan(NamedTuple):
-    """How one call of a fused loss will be computed."""
+    """How one call of a fused loss is computed."""
 
     strategy: str
     """``forward`` (no gradient), ``group``, ``keep``, ``recompute`` or ``unit``."""
@@ -58,8 +57,8 @@ def plan_ranking(
 ) -> Plan:
     """Plan `linear_ranking`: ``rows`` response tokens, the largest group having ``largest_group``.
 
-    ``budget`` is in bytes of logits; ``hidden_grad`` and ``head_grad`` say what is differentiated
-    (``head_grad``: weight or bias).
+    ``budget`` is in bytes of logits; ``hidden_grad`` and ``head_grad`` (weight or bias) tell which
+    gradients are needed.
     """
     limit = _rows_within(budget, vocab, logits_itemsize)
     chunk = _chunk_rows(rows, limit, device_type, logits_itemsize)

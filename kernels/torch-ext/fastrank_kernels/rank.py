@@ -3,7 +3,7 @@
 One program takes one group, so nothing is exchanged between programs, nothing is atomic, and the
 same input gives the same bits. The loss is data (`RankSpec`): its form is compiled in, its numbers
 are arguments. A group that is larger than a block is walked in blocks by the same program; many
-programs a group would use more of the GPU where groups are few and huge, and would need a second
+programs per group would use more of the GPU where groups are few and huge, and would need a second
 launch.
 """
 

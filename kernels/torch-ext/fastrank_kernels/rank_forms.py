@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The three forms of a ranking loss as device functions over blocks of a group.
 
-Each form is `prepare_*`, which makes what a candidate must know of all others and leaves it in
-global scratch memory (one number a candidate), and `*_rows`, which takes a block of rows against
+Each form is `prepare_*`, which leaves one number per candidate about all the others in global
+scratch memory, and `*_rows`, which takes a block of rows against
 all column blocks and returns the rows' share of the loss and their score gradients. A program owns
 its group, so what it wrote is visible to it after a barrier; no other program looks.
 

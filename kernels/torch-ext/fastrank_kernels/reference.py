@@ -1,8 +1,8 @@
 """The operators in plain torch: the specification, and the CPU implementation.
 
 A Triton kernel is held against these functions, in float64 where it matters. They are written to be
-read next to the formulas and are still fast enough to serve a CPU: row blocks that stay in
-cache while they are upcast, groups padded to a common width and handled together.
+read next to the formulas and are still fast enough to serve a CPU: row blocks that stay in cache
+while they are upcast, groups padded to a common width and handled together.
 
 Shapes: T response tokens, C candidates, G groups, V vocabulary entries. Offsets are int32
 ``[C + 1]`` and ``[G + 1]`` and start at 0, like flash-attn's ``cu_seqlens``.
@@ -38,7 +38,7 @@ class RankResult(NamedTuple):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32: what sums and exponentials are computed in."""
+    """The dtype of sums and exponentials: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -219,8 +219,8 @@ def rank_tokens(
 ) -> RankResult:
     """From token log-probabilities of whole groups to the loss and its derivative by each of them.
 
-    The three steps that a GPU kernel does in one launch: segmented sums to scores, the loss and
-    its score gradients (`rank_scores`), and the coefficients
+    Three steps, which a GPU kernel does in one launch: segmented sums to scores, the loss and its
+    score gradients (`rank_scores`), and the coefficients
     ``c_t = scale * (g_i / |y_i| - [i best] * weight * (1 or 1 / |y_i|))`` (``|y_i|`` only where a
     mean is taken).
     """

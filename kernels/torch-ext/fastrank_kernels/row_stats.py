@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """Log-sum-exp and label log-probability of each row of a logits chunk, in one pass.
 
-One program a row. Every lane keeps a maximum and a sum of its own over the blocks and the lanes are
-merged once at the end: a block costs no reduction across the program, and one exponential an
+One program per row. Every lane keeps a maximum and a sum of its own over the blocks and the lanes
+are merged once at the end: a block costs no reduction across the program, and one exponential an
 element, ``exp(-|z - top|)``, serves the new term and the rescaling of the old sum alike. Splitting
 a row over several programs would help chunks of very few rows only, at the price of a second
 launch.
@@ -84,7 +84,7 @@ def row_stats_kernel(
 
 
 def block_of_row(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Elements of a block and warps of a program: 16 bytes or more a thread and load."""
+    """Elements of a block and warps of a program: 16 bytes or more per thread and load."""
     block = min(max(power_of_two(vocab), 32), 2048 if dtype == torch.float32 else 4096)
     return block, max(1, min(8, block // 256))
 

@@ -1,7 +1,7 @@
 """The Triton backend: the functions of `reference` under the same names and signatures.
 
-Importing this module imports triton; importing the package does not. Whoever picks a backend
-imports this module when it is asked for, and says what is missing where triton is.
+Importing this module imports triton; importing the package does not: `dispatch` imports this module
+when the backend is chosen, and names what is missing.
 """
 
 from __future__ import annotations
