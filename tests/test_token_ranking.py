@@ -12,6 +12,7 @@ import pack_cases
 import plain_losses
 import pytest
 import torch
+from architectures import adapt, build
 from plain_linear import Problem, make_problem
 from torch import nn
 
@@ -147,19 +148,10 @@ def impossible_groups() -> list[fastrank.Group]:
 def biased_model(adapted: bool) -> nn.Module:
     """A Phi whose head has a bias of -inf at token 60; with LoRA on the head it has to make its
     logits itself."""
-    from transformers import AutoModelForCausalLM, PhiConfig
-
-    torch.manual_seed(0)
-    config = PhiConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=4, initializer_range=0.2, resid_pdrop=0.0, pad_token_id=None,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).train()
+    model = build("phi", vocab_size=61, num_hidden_layers=1)
     head = model.lm_head
     if adapted:
-        peft = pytest.importorskip("peft")
-        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))
-        nn.init.normal_(model.base_model.model.lm_head.lora_B["default"].weight, std=0.2)
+        model = adapt(model, target_modules=["lm_head"])
     fastrank.prepare_model(model)  # which probes the head with finite logits
     with torch.no_grad():
         head.bias[60] = float("-inf")
@@ -172,16 +164,7 @@ def biased_model(adapted: bool) -> nn.Module:
 def test_models_jointly_and_in_two_phases(loss, adapted) -> None:
     model, groups = biased_model(adapted), impossible_groups()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    total = torch.zeros(())
-    scores = pack_cases.separate_scores(model, groups)
-    for group, own in zip(groups, scores.split([g.num_candidates for g in groups]), strict=True):
-        total = total + fastrank.ranking_loss(own, group.rewards, loss=loss)
-        best = int(group.rewards.argmax())
-        tokens = len(group.response_ids[best]) if loss.sft_reduction == "sum" else 1
-        name = type(loss).__name__.lower()
-        sft = plain_losses.sft_weight(name, len(own), loss.sft_weight)
-        total = total - sft * tokens * own[best]
-    total = total / len(groups)
+    total = pack_cases.separate_loss(model, groups, loss)
     want = gradients(total, weights)
 
     (pack,) = fastrank.pack(groups, max_tokens=4096)
