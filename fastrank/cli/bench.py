@@ -6,92 +6,68 @@ Each variant is checked against float64 before it is timed; a wrong one is liste
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fastrank.cli.parser import parse
+from fastrank import options as shared
 from fastrank.errors import InputError
+from fastrank.options.declare import change, check_least, option, options
 
 
-@dataclass
-class BenchOptions:
-    """Options of ``fastrank bench``."""
+@options
+class BenchOptions(shared.DeviceOptions, shared.OutputOptions, shared.JsonOptions):
+    """Microbenchmarks beside every serious peer: time, memory and error."""
 
-    suite: Literal["loss", "rank", "attention", "step"] = field(
-        default="loss", metadata={"help": "What is measured."}
+    suite: Literal["loss", "rank", "attention", "step"] = option(
+        "Operation to measure.", default="loss"
     )
-    device: Literal["cpu", "cuda"] | None = field(
-        default=None, metadata={"help": "Where (default: cuda if there is one)."}
+    device: Literal["cpu", "cuda"] | None = change(  # type: ignore[assignment]  # no "auto"
+        "Where (default: cuda if there is one).", default=None
     )
-    workload: list[str] | None = field(
-        default=None, metadata={"help": "Workloads by name (default: the device's of the suite)."}
+    workload: list[str] | None = option(
+        "Workloads by name (default: the device's of the suite).", default=None
     )
-    variant: list[str] | None = field(
-        default=None, metadata={"help": "Variants by name (default: all)."}
+    variant: list[str] | None = option("Variants by name (default: all).", default=None)
+    output: str | None = change("Folder for SUITE_DEVICE.csv and a plot.")
+    seconds: float = option("Time for the rounds of a workload, about.", default=20.0)
+    time_limit: float | None = option(
+        "Stop starting new variants after this many seconds; the rest is listed.", default=None
     )
-    output: str | None = field(
-        default=None, metadata={"help": "Folder for SUITE_DEVICE.csv and a plot."}
-    )
-    seconds: float = field(
-        default=20.0, metadata={"help": "Time for the rounds of a workload, about."}
-    )
-    time_limit: float | None = field(
-        default=None,
-        metadata={"help": "Seconds after which no further variant is begun; the rest is listed."},
-    )
-    memory: bool = field(default=True, metadata={"help": "Also measure peak memory."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads (default: torch's)."})
-    json: bool = field(default=False, metadata={"help": "End with one JSON object of all rows."})
+    memory: bool = option("Also measure peak memory.", default=True)
+    threads: int | None = option("CPU threads (default: torch's).", default=None)
 
 
-@dataclass
-class SizeOptions:
+@options
+class SizeOptions(
+    shared.ShapeOptions, shared.DtypeOptions, shared.LossOptions, shared.ModelOptions
+):
     """Sizes that replace those of every chosen workload."""
 
-    tokens: int | None = field(
-        default=None, metadata={"help": "Response tokens in all; sets the number of groups."}
+    tokens: int | None = change("Response tokens in all; sets the number of groups.")
+    groups: int | None = option("Prompts.", default=None)
+    candidates: int | None = option("Candidates per prompt.", default=None)
+    prompt: int | None = option("Tokens of a prompt.", default=None)
+    response: int | None = option("Tokens of a response.", default=None)
+    hidden: int | None = option("Width of the hidden rows.", default=None)
+    dtype: Literal["float32", "bfloat16", "float16"] | None = change(  # type: ignore[assignment]
+        "Of inputs and parameters.", default=None
     )
-    groups: int | None = field(default=None, metadata={"help": "Prompts."})
-    candidates: int | None = field(default=None, metadata={"help": "Candidates of a prompt."})
-    prompt: int | None = field(default=None, metadata={"help": "Tokens of a prompt."})
-    response: int | None = field(default=None, metadata={"help": "Tokens of a response."})
-    vocab: int | None = field(default=None, metadata={"help": "Vocabulary entries."})
-    hidden: int | None = field(default=None, metadata={"help": "Width of the hidden rows."})
-    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None, metadata={"help": "Of inputs and parameters."}
+    loss: Literal["rrhf", "pro"] | None = change(  # type: ignore[assignment]
+        "Ranking loss.", default=None
     )
-    loss: Literal["rrhf", "pro"] | None = field(default=None, metadata={"help": "Ranking loss."})
-    model: str | None = field(
-        default=None, metadata={"help": "Shape of the step suite's model, e.g. llama-6x256."}
-    )
-    accuracy: float | None = field(
-        default=None, metadata={"help": "Ranking accuracy before the step (0.5: random)."}
-    )
+    model: str | None = change("Shape of the step suite's model, e.g. llama-6x256.")
+    accuracy: float | None = option("Ranking accuracy before the step (0.5: random).", default=None)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run the command; 1 if fastrank's own results are wrong."""
-    options, sizes = parse(
-        (BenchOptions, SizeOptions),
-        argv,
-        prog="fastrank bench",
-        description="Microbenchmarks beside every serious peer: time, memory and error.",
-    )
-    return bench(options, vars(sizes))
-
-
-def bench(options: BenchOptions, sizes: dict[str, Any]) -> int:
-    """Measure, print a table per workload, write the CSV."""
+def bench(options: BenchOptions, sizes: SizeOptions) -> dict[str, Any]:
+    """Measure, print one table per workload, write the CSV; returns the rows."""
     from fastrank.benchmarks.workloads import choose_workloads, resize
 
     names = choose_workloads(options.suite, options.device or _default_device(), options.workload)
-    workloads = [resize(workload, **sizes) for workload in names]
+    workloads = [resize(workload, **vars(sizes)) for workload in names]
     if options.seconds < 0:
         raise InputError(f"--seconds must not be negative, got {options.seconds}")
-    if options.threads is not None and options.threads < 1:
-        raise InputError(f"--threads must be at least 1, got {options.threads}")
+    check_least(options, "--", threads=1)
     output = None if options.output is None else Path(options.output)
     if output is not None and output.exists() and not output.is_dir():
         raise InputError(f"--output must be a folder, got the file {output}")
@@ -99,7 +75,6 @@ def bench(options: BenchOptions, sizes: dict[str, Any]) -> int:
     import torch
 
     from fastrank.benchmarks.problem import variant_names
-    from fastrank.benchmarks.results import own_is_right
     from fastrank.benchmarks.runner import RunPlan, run_workloads
 
     device = torch.device(options.device or _default_device())
@@ -120,11 +95,14 @@ def bench(options: BenchOptions, sizes: dict[str, Any]) -> int:
     )
     csv = None if output is None else output / f"{options.suite}_{device.type}.csv"
     rows = run_workloads([(workload, plan) for workload in workloads], device, csv)
-    if options.json:
-        from fastrank.cli.options import print_json
+    return {"rows": rows}
 
-        print_json({"rows": [vars(row) for row in rows]})
-    return 0 if own_is_right(rows) else 1
+
+def own_failed(result: dict[str, Any]) -> bool:
+    """Whether one of fastrank's own variants is wrong or failed."""
+    from fastrank.benchmarks.results import own_is_right
+
+    return not own_is_right(result["rows"])
 
 
 def _default_device() -> str:

@@ -1,4 +1,4 @@
-"""``fastrank doctor``: what is installed, what would be chosen on this machine, and why.
+"""``fastrank doctor``: installed versions, and the choices made on this machine with reasons.
 
 Nothing is guessed here: backends and strategies come from the functions that choose them in a run,
 the required versions from the installed distribution's own metadata.
@@ -9,13 +9,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fastrank.cli.options import print_json
-from fastrank.cli.parser import parse
+from fastrank import options as shared
 from fastrank.errors import InputError
+from fastrank.options.declare import change, check_least, option, options
 
 if TYPE_CHECKING:
     import torch
@@ -28,54 +26,30 @@ _EXTRAS = {
 }
 
 
-@dataclass
-class DoctorOptions:
-    """A step to plan for; the defaults are 4 prompts with 4 responses of 128 tokens."""
+@options
+class DoctorOptions(
+    shared.ModelOptions, shared.TrustOptions, shared.ShapeOptions, shared.JsonOptions
+):
+    """Versions, devices, and which backend and strategy would be chosen and why. The step that is
+    planned for has 4 prompts with 4 responses of 128 tokens unless options say otherwise."""
 
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Model folder or Hub name: whether it can share prompts, its vocabulary."
-        },
+    model: str | None = change(
+        "Model folder or Hub name: whether it can share prompts, its vocabulary."
     )
-    tokens: int = field(default=2048, metadata={"help": "Response tokens of a pack."})
-    group_tokens: int = field(
-        default=512, metadata={"help": "Response tokens of its largest group."}
+    tokens: int = change("Response tokens of a pack.", default=2048)
+    vocab: int | None = change("Vocabulary (default: the model's, else 32000).")
+    group_tokens: int = option("Response tokens of its largest group.", default=512)
+    logits_memory: int | None = option(
+        "Bytes of logits at once (default: by device).", default=None
     )
-    vocab: int | None = field(
-        default=None, metadata={"help": "Vocabulary (default: the model's, else 32000)."}
-    )
-    logits_memory: int | None = field(
-        default=None, metadata={"help": "Bytes of logits at once (default: by device)."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the model."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print one JSON object instead of text."})
 
-
-def run(argv: Sequence[str]) -> int:
-    """Run the command; raises `InputError` for anything the user got wrong."""
-    (options,) = parse(
-        (DoctorOptions,),
-        argv,
-        prog="fastrank doctor",
-        description="Versions, devices, and which backend and strategy would be chosen and why.",
-    )
-    for name in ("tokens", "group_tokens", "vocab", "logits_memory"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1, got {value}")
-    result = examine(options)
-    if options.json:
-        print_json(result)
-    else:
-        print(_as_text(result))
-    return 0
+    def __post_init__(self) -> None:
+        check_least(self, "--", tokens=1, group_tokens=1, vocab=1, logits_memory=1)
+        super().__post_init__()
 
 
 def examine(options: DoctorOptions) -> dict[str, Any]:
-    """Everything the command reports, as JSON types."""
+    """Collect the report, as JSON types."""
     import torch
 
     devices = [torch.device("cpu")]
@@ -92,9 +66,9 @@ def examine(options: DoctorOptions) -> dict[str, Any]:
 
 
 def packages(name: str = "fastrank") -> list[dict[str, Any]]:
-    """Required and optional packages: what is installed, what is asked for, how to get it.
+    """Required and optional packages: version installed, version required, how to install.
 
-    ``status`` is "ok", "missing" or "too old"; ``install`` is the line that mends it.
+    ``status`` is "ok", "missing" or "too old"; ``install`` is the command that mends it.
     """
     import fastrank
 
@@ -250,7 +224,8 @@ def _attention(device: torch.device, dtype: torch.dtype) -> list[dict[str, str]]
     return [{"layer": name, "backend": c.name, "reason": c.reason} for name, c in chosen.items()]
 
 
-def _as_text(result: dict[str, Any]) -> str:
+def as_text(result: dict[str, Any]) -> str:
+    """The report for a person."""
     lines = [f"Python {result['python']} on {result['platform']}", "", "Packages"]
     for item in result["packages"]:
         extra = f" [{item['extra']}]" if item["extra"] else ""

@@ -1,4 +1,4 @@
-"""``fastrank inspect``: what is in a record file, and what a model would make of it.
+"""``fastrank inspect``: the contents of a record file, and their cost for a model.
 
 Reads the file once, record by record; only counts are held, so the file may be large.
 """
@@ -6,48 +6,35 @@ Reads the file once, record by record; only counts are held, so the file may be 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from fastrank.cli.options import LengthOptions, ReadOptions, print_json
-from fastrank.cli.parser import parse
+from fastrank import options as shared
 from fastrank.errors import InputError
+from fastrank.options.declare import change, check_least, option, options, values_of
 
 
-@dataclass
-class InspectOptions:
-    """Options of ``fastrank inspect`` beyond how the file is read."""
+@options
+class InspectOptions(
+    shared.DataOptions,
+    shared.ReadOptions,
+    shared.TextOptions,
+    shared.PackOptions,
+    shared.TrustOptions,
+    shared.JsonOptions,
+):
+    """Report on a record file: its contents, what is dropped and why; with a tokenizer, lengths
+    and what padding, packing and sharing prompts would cost."""
 
-    data: str = field(metadata={"help": "JSONL, JSON or Parquet file, folder, or Hub data set."})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Model folder or Hub name; adds lengths and packs."}
+    data: str = change(
+        "Records: JSONL, JSON or Parquet file, folder, or Hub data set.", required=True
     )
-    max_tokens: int = field(default=16384, metadata={"help": "Most tokens of a pack."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the tokenizer."}
+    tokenizer: str | None = option(
+        "Model folder or Hub name; adds lengths and packs.", default=None
     )
-    plot: str | None = field(default=None, metadata={"help": "PNG file to write."})
-    json: bool = field(default=False, metadata={"help": "Print one JSON object instead of text."})
+    plot: str | None = option("PNG file to write.", default=None)
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run the command; raises `InputError` for anything the user got wrong."""
-    options, reading, limits = parse(
-        (InspectOptions, ReadOptions, LengthOptions),
-        argv,
-        prog="fastrank inspect",
-        description="What is in a record file, what is dropped and why; with a tokenizer, lengths "
-        "and what padding, packing and sharing prompts would cost.",
-        positional="data",
-    )
-    result = inspect(options, reading, limits)
-    if options.json:
-        print_json(result)
-    return 0
-
-
-def inspect(options: InspectOptions, reading: ReadOptions, limits: LengthOptions) -> dict[str, Any]:
+def inspect(options: InspectOptions) -> dict[str, Any]:
     """The report of the file as JSON types; prints it as text unless ``options.json``."""
     from fastrank.data.lengths import Lengths, as_text
     from fastrank.data.load import fit_context
@@ -56,24 +43,25 @@ def inspect(options: InspectOptions, reading: ReadOptions, limits: LengthOptions
     from fastrank.data.tokenize import TokenizeOptions, encode_record, truncate
     from fastrank.data.write import check_output
 
-    if options.max_tokens < 2:
-        raise InputError(f"--max_tokens must be at least 2, got {options.max_tokens}")
+    check_least(options, "--", max_tokens=2)
     if options.plot is not None:
         check_output(options.plot, "--plot")
-    cut = TokenizeOptions(**limits.as_kwargs())
+    cut = TokenizeOptions(**values_of(options, shared.TextOptions))
     tokenizer = None
     if options.tokenizer is not None:
         from fastrank.modeling.pretrained import load_tokenizer, tokenizer_context
 
         tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
         cut = fit_context(cut, tokenizer_context(options.tokenizer, tokenizer))
-    elif limits != LengthOptions():
+    elif cut != TokenizeOptions():
         raise InputError("limits in tokens need --tokenizer")
 
     report = Report(name=options.data)
     lengths = None if tokenizer is None else Lengths()
     rewards = array("d")
-    for record in read_records(options.data, report=report, **reading.as_kwargs()):
+    for record in read_records(
+        options.data, report=report, **values_of(options, shared.ReadOptions)
+    ):
         if tokenizer is not None and lengths is not None:
             whole = encode_record(record, tokenizer, report, as_chat=cut.as_chat)
             if whole is None:

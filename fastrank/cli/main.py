@@ -1,6 +1,5 @@
-"""``fastrank <command>``: the table of commands and what an error looks like.
+"""``fastrank <command>``: choosing the command, and what an error looks like.
 
-A command's module is imported when it is run, so that ``fastrank --help`` needs none of them.
 Whatever the user got wrong ends as one line on stderr and exit code 2; any other exception is a
 defect and keeps its traceback.
 """
@@ -8,29 +7,13 @@ defect and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from fastrank import __version__
-from fastrank.errors import InputError
-
-#: name: (module with ``run(argv) -> int``, one line of help)
-COMMANDS: dict[str, tuple[str, str]] = {
-    "train": (
-        "fastrank.cli.train",
-        "train a model on ranked responses (nothing given: a built-in task)",
-    ),
-    "sample": ("fastrank.cli.sample", "draw candidate responses from one or several models"),
-    "reward": ("fastrank.cli.reward", "score responses by a Python function or a reward model"),
-    "iterate": ("fastrank.cli.iterate", "rounds of sample, reward and train"),
-    "evaluate": ("fastrank.cli.evaluate", "reward, perplexity and accuracy of a trained model"),
-    "score": ("fastrank.cli.score", "score a record file's responses with a model"),
-    "inspect": ("fastrank.cli.inspect", "what is in a record file, what is dropped and why"),
-    "bench": ("fastrank.cli.bench", "microbenchmarks beside every serious peer"),
-    "doctor": ("fastrank.cli.doctor", "versions, devices, and what would be chosen here and why"),
-}
+from fastrank.cli.commands import COMMANDS
+from fastrank.errors import InputError, TrainingStopped
 
 #: Packages that come with an extra, for the line that says how to get them.
 _EXTRAS = {
@@ -59,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         name = _command(arguments)
         prog = f"fastrank {name}"
-        module = importlib.import_module(COMMANDS[name][0])
-        return int(module.run(arguments[1:]))
+        return COMMANDS[name]()(arguments[1:], prog)
     except InputError as error:
         return _fail(prog, str(error))
+    except TrainingStopped as error:
+        print(f"{prog}: stopped: {error}", file=sys.stderr)
+        return 1
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         extra = _EXTRAS.get(package)
@@ -102,7 +87,7 @@ def _command(arguments: Sequence[str]) -> str:
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = ["usage: fastrank <command> [options]", "", "commands:"]
-    lines += [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:{width}}  {made.__doc__}" for name, made in COMMANDS.items()]
     lines += [
         "",
         "options:",

@@ -16,7 +16,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union
@@ -33,6 +33,7 @@ def parse(
     prog: str,
     description: str,
     positional: str | None = None,
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> tuple[Any, ...]:
     """Instances of the dataclasses, filled from ``--config`` and ``argv`` (which wins).
 
@@ -42,6 +43,8 @@ def parse(
         prog: the command as the user calls it, e.g. ``fastrank train``.
         description: one paragraph for ``--help``.
         positional: a field that may also be given without its option's name.
+        defaults: called with the values that were given; what it returns stands in for the
+            dataclasses' own defaults.
 
     Raises:
         InputError: an unknown option or key, a value of the wrong kind, a required option that is
@@ -57,6 +60,8 @@ def parse(
     config = given.pop("config", None)
     values = parser.read_config(config) if config is not None else {}
     values.update(given)
+    if defaults is not None:
+        values = {**defaults(values), **values}
     return tuple(parser.build(kind, values) for kind in dataclass_types)
 
 
@@ -74,9 +79,12 @@ class _Parser(HfArgumentParser):
         for kind in dataclass_types:
             self._hints.update(typing.get_type_hints(kind))
         self._names = {f.name for kind in dataclass_types for f in dataclasses.fields(kind)}
+        self._one_or_several: set[str] = set()  # a text or a list of texts
         for action in self._actions:
             if action.dest in self._hints and not _is_negation(action):
                 _adapt(action, self._hints[action.dest])
+                if isinstance(action, _List) and str in _members(self._hints[action.dest]):
+                    self._one_or_several.add(action.dest)
         if positional is not None:
             shown = positional.upper()
             self.add_argument(positional, nargs="?", metavar=shown, default=argparse.SUPPRESS)
@@ -101,7 +109,11 @@ class _Parser(HfArgumentParser):
         namespace, rest = self.parse_known_args(self._explicit(argv))
         if rest:
             raise InputError(self._unknown(rest[0]))
-        return vars(namespace)
+        values = vars(namespace)
+        for name in self._one_or_several & set(values):
+            if len(values[name]) == 1:
+                (values[name],) = values[name]
+        return values
 
     def _explicit(self, argv: list[str]) -> list[str]:
         """``argv`` without what argparse reads otherwise than people mean it.
@@ -200,7 +212,7 @@ def _adapt(action: argparse.Action, hint: Any) -> None:
         action.nargs = "+"
         action.type = _choice(_members(inner))
         action.choices = None
-        action.__class__ = _ListOrText if str in members else _List
+        action.__class__ = _List
         return
     if bool in members:
         action.nargs, action.const = "?", True
@@ -280,21 +292,6 @@ class _List(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         setattr(namespace, self.dest, [*getattr(namespace, self.dest, []), *values])
-
-
-class _ListOrText(_List):
-    """A list, or the text itself where only one was given."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        before = getattr(namespace, self.dest, [])
-        together = [*([before] if isinstance(before, str) else before), *values]
-        setattr(namespace, self.dest, together[0] if len(together) == 1 else together)
 
 
 #: What a flag takes for its value; single letters are rather taken for a file's name.

@@ -42,7 +42,7 @@ _SPECIAL = ("<pad>", "<unk>", "<eos>")
 
 @dataclass(frozen=True)
 class MenuTask:
-    """Records for training, records of guests never trained on, and what reads them."""
+    """Records for training, records of held-out guests, and their model and tokenizer."""
 
     train: list[Record]
     heldout: list[Record]
@@ -100,7 +100,7 @@ def _meals(taste: set[str], generator: random.Random) -> list[list[str]]:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; an unknown word is ``<unk>``. Loads with ``AutoTokenizer`` once saved."""
+    """One token per word; an unknown word is ``<unk>``. Loads with ``AutoTokenizer`` once saved."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

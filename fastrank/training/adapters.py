@@ -19,7 +19,7 @@ from fastrank.errors import InputError
 from fastrank.modeling.pretrained import is_adapter, load_model
 from fastrank.training import checkpoint
 from fastrank.training.config import RankConfig
-from fastrank.training.options import TrainOptions
+from fastrank.training.run_options import TrainOptions
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig

@@ -1,8 +1,8 @@
 """Options of a training run: transformers' ``TrainingArguments`` plus what ranking needs.
 
-Subclassing keeps every option, environment variable and launcher people know; the alternative,
-an own small set of options, would lose trackers, FSDP2 and DeepSpeed. Option names follow TRL
-where it has them. Where a ``TrainingArguments`` default is unsafe here it is changed, and each
+Subclassing keeps every option, environment variable and launcher that people know; the
+alternative, a small set of our own, would lose trackers, FSDP2 and DeepSpeed. Option names follow
+TRL where it has them. Where a ``TrainingArguments`` default is unsafe here it is changed, and each
 change says why.
 """
 
@@ -10,130 +10,94 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import IntervalStrategy, TrainingArguments
 
+from fastrank import options as shared
 from fastrank.attention.backends import BACKENDS
 from fastrank.data.columns import GroupSizes
 from fastrank.errors import InputError
 from fastrank.losses import Loss, loss_from_name
+from fastrank.options.declare import change, check_least, option, options
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-ATTENTION_HELP = "Attention backend of shared-prompt packs; auto chooses by device and model."
 
 
-@dataclass
-class RankConfig(TrainingArguments):
+@options
+class RankConfig(
+    TrainingArguments,
+    shared.LossOptions,
+    shared.SharingOptions,
+    shared.DtypeOptions,
+    shared.LengthOptions,
+):
     """Arguments of `RankTrainer`. Those of ``TrainingArguments`` apply; what differs:
 
     ``per_device_train_batch_size`` counts prompts (groups), and together with
-    ``gradient_accumulation_steps`` and the number of processes it only says how many groups a
-    step has: the step's groups are cut into packs of at most ``max_tokens`` over all processes,
-    and the loss is divided by the number of groups. How many packs a process runs one after the
-    other follows from ``max_tokens``, so an accumulation of 2 means "twice the groups", not
-    "two passes".
+    ``gradient_accumulation_steps`` and the number of processes it only sets the number of groups
+    per step: these are cut into packs of at most ``max_tokens`` over all processes, and the loss
+    is divided by their number. The number of packs that a process runs one after the other
+    follows from ``max_tokens``, so an accumulation of 2 means "twice the groups", not "two
+    passes".
 
     Raises:
         InputError: an option that is wrong by itself or against another.
     """
 
-    loss: str = field(
-        default="rrhf",
-        metadata={
-            "help": "Ranking loss: rrhf, pro, ranknet, slic, simpo, ipo, dpo, lambdarank, "
-            "listmle or listnet."
-        },
+    loss_kwargs: dict[str, Any] | str | None = option(
+        "The loss's own options as JSON, e.g. '{\"margin\": 0.1}'.", default=None
     )
-    loss_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "The loss's own options as JSON, e.g. '{\"margin\": 0.1}'."},
+    auto_find_pack_size: bool = option(
+        "When a pack does not fit into memory, halve max_tokens and go on.", default=False
     )
-    max_tokens: int = field(
-        default=16384,
-        metadata={"help": "Most tokens of a pack: the unit of one forward and backward pass."},
-    )
-    auto_find_pack_size: bool = field(
-        default=False,
-        metadata={"help": "When a pack does not fit into memory, halve max_tokens and go on."},
-    )
-    backprop: str = field(
+    backprop: Literal["joint", "two_phase"] = option(
+        "joint: a group in one pack, forward and backward; two_phase: score every candidate first, "
+        "then back-propagate only those with a gradient, in memory that does not grow with their "
+        "number.",
         default="joint",
-        metadata={
-            "help": "joint: a group in one pack, forward and backward; two_phase: score every "
-            "candidate first, then back-propagate only those with a gradient, in memory that does "
-            "not grow with their number."
-        },
     )
-    shared_prompts: bool = field(
-        default=True,
-        metadata={"help": "Encode a prompt once for all of its candidates."},
+    disable_dropout: bool = option(
+        "Set every dropout of the model to 0, so that scores can be compared.", default=True
     )
-    attention: str = field(default="auto", metadata={"help": ATTENTION_HELP})
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Type of the weights: float32, bfloat16 (small updates are lost), or auto: "
-            "float32, computed in bfloat16 where the device has it."
-        },
-    )
-    disable_dropout: bool = field(
-        default=True,
-        metadata={"help": "Set every dropout of the model to 0, so that scores can be compared."},
-    )
-    nonfinite: str = field(
+    nonfinite: Literal["stop", "skip"] = option(
+        "On a loss or gradient that is not finite: stop, or skip the records at fault.",
         default="stop",
-        metadata={
-            "help": "On a loss or gradient that is not finite: stop, or skip the records at fault."
-        },
     )
-    max_prompt_length: int | None = field(
-        default=None,
-        metadata={"help": "Most tokens of a prompt; longer ones lose their beginning."},
-    )
-    max_response_length: int | None = field(
-        default=None,
-        metadata={"help": "Most tokens of a response; longer ones lose their end."},
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Most tokens of prompt and response together (default: the context)."},
+    shared_prompts: bool = change("Encode a prompt once for all of its candidates.", default=True)
+    dtype: Literal["auto", "float32", "bfloat16"] = change(
+        "Type of the weights: float32, bfloat16 (small updates are lost), or auto: float32, "
+        "computed in bfloat16 where the device has it."
     )
 
     # Changed defaults of TrainingArguments.
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for checkpoints, metrics and plots."}
+    output_dir: str | None = change("Folder for checkpoints, metrics and plots.", default=None)
+    per_device_train_batch_size: int = change(
+        "Prompts (with all their candidates) per step and process.", default=4
     )
-    per_device_train_batch_size: int = field(
-        default=4, metadata={"help": "Prompts (with all their candidates) a step, for a process."}
+    learning_rate: float = change("The initial learning rate of AdamW.", default=1e-5)
+    eval_strategy: IntervalStrategy | str = change(
+        "When to evaluate: no, steps or epoch.", default="epoch"
     )
-    learning_rate: float = field(
-        default=1e-5, metadata={"help": "The initial learning rate of AdamW."}
-    )
-    eval_strategy: IntervalStrategy | str = field(
-        default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_steps: float = change("Log every so many steps.", default=10)
     # The default True replaces a NaN loss by 0 in the log, and training goes on over spoilt
     # weights.
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Must stay False: it would hide a loss that is NaN."}
+    logging_nan_inf_filter: bool = change(
+        "Must stay False: it would hide a loss that is NaN.", default=False
     )
     # A Group is no dictionary of model inputs; there are no columns to remove.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Has no effect here."})
+    remove_unused_columns: bool = change("Has no effect here.", default=False)
     # Every parameter takes part in every pack; the search for unused ones walks the graph each
     # time.
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "For models with parameters that a forward pass may leave out."},
+    ddp_find_unused_parameters: bool | None = change(
+        "For models with parameters that a forward pass may leave out.", default=False
     )
-    report_to: None | str | list[str] = field(
-        default="none", metadata={"help": "Trackers, e.g. tensorboard or wandb."}
+    report_to: None | str | list[str] = change(
+        "Trackers, e.g. tensorboard or wandb.", default="none"
     )
 
     def __post_init__(self) -> None:
@@ -151,8 +115,8 @@ class RankConfig(TrainingArguments):
             raise InputError(" ".join(str(error).split())) from error
         if self.n_gpu > 1:
             raise InputError(
-                f"{self.n_gpu} GPUs are visible to one process, expected one GPU a process: start "
-                f"with torchrun --nproc_per_node {self.n_gpu}, or set CUDA_VISIBLE_DEVICES=0"
+                f"{self.n_gpu} GPUs are visible to one process, expected one GPU per process: "
+                f"start with torchrun --nproc_per_node {self.n_gpu}, or set CUDA_VISIBLE_DEVICES=0"
             )
 
     def _check_options(self) -> None:
@@ -173,16 +137,20 @@ class RankConfig(TrainingArguments):
             )
         _choice("dtype", self.dtype, tuple(DTYPES))
         _choice("attention", self.attention, ("auto", *BACKENDS))
-        for name in ("max_tokens", "per_device_train_batch_size", "gradient_accumulation_steps"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("max_prompt_length", "max_response_length", "max_length"):
-            if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 2 if name == "max_length" else 1)
+        check_least(
+            self,
+            max_tokens=1,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            max_prompt_length=1,
+            max_response_length=1,
+            max_length=2,
+        )
         if self.logging_nan_inf_filter:
             raise InputError("logging_nan_inf_filter must be False, got True: it hides NaN losses")
         if self.auto_find_batch_size:
             raise InputError(
-                "auto_find_batch_size would change the number of groups a step; "
+                "auto_find_batch_size would change the number of groups per step; "
                 "use auto_find_pack_size, which changes only how a step is cut"
             )
         if self.label_smoothing_factor:
@@ -203,7 +171,7 @@ class RankConfig(TrainingArguments):
             raise InputError(" ".join(str(error).split())) from error
 
     def _choose_precision(self) -> None:
-        """Sets ``bf16`` where ``dtype`` leaves it open, and remembers why."""
+        """Set ``bf16`` where ``dtype`` leaves it open, and record the reason."""
         if self.dtype == "bfloat16":
             self._dtype_reason = (
                 "bfloat16 weights, as asked: updates below 1/256 of a weight are lost"
@@ -257,8 +225,3 @@ class RankConfig(TrainingArguments):
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"{name} must be at least {least}, got {value}")

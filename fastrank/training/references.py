@@ -12,7 +12,7 @@ from fastrank.errors import InputError
 from fastrank.modeling.pretrained import check_model_path, load_tokenizer
 from fastrank.modeling.reference_scores import with_reference_scores
 from fastrank.training.config import RankConfig
-from fastrank.training.options import TrainOptions
+from fastrank.training.run_options import TrainOptions
 
 
 def check_reference(options: TrainOptions, config: RankConfig) -> None:

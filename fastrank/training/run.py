@@ -30,15 +30,16 @@ from fastrank.data.tokenize import TokenizeOptions, tokenize_record
 from fastrank.errors import InputError
 from fastrank.modeling.context import context_length
 from fastrank.modeling.pretrained import load_model, load_tokenizer
+from fastrank.options import LengthOptions, ReadOptions
+from fastrank.options.declare import values_of
 from fastrank.training.adapters import export_merged, lora_config, trainable
 from fastrank.training.callbacks import METRICS_FILE, MetricsFile, read_metrics
 from fastrank.training.checkpoint import find_checkpoints, resolve_resume
 from fastrank.training.config import RankConfig
-from fastrank.training.options import TrainOptions
-from fastrank.training.plot import plot_metrics
 from fastrank.training.references import attach_references, check_reference
+from fastrank.training.run_options import TrainOptions
+from fastrank.training.run_report import plot_metrics, summary_table
 from fastrank.training.splits import sample, shared_prompts, split_by_prompt
-from fastrank.training.summary import summary_table
 from fastrank.training.trainer import RankTrainer
 
 HELD_OUT, TRAINING = "eval", "train_split"  # prefixes of the log keys
@@ -47,7 +48,7 @@ _TITLES = {HELD_OUT: "held out", TRAINING: "training split"}
 
 @dataclass
 class Job:
-    """What a run works on."""
+    """Model and data of a run."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -64,11 +65,11 @@ def train(
     job: Job | None = None,
     make_trainer: Callable[..., RankTrainer] = RankTrainer,
 ) -> dict[str, Any]:
-    """Run it; returns the result as a dictionary that JSON can hold.
+    """Train; returns the result as a dictionary that JSON can hold.
 
     Args:
-        options, config: what was asked for.
-        job: what to work on, if not what ``options`` name. Without a training set
+        options, config: of the run.
+        job: model and data, if not those that ``options`` name. Without a training set
             ``make_trainer`` brings its own, which is not evaluated.
         make_trainer: called as `RankTrainer` is.
 
@@ -82,7 +83,7 @@ def train(
     adapter = lora_config(options)
     if job is None:
         job = _load(options, config)
-    say = _speaker(config)
+    say: Any = print if config.process_index == 0 else lambda line: None
     for report in job.reports:
         say(report.as_text())
     splits: dict[str, Sequence[Group]] = {}
@@ -101,6 +102,7 @@ def train(
         peft_config=adapter,
     )
     before.trainer = trainer
+    trained: Any = trainer.train_dataset
     for line in describe(job, trainer, options, splits):
         say(line)
     if options.overwrite_output_dir and resume is None and config.should_save:
@@ -114,7 +116,7 @@ def train(
         "output_dir": str(output_dir),
         "loss": config.loss,
         "steps": trainer.state.global_step,
-        "train_prompts": len(_prompts(trainer)),
+        "train_prompts": len(trained),
         "heldout_prompts": len(job.heldout),
         "seconds": round(seconds, 2),
     }
@@ -145,11 +147,6 @@ def _load(options: TrainOptions, config: RankConfig) -> Job:
     return job
 
 
-def _prompts(trainer: RankTrainer) -> Sequence[Group]:
-    groups: Any = trainer.train_dataset
-    return groups
-
-
 def check_output_dir(output_dir: Path, config: RankConfig, overwrite: bool) -> None:
     """Refuse a folder that cannot be written, or that holds another run's checkpoints."""
     if output_dir.exists() and not output_dir.is_dir():
@@ -177,15 +174,16 @@ def _remove_earlier_run(output_dir: Path) -> None:
 
 
 def built_in_job(config: RankConfig) -> Job:
-    """The task that needs no file. Its tensors are too small to be worth a second thread."""
+    """The task that needs no file, on one CPU thread whatever the environment says: its tensors are
+    too small for a second one, and on a busy machine two that wait for each other are ten times
+    slower than one."""
     import torch
 
     from fastrank.tasks.menu import menu_task
 
-    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     task = menu_task(seed=config.seed)
-    options = _limits(config, task.model)
+    options = length_limits(config, task.model)
     report = Report(name="built-in")
     groups = []
     for records in (task.train, task.heldout):
@@ -195,18 +193,15 @@ def built_in_job(config: RankConfig) -> Job:
 
 
 def load_job(options: TrainOptions, config: RankConfig) -> Job:
+    """The user's model and records, a share of the prompts held out unless others are given."""
     assert options.model is not None and options.data is not None
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     model = load_model(
         options.model, config.weights_dtype, trust_remote_code=options.trust_remote_code
     )
-    limits = _limits(config, model)
     read: dict[str, Any] = {
-        "options": limits,
-        "format": options.format,
-        "score_key": options.score_key,
-        "max_candidates": options.max_candidates,
-        "normalize_rewards": options.normalize_rewards,
+        "options": length_limits(config, model),
+        **values_of(options, ReadOptions),
         "cache": False if options.no_cache else None,
         "cache_dir": options.cache_dir,
         "num_proc": options.dataset_num_proc,
@@ -219,18 +214,19 @@ def load_job(options: TrainOptions, config: RankConfig) -> Job:
     return Job(model, tokenizer, train_groups, heldout, [report], options.data)
 
 
-def _limits(config: RankConfig, model: PreTrainedModel) -> TokenizeOptions:
-    asked = TokenizeOptions(config.max_prompt_length, config.max_response_length, config.max_length)
+def length_limits(config: RankConfig, model: PreTrainedModel) -> TokenizeOptions:
+    """The limits that a run asks for, within the model's context."""
+    asked = TokenizeOptions(**values_of(config, LengthOptions))
     return fit_context(asked, context_length(model.config))
 
 
 def describe(
     job: Job, trainer: RankTrainer, options: TrainOptions, splits: dict[str, Sequence[Group]]
 ) -> list[str]:
-    """What is about to happen, a line for each choice."""
+    """Describe the run to come, one line per choice."""
     config = trainer.args
     parameters = sum(p.numel() for p in job.model.parameters())
-    groups = _prompts(trainer)
+    groups: Any = trainer.train_dataset
     overlap = shared_prompts(groups, job.heldout)
     held = f"{len(job.heldout)} held out" + (f" ({overlap} of them known!)" if overlap else "")
     evaluated = len(splits.get(TRAINING, groups))
@@ -247,14 +243,14 @@ def describe(
         f"loss: {trainer.loss}",
         f"precision: {config.dtype_reason}",
         f"dropout: {off}" if config.disable_dropout else "dropout: as the model has it",
-        f"steps: {steps} an epoch of {trainer.groups_per_step} prompts on {config.world_size} "
+        f"steps: {steps} per epoch of {trainer.groups_per_step} prompts on {config.world_size} "
         f"process(es), packs of at most {trainer.max_tokens} tokens"
         + (", back-propagated in two phases" if config.two_phase else ""),
     ]
 
 
 class StartEvaluation(TrainerCallback):
-    """Evaluates every split before the first step; a resumed run has done so long ago."""
+    """Evaluate every split before the first step; a resumed run has done so already."""
 
     def __init__(self, splits: dict[str, Sequence[Group]]) -> None:
         self.splits = splits
@@ -310,7 +306,3 @@ def _bare(values: dict[str, Any], prefix: str) -> dict[str, float]:
     """The ranking metrics and losses of one split, without its prefix and without timings."""
     names = {key.removeprefix(f"{prefix}_"): value for key, value in values.items()}
     return {k: v for k, v in names.items() if "/" in k or k in ("loss", "rank_loss", "sft_loss")}
-
-
-def _speaker(config: RankConfig) -> Any:
-    return print if config.process_index == 0 else (lambda *args: None)

@@ -1,4 +1,4 @@
-"""Which prompts are trained on and which are held out."""
+"""Splitting groups into those to train on and those held out."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastrank.errors import InputError
 def split_by_prompt(
     groups: Sequence[Group], fraction: float, *, seed: int
 ) -> tuple[Sequence[Group], Sequence[Group]]:
-    """(training, held out): a seeded share of the prompts, groups of one prompt never on both
-    sides.
+    """Split into (training, held out) by a seeded share of the prompts; the groups of one prompt
+    stay together.
 
     Args:
         fraction: of the different prompts, in [0, 1); at least one prompt is held out, unless
@@ -43,14 +43,14 @@ def split_by_prompt(
 
 
 def shared_prompts(first: Sequence[Group], second: Sequence[Group]) -> int:
-    """How many groups of ``second`` have a prompt that ``first`` has too."""
+    """Count the groups of ``second`` whose prompt ``first`` has too."""
     keys, others = prompt_keys(first), prompt_keys(second)
     known = keys[np.isin(keys, others)]  # the long list is only searched through, never sorted
     return int(np.isin(others, known).sum())
 
 
 def sample(groups: Sequence[Group], count: int, *, seed: int) -> Sequence[Group]:
-    """At most ``count`` groups, a seeded choice in the given order."""
+    """Choose at most ``count`` groups by a seed, in the given order."""
     if len(groups) <= count:
         return groups
     chosen = np.random.default_rng(seed).choice(len(groups), count, replace=False)

@@ -4,7 +4,7 @@ transformers moved its own version out of the library, to code that is fetched f
 fastrank runs no fetched code. A group of beams depends only on the groups before it, so the groups
 are searched one after the other, each by the library's beam search (greedy search for one beam),
 and a logits processor remembers which tokens a group's beams took at each step and lowers them for
-later groups. The result is the algorithm's; the price is one pass over the prompt a group.
+later groups. The result is the algorithm's; the price is one pass over the prompt per group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import LogitsProcessor
 
 
 class DiversityPenalty(LogitsProcessor):
-    """Lowers a token by ``penalty`` for every beam of an earlier group that took it at this step.
+    """Lower a token by ``penalty`` for every beam of an earlier group that took it at this step.
 
     Args:
         prompt_length: tokens of the (padded) prompts.
@@ -31,8 +31,8 @@ class DiversityPenalty(LogitsProcessor):
         self._num_prompts = num_prompts
         self._penalty = penalty
         self._end_tokens = end_tokens
-        self._earlier: list[list[Tensor]] = []  # a step: [B, k] tokens of each earlier group
-        self._current: list[Tensor] = []  # a step: [B, k] tokens of the group being searched
+        self._earlier: list[list[Tensor]] = []  # per step: [B, k] tokens of each earlier group
+        self._current: list[Tensor] = []  # per step: [B, k] tokens of the group being searched
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """``scores`` [B·k, V] less the penalties; ``input_ids`` is [B·k, prompt and steps]."""

@@ -1,4 +1,4 @@
-"""``fastrank evaluate``: a policy as the papers evaluate one, on prompts it was not trained on.
+"""``fastrank evaluate``: the papers' evaluation of a policy, on prompts it was not trained on.
 
 Models are loaded one after the other, never two at once: the policy that is evaluated, the one it
 is compared with, the reward and the model for perplexity may each fill the device.
@@ -9,56 +9,48 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
+from fastrank import options as shared
 from fastrank.data.write import atomic_path, check_output
 from fastrank.errors import InputError
-from fastrank.workflow.items import Item, as_line, check_distinct, read_items
-from fastrank.workflow.options import DecodingOptions, ModelOptions
+from fastrank.options.declare import change, option, options
+from fastrank.workflow.items import PromptItem, Scores, as_line, check_distinct, read_items
 from fastrank.workflow.reward import check_finite, check_reward, load_reward
 
 if TYPE_CHECKING:
-    from fastrank.workflow.evaluation import Samples
-
-Rewards = list[list[float | None]]
+    from fastrank.workflow.policy_metrics import Samples
 
 
-@dataclass
-class EvaluateOptions:
-    """What to evaluate, on what, and by what."""
+@options
+class EvaluateOptions(
+    shared.ModelOptions,
+    shared.PromptOptions,
+    shared.RewardModelOptions,
+    shared.DataOptions,
+    shared.OutputOptions,
+    shared.DecodingOptions,
+    shared.LoadOptions,
+    shared.JsonOptions,
+):
+    """Draw fresh samples for held-out prompts and report their reward, perplexity and BLEU, and
+    wins against a second model; with ranked records, the model's accuracy as a reward model."""
 
-    model: str = field(metadata={"help": "Model folder or Hub name to evaluate."})
-    prompts: str | None = field(
-        default=None, metadata={"help": "Held-out prompts to draw fresh samples for."}
+    model: str = change("Model folder or Hub name to evaluate.", required=True)
+    prompts: str | None = change("Held-out prompts to draw fresh samples for.")
+    data: str | None = change("Ranked records: the model's accuracy as a reward model.")
+    output: str | None = change("JSONL file to write the samples and their rewards to.")
+    num_responses: int = change(default=1)
+    against: str | None = option(
+        "A second model: on how many prompts the reward is above or below its.", default=None
     )
-    reward: str | None = field(
-        default=None, metadata={"help": "Reward of the samples: FILE.py:function or a model."}
+    perplexity_model: str | None = option(
+        "Causal model to take the samples' perplexity under.", default=None
     )
-    reward_kind: Literal["auto", "classifier", "logprob"] = field(
-        default="auto", metadata={"help": "What a reward model gives; see fastrank reward."}
+    reference_key: str | None = option(
+        "Field of the prompts with reference texts (one or a list), for BLEU.", default=None
     )
-    against: str | None = field(
-        default=None,
-        metadata={"help": "A second model: on how many prompts the reward is above or below its."},
-    )
-    perplexity_model: str | None = field(
-        default=None, metadata={"help": "Causal model to take the samples' perplexity under."}
-    )
-    reference_key: str | None = field(
-        default=None,
-        metadata={"help": "Field of the prompts with reference texts (one or a list), for BLEU."},
-    )
-    data: str | None = field(
-        default=None, metadata={"help": "Ranked records: the model's accuracy as a reward model."}
-    )
-    output: str | None = field(
-        default=None, metadata={"help": "JSONL file to write the samples and their rewards to."}
-    )
-    reward_batch_size: int = field(
-        default=32, metadata={"help": "Responses at once in a sequence classifier."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print one JSON object instead of text."})
 
     def __post_init__(self) -> None:
         if self.prompts is None and self.data is None:
@@ -68,18 +60,10 @@ class EvaluateOptions:
                 raise InputError(f"--{name} needs --prompts, got none")
         if self.against is not None and self.reward is None:
             raise InputError("--against needs --reward, got none")
+        super().__post_init__()
 
 
-@dataclass
-class FreshDecodingOptions(DecodingOptions):
-    """`DecodingOptions` with one response a prompt."""
-
-    num_responses: int = field(default=1, metadata={"help": "Responses to draw for each prompt."})
-
-
-def evaluate(
-    options: EvaluateOptions, drawing: DecodingOptions, loading: ModelOptions
-) -> dict[str, Any]:
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Evaluate, and return the figures as JSON types.
 
     Raises:
@@ -87,34 +71,32 @@ def evaluate(
     """
     from fastrank.modeling.pretrained import check_model_path, choose_device
 
-    choose_device(loading.device)
+    choose_device(options.device)
     for path in (options.model, options.against, options.perplexity_model):
         if path is not None:
             check_model_path(path)
             check_model_path(path, needed="tokenizer_config.json")
     if options.reward is not None:
-        check_reward(options.reward, options.reward_kind, loading)
+        check_reward(options.reward, options.reward_kind, options)
     if options.output is not None:
         check_output(options.output, "--output")
         check_distinct(str(options.prompts), "--prompts", options.output)
     began = time.perf_counter()
     result: dict[str, Any] = {"model": options.model}
     if options.prompts is not None:
-        result |= _fresh(options, drawing, loading)
+        result |= _fresh(options)
     if options.data is not None:
-        result["ranking"] = _ranking(options.model, options.data, drawing, loading)
+        result["ranking"] = _ranking(options)
     return result | {"seconds": time.perf_counter() - began}
 
 
-def _fresh(
-    options: EvaluateOptions, drawing: DecodingOptions, loading: ModelOptions
-) -> dict[str, Any]:
-    """Everything about fresh samples."""
-    from fastrank.workflow.evaluation import bleu, compare_rewards, mean_reward
+def _fresh(options: EvaluateOptions) -> dict[str, Any]:
+    """Sample, and compute every metric of fresh samples."""
+    from fastrank.workflow.policy_metrics import bleu, compare_rewards, mean_reward
 
     items = list(read_items(str(options.prompts)))
     references = _references(items, options.reference_key)
-    samples = _sample(options.model, items, drawing, loading)
+    samples = _sample(options.model, items, options)
     result: dict[str, Any] = {
         "prompts": len(items),
         "responses": samples.num_responses,
@@ -122,19 +104,20 @@ def _fresh(
         "empty_responses": sum(not r.strip() for item in samples.items for r in item.responses),
     }
     if options.reward is not None:
-        rewards = _rewards(options, samples, drawing, loading)
+        rewards = _rewards(options, samples)
         result["reward"] = asdict(mean_reward(rewards))
-        samples = _scored(samples, rewards)
+        pairs = zip(samples.items, rewards, strict=True)
+        samples = replace(samples, items=[replace(item, scores=own) for item, own in pairs])
         if options.against is not None:
-            other = _sample(options.against, items, drawing, loading)
-            others = _rewards(options, other, drawing, loading)
+            other = _sample(options.against, items, options)
+            others = _rewards(options, other)
             result["against"] = {
                 "model": options.against,
                 "reward": asdict(mean_reward(others)),
                 **compare_rewards(rewards, others),
             }
     if options.perplexity_model is not None:
-        result["perplexity"] = _perplexity(options.perplexity_model, samples, drawing, loading)
+        result["perplexity"] = _perplexity(options, samples)
         result["perplexity_model"] = options.perplexity_model
     if references is not None:
         result["bleu"] = bleu(samples, references)
@@ -146,7 +129,7 @@ def _fresh(
     return result
 
 
-def _references(items: Sequence[Item], key: str | None) -> list[list[str]] | None:
+def _references(items: Sequence[PromptItem], key: str | None) -> list[list[str]] | None:
     """The reference texts of each prompt, if they were asked for."""
     if key is None:
         return None
@@ -164,86 +147,69 @@ def _references(items: Sequence[Item], key: str | None) -> list[list[str]] | Non
     return references
 
 
-def _sample(
-    path: str, items: Sequence[Item], drawing: DecodingOptions, loading: ModelOptions
-) -> Samples:
+def _sample(path: str, items: Sequence[PromptItem], options: EvaluateOptions) -> Samples:
     from tqdm import tqdm
 
-    from fastrank.workflow.evaluation import sample_items
     from fastrank.workflow.policy import load_policy
+    from fastrank.workflow.policy_metrics import sample_items
 
-    model, tokenizer = load_policy(path, loading)
+    model, tokenizer = load_policy(path, options)
     with tqdm(desc=f"sampling {path}", unit=" prompts", total=len(items), disable=None) as bar:
-        samples = sample_items(model, tokenizer, items, drawing, source=path, progress=bar.update)
+        samples = sample_items(model, tokenizer, items, options, source=path, progress=bar.update)
     del model
     _free_memory()
     return samples
 
 
-def _rewards(
-    options: EvaluateOptions, samples: Samples, drawing: DecodingOptions, loading: ModelOptions
-) -> Rewards:
-    scorer, _ = load_reward(
+def _rewards(options: EvaluateOptions, samples: Samples) -> list[Scores]:
+    scorer, kind = load_reward(
         str(options.reward),
         options.reward_kind,
-        loading,
+        options,
         batch_size=options.reward_batch_size,
-        as_chat=drawing.as_chat,
+        as_chat=options.as_chat,
     )
     rewards = scorer(samples.items)
     for item, scores in zip(samples.items, rewards, strict=True):
         check_finite(item, scores, str(options.reward))
-    del scorer
-    _free_memory()
+    if kind != "function":
+        del scorer
+        _free_memory()
     return rewards
 
 
-def _scored(samples: Samples, rewards: Rewards) -> Samples:
-    items = [
-        replace(item, scores=scores) for item, scores in zip(samples.items, rewards, strict=True)
-    ]
-    return replace(samples, items=items)
-
-
-def _perplexity(
-    path: str, samples: Samples, drawing: DecodingOptions, loading: ModelOptions
-) -> float:
+def _perplexity(options: EvaluateOptions, samples: Samples) -> float:
     from fastrank.attention.gate import refusal
     from fastrank.modeling.prepare import prepare_model
-    from fastrank.workflow.evaluation import perplexity
-    from fastrank.workflow.policy import load_policy
+    from fastrank.workflow.policy import load_policy, refusals_of
+    from fastrank.workflow.policy_metrics import perplexity
 
-    model, tokenizer = load_policy(path, loading)
+    path = str(options.perplexity_model)
+    model, tokenizer = load_policy(path, options)
     prepare_model(model, shared_prompts=refusal(model) is None)
-    try:
-        return perplexity(model, tokenizer, samples, as_chat=drawing.as_chat)
-    except ValueError as error:  # a tokenizer that does not go with the model, longrope, ...
-        raise InputError(f"{path}: {error}") from error
+    with refusals_of(path):
+        return perplexity(model, tokenizer, samples, as_chat=options.as_chat)
 
 
-def _ranking(
-    path: str, data: str, drawing: DecodingOptions, loading: ModelOptions
-) -> dict[str, Any]:
+def _ranking(options: EvaluateOptions) -> dict[str, Any]:
     from fastrank.data.load import load_groups
     from fastrank.data.tokenize import TokenizeOptions
     from fastrank.modeling.context import context_length
-    from fastrank.workflow.evaluation import ranking_accuracy
-    from fastrank.workflow.policy import load_policy
+    from fastrank.workflow.policy import load_policy, refusals_of
+    from fastrank.workflow.policy_metrics import ranking_accuracy
 
-    model, tokenizer = load_policy(path, loading)
+    model, tokenizer = load_policy(options.model, options)
     groups, report = load_groups(
-        data,
+        str(options.data),
         tokenizer,
         context_length=context_length(model.config),
-        options=TokenizeOptions(as_chat=drawing.as_chat),
+        options=TokenizeOptions(as_chat=options.as_chat),
     )
-    try:
+    with refusals_of(options.model):
         metrics = ranking_accuracy(model, groups)
-    except ValueError as error:  # a tokenizer that does not go with the model, longrope, ...
-        raise InputError(f"{path}: {error}") from error
     del model
     _free_memory()
-    return {"data": data, **metrics, "report": report.as_dict()}
+    return {"data": options.data, **metrics, "report": report.as_dict()}
 
 
 def _free_memory() -> None:
@@ -255,7 +221,7 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def summary_text(result: dict[str, Any]) -> str:
+def evaluation_text(result: dict[str, Any]) -> str:
     """The result for a person."""
     lines = [f"{result['model']}: {result['seconds']:.1f} s"]
     if "prompts" in result:

@@ -1,9 +1,9 @@
 """Responses of a model to a batch of prompts, through transformers' ``generate``.
 
 A batch is the unit of randomness: its samples depend on its seed, its prompts and their order, and
-on nothing that was drawn before, so that work can be done in any order and taken up again. (A seed
-a prompt would also survive another batch size, but needs an own sampler; batched matrix products
-change with the batch's shape anyway, in the last bits.)
+on nothing that was drawn before, so that work can be done in any order and taken up again. (One
+seed per prompt would survive another batch size too, but needs a sampler of our own; batched matrix
+products change with the batch's shape anyway, in the last bits.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from fastrank.errors import InputError
-from fastrank.workflow.decoding import Decoding
+from fastrank.options import Decoding
 from fastrank.workflow.diverse import DiversityPenalty
 
 
@@ -63,7 +63,7 @@ def generate(
     Args:
         model: a causal language model in evaluation mode.
         tokenizer: its tokenizer.
-        prompts: token ids, at least one a prompt; padded on the left here.
+        prompts: token ids, at least one per prompt; padded on the left here.
         decoding: how to draw.
         seed: of this batch; the caller's random state is left as it was.
 
@@ -190,7 +190,7 @@ def _response(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Sequence[int],
     ids: list[int],
-    stop: tuple[str, ...],
+    stop: Sequence[str],
     ends: list[int],
 ) -> Response:
     at = next((i for i, token in enumerate(ids) if token in ends), None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,19 @@ _OWN = {"prompt", "responses", "scores", "ranks", "sources"}
 FROM_DATA = "data"
 
 
+#: One reward per response; None for a response without one.
+Scores = list[float | None]
+
+
 @dataclass(frozen=True)
-class Item:
+class PromptItem:
     """One prompt with the responses it has so far.
 
     Attributes:
         place: where the row stands, for messages.
         prompt: text, or chat messages.
         responses: those in the file that are not blank.
-        scores: one a response; None where the file gives none.
+        scores: one per response; None where the file gives none.
         sources: what made each response: a model's path, or "data".
         num_blank: null and blank responses that were left out.
         extra: the row's other fields.
@@ -48,10 +52,19 @@ class Item:
     place: Place
     prompt: Prompt
     responses: list[str]
-    scores: list[float | None]
+    scores: Scores
     sources: list[str]
     num_blank: int = 0
     extra: Row = field(default_factory=dict, repr=False)
+
+    def take(self, kept: Sequence[int]) -> PromptItem:
+        """The item with the responses at the positions ``kept``, in that order."""
+        return replace(
+            self,
+            responses=[self.responses[i] for i in kept],
+            scores=[self.scores[i] for i in kept],
+            sources=[self.sources[i] for i in kept],
+        )
 
     def as_row(self) -> Row:
         """The canonical record."""
@@ -64,7 +77,7 @@ class Item:
         }
 
 
-def read_items(path: str | Path, *, format: str | None = None) -> Iterator[Item]:
+def read_items(path: str | Path, *, format: str | None = None) -> Iterator[PromptItem]:
     """Yield the rows of a file, a folder or a Hub data set that have a prompt, in order.
 
     Args:
@@ -106,7 +119,7 @@ def _format_of(row: Row, place: Place) -> str | None:
         raise
 
 
-def _item(place: Place, row: Row, name: str | None) -> Item | None:
+def _item(place: Place, row: Row, name: str | None) -> PromptItem | None:
     if name is None:
         key = next(key for key in _PROMPT_KEYS if row.get(key) is not None)
         found = Candidates(fields.prompt(row[key], place, key), [], [])
@@ -141,7 +154,7 @@ def _build(
     extra: Row,
     has_scores: bool,
     sources: Sequence[str] | None = None,
-) -> Item:
+) -> PromptItem:
     assert found.prompt is not None
     texts, scores, origins = [], [], []
     origin = sources or [FROM_DATA] * len(found.responses)
@@ -151,7 +164,7 @@ def _build(
             scores.append(score if has_scores else None)  # an order alone is no reward
             origins.append(source)
     blank = len(found.responses) - len(texts)
-    return Item(place, found.prompt, texts, scores, origins, blank, extra)
+    return PromptItem(place, found.prompt, texts, scores, origins, blank, extra)
 
 
 def as_line(row: Row) -> str:

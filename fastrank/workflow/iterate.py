@@ -13,16 +13,15 @@ from __future__ import annotations
 import copy
 import gc
 import json
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from fastrank import options as shared
 from fastrank.data.write import atomic_path
 from fastrank.errors import InputError
-from fastrank.workflow.decoding import Decoding
+from fastrank.options.declare import change, check_least, option, options, values_of
 from fastrank.workflow.evaluate import EvaluateOptions, evaluate
 from fastrank.workflow.items import file_identity
-from fastrank.workflow.options import DecodingOptions, ModelOptions
 from fastrank.workflow.reward import RewardOptions, check_reward, reward_file
 from fastrank.workflow.sample import SampleOptions, sample_file
 
@@ -45,57 +44,35 @@ _FIXED = (
 )
 
 
-@dataclass
-class IterateOptions:
-    """What ``fastrank iterate`` needs besides `RankConfig`."""
+@options
+class IterateOptions(
+    shared.ModelOptions,
+    shared.PromptOptions,
+    shared.RewardSourceOptions,
+    shared.SamplingOptions,
+    shared.TrustOptions,
+    shared.JsonOptions,
+):
+    """Rounds of sampling from a model, rewarding the samples and training on them. A run that was
+    stopped goes on where it was when the same command is given again."""
 
-    model: str = field(metadata={"help": "Model folder or Hub name to start from."})
-    prompts: str = field(
-        metadata={"help": "Prompts to sample for; responses in the file are candidates too."}
+    model: str = change("Model folder or Hub name to start from.", required=True)
+    prompts: str = change(required=True)
+    reward: str = change(required=True)
+    rounds: int = option("Rounds of sample, reward and train.", default=2)
+    eval_prompts: str | None = option(
+        "Held-out prompts to evaluate every round's model on.", default=None
     )
-    reward: str = field(metadata={"help": "FILE.py:function, or a model; see fastrank reward."})
-    rounds: int = field(default=2, metadata={"help": "Rounds of sample, reward and train."})
-    reward_kind: Literal["auto", "classifier", "logprob"] = field(
-        default="auto", metadata={"help": "What a reward model gives; see fastrank reward."}
-    )
-    eval_prompts: str | None = field(
-        default=None,
-        metadata={"help": "Held-out prompts to evaluate every round's model on."},
-    )
-    num_responses: int = field(default=6, metadata={"help": "Fresh responses to each prompt."})
-    strategy: Literal["top_p", "beam", "diverse_beam"] = field(
-        default="top_p", metadata={"help": "How they are drawn; see fastrank sample."}
-    )
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest response in tokens."})
-    top_p: float | None = field(default=None, metadata={"help": "Probability mass to sample from."})
-    temperature: float | None = field(default=None, metadata={"help": "Sampling temperature."})
-    sample_batch_size: int = field(default=16, metadata={"help": "Prompts sampled at once."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with the weights."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print one JSON object at the end."})
+    sample_batch_size: int = option("Prompts sampled at once.", default=16)
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "sample_batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        _ = self.decoding
+        check_least(self, rounds=1, sample_batch_size=1)
+        super().__post_init__()
 
-    @property
-    def decoding(self) -> Decoding:
-        return self.drawing(0, self.num_responses).decoding
-
-    def drawing(self, seed: int, num_responses: int) -> DecodingOptions:
-        """The options of ``fastrank sample``."""
-        return DecodingOptions(
-            num_responses=num_responses,
-            strategy=self.strategy,
-            max_new_tokens=self.max_new_tokens,
-            top_p=self.top_p,
-            temperature=self.temperature,
-            batch_size=self.sample_batch_size,
-            seed=seed,
-        )
+    def drawing(self, seed: int) -> dict[str, Any]:
+        """The options of ``fastrank sample`` that say how responses are drawn."""
+        own = values_of(self, shared.SamplingOptions)
+        return own | {"batch_size": self.sample_batch_size, "seed": seed}
 
 
 def iterate(options: IterateOptions, config: RankConfig) -> dict[str, Any]:
@@ -112,7 +89,9 @@ def iterate(options: IterateOptions, config: RankConfig) -> dict[str, Any]:
             "fastrank iterate runs in one process; for several, call sample, reward and train by "
             "themselves"
         )
-    loading = ModelOptions(device=str(config.device), trust_remote_code=options.trust_remote_code)
+    loading = shared.LoadOptions(
+        device=str(config.device), trust_remote_code=options.trust_remote_code
+    )
     check_model_path(options.model)
     check_reward(options.reward, options.reward_kind, loading)
     output_dir = Path(config.output_dir or "")
@@ -137,11 +116,12 @@ def iterate(options: IterateOptions, config: RankConfig) -> dict[str, Any]:
 
 def _check_plan(output_dir: Path, options: IterateOptions, config: RankConfig) -> None:
     """Refuse a folder with another run; otherwise remember this one."""
+    decoding = shared.Decoding(**values_of(options, shared.SamplingOptions))
     plan: dict[str, Any] = {
         "model": options.model,
         "prompts": [options.prompts, file_identity(options.prompts)],
         "reward": [options.reward, options.reward_kind],
-        "decoding": asdict(options.decoding),
+        "decoding": values_of(decoding, shared.Decoding),
         "sample_batch_size": options.sample_batch_size,
         **{name: getattr(config, name) for name in _FIXED},
     }
@@ -168,23 +148,27 @@ def _round(
     folder: Path,
     options: IterateOptions,
     config: RankConfig,
-    loading: ModelOptions,
+    loading: shared.LoadOptions,
 ) -> dict[str, Any]:
     """One round, from where it was left; writes its result at the end."""
     samples, ranked = folder / "samples.jsonl", folder / "ranked.jsonl"
+    inference = values_of(loading, shared.LoadOptions)
+    reward = values_of(options, shared.RewardSourceOptions)
     if not samples.is_file():  # it appears when it is whole
-        sampling = SampleOptions(model=[model], prompts=options.prompts, output=str(samples))
-        seed = config.seed + number
-        sample_file(sampling, options.drawing(seed, options.num_responses), loading)
+        sampling = options.drawing(config.seed + number)
+        sample_file(
+            SampleOptions(
+                model=[model],
+                prompts=options.prompts,
+                output=str(samples),
+                **sampling,
+                **inference,
+            )
+        )
     rewards = folder / "rewards.json"
     if not rewards.is_file():
-        rewarding = RewardOptions(
-            data=str(samples),
-            output=str(ranked),
-            reward=options.reward,
-            reward_kind=options.reward_kind,
-        )
-        _write_json(rewards, reward_file(rewarding, loading))
+        rewarding = RewardOptions(data=str(samples), output=str(ranked), **reward, **inference)
+        _write_json(rewards, reward_file(rewarding))
     trained = _train(model, ranked, folder / "model", options, config)
     result: dict[str, Any] = {
         "round": number,
@@ -197,11 +181,12 @@ def _round(
         evaluating = EvaluateOptions(
             model=result["model"],
             prompts=options.eval_prompts,
-            reward=options.reward,
-            reward_kind=options.reward_kind,
             perplexity_model=options.model,
+            **reward,
+            **(options.drawing(config.seed) | {"num_responses": 1}),
+            **inference,
         )
-        result["evaluation"] = evaluate(evaluating, options.drawing(config.seed, 1), loading)
+        result["evaluation"] = evaluate(evaluating)
     _write_json(folder / RESULT_FILE, result)
     return result
 
@@ -209,8 +194,8 @@ def _round(
 def _train(
     model: str, data: Path, output: Path, options: IterateOptions, config: RankConfig
 ) -> dict[str, Any]:
-    from fastrank.training.options import TrainOptions
     from fastrank.training.run import train
+    from fastrank.training.run_options import TrainOptions
 
     config = copy.copy(config)
     config.output_dir = str(output)

@@ -1,7 +1,7 @@
-"""Work that survives being killed: finished units are appended to a file beside the output.
+"""Work that survives a kill: finished units are appended to a file beside the output.
 
-``OUTPUT.partial`` holds one JSON line a finished unit, after a first line that says what the run
-is (its options, its data, its models). A run that is killed leaves whole lines and at most one torn
+``OUTPUT.partial`` holds one JSON line per finished unit, after a first line that identifies the run
+(its options, data, models). A run that is killed leaves whole lines and at most one torn
 one, which is cut off at the next start. The output itself is written at the very end, under its own
 name only when it is whole, and the partial file goes away after it. The alternative, a growing
 output file, would leave something that looks finished and is not.
@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from fastrank.errors import InputError
@@ -109,12 +108,7 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Close the file; one without a finished unit is of no use to anyone and is removed."""
         self._file.close()
         if error is not None and not self.finished:

@@ -9,33 +9,33 @@ import torch
 from torch import nn
 
 from fastrank.attention.gate import refusal
-from fastrank.data.load import fit_context, load_groups
-from fastrank.data.tokenize import TokenizeOptions
+from fastrank.data.load import load_groups
 from fastrank.errors import InputError
 from fastrank.modeling.context import context_length
 from fastrank.modeling.prepare import prepare_model
 from fastrank.modeling.pretrained import check_model_path, load_model, load_tokenizer
+from fastrank.options import LoadOptions, ReadOptions
+from fastrank.options.declare import values_of
 from fastrank.training.callbacks import METRICS_FILE, read_metrics
 from fastrank.training.config import RankConfig
-from fastrank.training.run import Job, train
+from fastrank.training.run import Job, length_limits, train
+from fastrank.training.run_report import ONLINE_PANELS, plot_metrics
 from fastrank.workflow.items import read_items
 from fastrank.workflow.online_options import OnlineTrainOptions
-from fastrank.workflow.online_plot import plot_online
 from fastrank.workflow.online_round import RoundMaker
 from fastrank.workflow.online_trainer import OnlineTrainer
-from fastrank.workflow.options import ModelOptions
 from fastrank.workflow.policy import encode_prompts
 from fastrank.workflow.reward import check_reward, load_reward
 
 
 def train_online(options: OnlineTrainOptions, config: RankConfig) -> dict[str, Any]:
-    """Run it; returns the result as a dictionary that JSON can hold.
+    """Train online; returns the result as a dictionary that JSON can hold.
 
     Raises:
         InputError: something the user gave cannot be used; nothing has been written.
         TrainingStopped: training cannot go on.
     """
-    loading = ModelOptions(device=str(config.device), trust_remote_code=options.trust_remote_code)
+    loading = LoadOptions(device=str(config.device), trust_remote_code=options.trust_remote_code)
     check_reward(str(options.reward), options.reward_kind, loading)
     if options.reference_model is not None:
         check_model_path(options.reference_model)
@@ -53,23 +53,22 @@ def train_online(options: OnlineTrainOptions, config: RankConfig) -> dict[str, A
     result = train(options, config, job=job, make_trainer=make_trainer)
     if config.should_save:
         folder = Path(str(result["output_dir"]))
-        plot = plot_online(read_metrics(folder / METRICS_FILE), folder / "online.png")
-        result["online_plot"] = str(plot)
+        rows = read_metrics(folder / METRICS_FILE)
+        result["online_plot"] = str(plot_metrics(rows, folder / "online.png", panels=ONLINE_PANELS))
     return result
 
 
 def _load(
-    options: OnlineTrainOptions, config: RankConfig, loading: ModelOptions
+    options: OnlineTrainOptions, config: RankConfig, loading: LoadOptions
 ) -> tuple[Job, RoundMaker]:
-    """Model, prompts, reward, reference and evaluation data."""
+    """Load model, prompts, reward, reference and evaluation data."""
     path = str(options.model)
     trust = options.trust_remote_code
     items = list(read_items(str(options.online_prompts), format=options.format))
     tokenizer = load_tokenizer(path, trust_remote_code=trust)
     model = load_model(path, config.weights_dtype, trust_remote_code=trust)
     context = context_length(model.config)
-    asked = TokenizeOptions(config.max_prompt_length, config.max_response_length, config.max_length)
-    limit = fit_context(asked, context)
+    limit = length_limits(config, model)
     encoded = encode_prompts([item.prompt for item in items], tokenizer, options.decoding, context)
     if not any(encoded.ids):
         raise InputError(f"{options.online_prompts}: no prompt can be sampled for")
@@ -100,9 +99,8 @@ def _load(
             options.eval_data,
             tokenizer,
             options=limit,
-            score_key=options.score_key,
-            max_candidates=options.max_candidates,
-            normalize_rewards=options.normalize_rewards,
+            # --format is that of the prompts.
+            **(values_of(options, ReadOptions) | {"format": None}),
         )
         job.reports.append(report)
     return job, maker

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from fastrank.data.write import atomic_path
 from fastrank.errors import InputError
-from fastrank.workflow.items import Item
+from fastrank.workflow.items import PromptItem
 
 
 @dataclass(frozen=True)
-class Candidates:
+class RoundCandidates:
     """The candidates of one prompt in a round, fresh ones first.
 
     Attributes:
@@ -23,7 +23,7 @@ class Candidates:
         ended: whether each came to its end.
         fresh: whether the model drew it in this round.
         rewards: as the reward gave them.
-        scores: rewards less the penalty: what is trained on.
+        scores: rewards less the penalty, as trained on.
         log_ratios: log π − log ρ of each response; 0 where no reference is held.
         reference_logprobs: log ρ of each response.
         num_tokens: tokens of each response, its end included.
@@ -42,16 +42,16 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Round:
-    """What a round's steps train on."""
+    """The candidates that a round's steps train on."""
 
     number: int
     step: int
-    candidates: list[Candidates]
+    candidates: list[RoundCandidates]
     duplicates: int = 0
     empty: int = 0
 
-    def write(self, path: Path, items: Sequence[Item]) -> None:
-        """As canonical records, one prompt a line, behind a line about the round."""
+    def write(self, path: Path, items: Sequence[PromptItem]) -> None:
+        """Write canonical records, one prompt per line, after a line about the round."""
         about = {"round": self.number, "step": self.step, "duplicates": self.duplicates}
         lines = [json.dumps({**about, "empty": self.empty})]
         for own in self.candidates:
@@ -63,17 +63,17 @@ class Round:
 
     @classmethod
     def read(cls, path: Path) -> Round:
-        """The round that `write` wrote.
+        """Read a round that `write` wrote.
 
         Raises:
             InputError: the file is not there or not whole.
         """
-        names = set(Candidates.__dataclass_fields__)
+        names = set(RoundCandidates.__dataclass_fields__)
         try:
             # Not splitlines: a response may hold U+2028 and other ends of a line.
             lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
             first, *rest = map(json.loads, lines)
-            rows = [Candidates(**{k: v for k, v in row.items() if k in names}) for row in rest]
+            rows = [RoundCandidates(**{k: v for k, v in row.items() if k in names}) for row in rest]
             return cls(first["round"], first["step"], rows, first["duplicates"], first["empty"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(
@@ -82,26 +82,32 @@ class Round:
             ) from error
 
 
-def round_metrics(own: Round, *, with_reference: bool) -> dict[str, float]:
-    """What is logged about a round, over its fresh responses."""
-    rewards, ratios, logprobs, tokens, ended = [], [], [], [], []
-    for part in own.candidates:
-        for i, fresh in enumerate(part.fresh):
-            if fresh:
-                rewards.append(part.rewards[i])
-                ratios.append(part.log_ratios[i])
-                logprobs.append(part.reference_logprobs[i])
-                tokens.append(part.num_tokens[i])
-                ended.append(part.ended[i])
-    count = len(rewards)
+def round_metrics(drawn: Round, *, with_reference: bool) -> dict[str, float]:
+    """Metrics of a round to log, over its fresh responses."""
+    fresh = [
+        values
+        for own in drawn.candidates
+        for is_fresh, *values in zip(
+            own.fresh,
+            own.rewards,
+            own.log_ratios,
+            own.reference_logprobs,
+            own.num_tokens,
+            own.ended,
+            strict=True,
+        )
+        if is_fresh
+    ]
     values = {
-        "online/round": float(own.number),
-        "online/responses": float(count),
-        "online/duplicates": float(own.duplicates),
-        "online/empty": float(own.empty),
+        "online/round": float(drawn.number),
+        "online/responses": float(len(fresh)),
+        "online/duplicates": float(drawn.duplicates),
+        "online/empty": float(drawn.empty),
     }
-    if not count:
+    if not fresh:
         return values
+    rewards, ratios, logprobs, tokens, ended = zip(*fresh, strict=True)
+    count = len(fresh)
     mean = math.fsum(rewards) / count
     values |= {
         "online/reward": mean,

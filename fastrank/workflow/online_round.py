@@ -19,8 +19,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,11 +31,10 @@ from fastrank.data.records import spread
 from fastrank.data.tokenize import TokenizeOptions
 from fastrank.errors import InputError
 from fastrank.modeling.score import enough_tokens, score
+from fastrank.workflow.candidates import MixtureCounts, add_responses, group_of_item
 from fastrank.workflow.generation import Response, batch_seed, generate
-from fastrank.workflow.groups import group_of_item
-from fastrank.workflow.items import Item
-from fastrank.workflow.mixture import MixtureCounts, add_responses
-from fastrank.workflow.online_data import Candidates, Round
+from fastrank.workflow.items import PromptItem
+from fastrank.workflow.online_data import Round, RoundCandidates
 from fastrank.workflow.online_options import OnlineTrainOptions
 from fastrank.workflow.policy import EncodedPrompts
 from fastrank.workflow.reward import Scorer, check_finite
@@ -63,7 +63,7 @@ class RoundMaker:
         max_tokens: of a pack, for scoring.
     """
 
-    items: Sequence[Item]
+    items: Sequence[PromptItem]
     encoded: EncodedPrompts
     options: OnlineTrainOptions
     tokenizer: PreTrainedTokenizerBase
@@ -97,7 +97,7 @@ class RoundMaker:
             indices: prompts, in rising order; those that cannot be sampled for are left out.
         """
         counts = MixtureCounts()
-        mine: list[Candidates] = []
+        mine: list[RoundCandidates] = []
         batches = list(self._batches(indices))
         quiet = None if self.rank == 0 else True
         for batch in tqdm(batches, f"round {number}", unit=" batches", leave=False, disable=quiet):
@@ -113,14 +113,14 @@ class RoundMaker:
             empty=sum(empty for _, _, empty in shares),
         )
 
-    def group(self, own: Candidates) -> Group:
+    def group(self, own: RoundCandidates) -> Group:
         """The candidates as a group to train on."""
         item = self._item(own.index, own.responses, list(own.scores))
         group = group_of_item(item, own.ended, self.tokenizer, self.limit)
         assert group is not None and group.num_candidates == len(own.responses)
         return group
 
-    def _item(self, index: int, responses: list[str], scores: list[float | None]) -> Item:
+    def _item(self, index: int, responses: list[str], scores: list[float | None]) -> PromptItem:
         sources = [FRESH] * len(responses)
         return replace(
             self.items[index], responses=responses, scores=scores, sources=sources, num_blank=0
@@ -140,7 +140,7 @@ class RoundMaker:
 
     def _mix(
         self, batch: _Batch, drawn: list[list[Response]], counts: MixtureCounts
-    ) -> tuple[list[Item], list[list[bool]]]:
+    ) -> tuple[list[PromptItem], list[list[bool]]]:
         """Fresh responses before stored ones, blanks and duplicates left out; and which ended."""
         items, ended = [], []
         for index, responses in zip(batch.members, drawn, strict=True):
@@ -163,73 +163,51 @@ class RoundMaker:
             )
         return items, ended
 
-    def _stored(self, item: Item) -> Item:
+    def _stored(self, item: PromptItem) -> PromptItem:
         """At most ``online_stored`` of the file's own responses; the best one first to stay."""
         count = self.options.online_stored
         known = [-math.inf if score is None else score for score in item.scores]
         kept = list(range(len(known)))
         if len(kept) > count:
             kept = spread(known, count) if count > 1 else [known.index(max(known))][:count]
-        return replace(
-            item,
-            responses=[item.responses[i] for i in kept],
-            scores=[item.scores[i] for i in kept],
-            sources=[item.sources[i] for i in kept],
-        )
+        return item.take(kept)
 
     def _score(
-        self, model: nn.Module, batch: _Batch, items: list[Item], ended: list[list[bool]]
-    ) -> list[Candidates]:
+        self, model: nn.Module, batch: _Batch, items: list[PromptItem], ended: list[list[bool]]
+    ) -> list[RoundCandidates]:
         rewards = self._rewards(items)
-        groups = [
-            group_of_item(item, ends, self.tokenizer, self.limit)
-            for item, ends in zip(items, ended, strict=True)
-        ]
-        usable = [i for i, group in enumerate(groups) if group is not None]
-        chosen = [group for group in groups if group is not None]
-        reference = self._logprobs(self.reference, chosen)
-        ratios = [[0.0] * group.num_candidates for group in chosen]
-        if self.reference is not None:
-            own = self._logprobs(model, chosen)
-            ratios = [
-                [a - b for a, b in zip(x, y, strict=True)]
-                for x, y in zip(own, reference, strict=True)
-            ]
+        groups = {}
+        for i, (item, ends) in enumerate(zip(items, ended, strict=True)):
+            group = group_of_item(item, ends, self.tokenizer, self.limit)
+            if group is not None:
+                groups[i] = group
+        below = self._logprobs(self.reference, [*groups.values()])
+        above = below if self.reference is None else self._logprobs(model, [*groups.values()])
         found = []
-        for i, group, logprobs, ratio in zip(usable, chosen, reference, ratios, strict=True):
-            item = items[i]
-            tokens = [len(ids) for ids in group.response_ids]
-            penalties = ratio
-            if self.options.kl_reduction == "mean":
-                penalties = [k / n for k, n in zip(ratio, tokens, strict=True)]
+        for (i, group), own, reference in zip(groups.items(), above, below, strict=True):
+            ratio = own - reference
+            tokens = torch.tensor([len(ids) for ids in group.response_ids])
+            penalty = ratio / tokens if self.options.kl_reduction == "mean" else ratio
+            scores = torch.tensor(rewards[i], dtype=torch.float64)
             found.append(
-                Candidates(
+                RoundCandidates(
                     index=batch.members[i],
-                    responses=list(item.responses),
+                    responses=list(items[i].responses),
                     ended=ended[i],
-                    fresh=[source == FRESH for source in item.sources],
+                    fresh=[source == FRESH for source in items[i].sources],
                     rewards=rewards[i],
-                    scores=[
-                        reward - self.options.kl_weight * penalty
-                        for reward, penalty in zip(rewards[i], penalties, strict=True)
-                    ],
-                    log_ratios=ratio,
-                    reference_logprobs=logprobs,
-                    num_tokens=tokens,
+                    scores=(scores - self.options.kl_weight * penalty).tolist(),
+                    log_ratios=ratio.tolist(),
+                    reference_logprobs=reference.tolist(),
+                    num_tokens=tokens.tolist(),
                 )
             )
         return found
 
-    def _rewards(self, items: list[Item]) -> list[list[float]]:
+    def _rewards(self, items: list[PromptItem]) -> list[list[float]]:
         """Rewards of fresh responses, and of stored ones that have no score yet."""
         missing = [
-            replace(
-                item,
-                responses=[
-                    r for r, s in zip(item.responses, item.scores, strict=True) if s is None
-                ],
-            )
-            for item in items
+            item.take([i for i, score in enumerate(item.scores) if score is None]) for item in items
         ]
         made = self.scorer(missing)
         rewards = []
@@ -242,18 +220,15 @@ class RoundMaker:
             rewards.append([float(value) for value in known if value is not None])
         return rewards
 
-    def _logprobs(self, model: nn.Module | None, groups: list[Group]) -> list[list[float]]:
-        """Summed log-probabilities of every candidate; zeros without a model."""
-        if model is None:
-            return [[0.0] * group.num_candidates for group in groups]
-        if not groups:
-            return []
+    def _logprobs(self, model: nn.Module | None, groups: list[Group]) -> list[Tensor]:
+        """Summed log-probabilities of every candidate, float64; zeros without a model."""
+        if model is None or not groups:
+            return [torch.zeros(group.num_candidates, dtype=torch.float64) for group in groups]
         tokens = enough_tokens(groups, self.max_tokens)
-        found: list[Tensor] = score(model, groups, max_tokens=tokens, normalize="sum")
-        return [values.tolist() for values in found]
+        found = score(model, groups, max_tokens=tokens, normalize="sum")
+        return [values.double() for values in found]
 
 
-@dataclass(frozen=True)
-class _Batch:
+class _Batch(NamedTuple):
     number: int
     members: list[int]

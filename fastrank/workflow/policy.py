@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrank.data.fields import Prompt
 from fastrank.data.files import one_line
 from fastrank.data.report import Report
 from fastrank.data.tokenize import TokenizeOptions, encode_prompt, truncate
 from fastrank.errors import InputError
-from fastrank.modeling.context import context_length
 from fastrank.modeling.pretrained import (
     check_model_path,
     choose_device,
@@ -23,17 +23,16 @@ from fastrank.modeling.pretrained import (
     load_model,
     load_tokenizer,
 )
-from fastrank.workflow.decoding import Decoding
+from fastrank.options import Decoding, LoadOptions
 from fastrank.workflow.generation import Response, batch_seed, generate
-from fastrank.workflow.options import ModelOptions
 
 
 @dataclass
 class EncodedPrompts:
-    """Prompts as token ids, and what had to be done to them.
+    """Prompts as token ids, with those that were truncated or are unusable.
 
     Attributes:
-        ids: one list a prompt, empty where there is nothing to go on from.
+        ids: one list per prompt, empty for a prompt that cannot be continued.
         truncated: prompts that lost their beginning to leave room for the response.
         unusable: prompts without a token, or refused by the chat template.
     """
@@ -50,7 +49,7 @@ class EncodedPrompts:
 
 
 def load_policy(
-    path: str | Path, loading: ModelOptions
+    path: str | Path, loading: LoadOptions
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model on its device, in evaluation mode, and its tokenizer.
 
@@ -68,19 +67,30 @@ def load_policy(
     return model.eval(), tokenizer
 
 
-def policy_context(path: str | Path, loading: ModelOptions) -> int | None:
-    """The context of a model, from its configuration alone.
+def read_config(path: str | Path, loading: LoadOptions) -> PretrainedConfig:
+    """The configuration of a model, without its weights.
 
     Raises:
-        InputError: the configuration cannot be read.
+        InputError: it cannot be read.
     """
     name = check_model_path(path)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=loading.trust_remote_code)
+        return AutoConfig.from_pretrained(name, trust_remote_code=loading.trust_remote_code)
     except Exception as error:  # corrupt folders and the network raise unrelated types here
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{path}: its configuration cannot be read: {reason}") from error
-    return context_length(config)
+
+
+@contextmanager
+def refusals_of(path: str | Path) -> Iterator[None]:
+    """Name the model whose code refuses what it is given: a tokenizer that does not go with it,
+    positions that depend on the longest sequence, a lack of memory."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, torch.cuda.OutOfMemoryError) as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def encode_prompts(
@@ -139,27 +149,3 @@ def draw(
             prompts = [encoded.ids[i] for i in members]
             found = generate(model, tokenizer, prompts, decoding, batch_seed(seed, number))
             yield number, members, found
-
-
-def draw_all(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    decoding: Decoding,
-    *,
-    batch_size: int,
-    seed: Any,
-    as_chat: bool = False,
-    progress: Callable[[int], Any] = lambda done: None,
-) -> list[list[Response]]:
-    """Responses to every prompt, in the order of the prompts; none for an unusable prompt."""
-    context = context_length(model.config)
-    encoded = encode_prompts(prompts, tokenizer, decoding, context, as_chat=as_chat)
-    responses: list[list[Response]] = [[] for _ in prompts]
-    for _, members, found in draw(
-        model, tokenizer, encoded, decoding, batch_size=batch_size, seed=seed
-    ):
-        for i, drawn in zip(members, found, strict=True):
-            responses[i] = drawn
-        progress(len(members))
-    return responses

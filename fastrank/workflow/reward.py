@@ -9,67 +9,50 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any
 
+from fastrank import options as shared
 from fastrank.data.write import atomic_path, check_output
 from fastrank.errors import InputError
-from fastrank.workflow.items import Item, as_line, check_distinct, file_identity, read_items
+from fastrank.options.declare import change, options
+from fastrank.workflow.items import (
+    PromptItem,
+    Scores,
+    as_line,
+    check_distinct,
+    file_identity,
+    read_items,
+)
 from fastrank.workflow.journal import Journal
-from fastrank.workflow.options import ModelOptions
 from fastrank.workflow.reward_function import RewardFunction, is_function
 
-#: Rewards of the responses of each of some items; None for a response that cannot be scored.
-Scorer = Callable[[Sequence[Item]], list[list[float | None]]]
+#: Rewards of the responses of every item; None for a response that cannot be scored.
+Scorer = Callable[[Sequence[PromptItem]], list[Scores]]
 
 
-@dataclass
-class RewardOptions:
-    """Options of ``fastrank reward`` beyond how a model is loaded."""
+@options
+class RewardOptions(
+    shared.DataOptions,
+    shared.RewardSourceOptions,
+    shared.BatchOptions,
+    shared.ChatOptions,
+    shared.ResumableOptions,
+):
+    """Score every response of a record file by a Python function or a model. A run that was
+    stopped goes on where it was when the same command is given again."""
 
-    data: str = field(metadata={"help": "Records with responses, as fastrank sample writes them."})
-    output: str = field(metadata={"help": "JSONL file to write: the records with scores."})
-    reward: str = field(
-        metadata={
-            "help": "FILE.py:function, called as function(prompt, response) and returning a "
-            "number; or a model folder or Hub name."
-        }
-    )
-    reward_kind: Literal["auto", "classifier", "logprob"] = field(
-        default="auto",
-        metadata={
-            "help": "What a model gives: the one label of a sequence classifier, or a causal "
-            "model's own mean log-probability (auto: by its architecture)."
-        },
-    )
-    format: str | None = field(
-        default=None, metadata={"help": "Format of the records, if not to be recognised."}
-    )
-    batch_size: int = field(
-        default=32, metadata={"help": "Responses at once in a sequence classifier."}
-    )
-    as_chat: bool = field(
-        default=False,
-        metadata={"help": "Treat a text prompt as one user message of the chat template."},
-    )
-    partial: Literal["resume", "keep", "discard"] = field(
-        default="resume",
-        metadata={
-            "help": "What to do with the rewards of a run that was stopped: resume if nothing "
-            "changed, keep them although the reward changed, or discard them."
-        },
-    )
-    json: bool = field(default=False, metadata={"help": "Print one JSON object instead of text."})
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {self.batch_size}")
+    data: str = change("Records with responses, as fastrank sample writes them.", required=True)
+    output: str = change("JSONL file to write: the records with scores.")
+    reward: str = change(required=True)
+    batch_size: int = change("Responses at once in a sequence classifier.", default=32)
 
 
-def reward_file(options: RewardOptions, loading: ModelOptions) -> dict[str, Any]:
+def reward_file(options: RewardOptions) -> dict[str, Any]:
     """Score the file's responses, write the output, and return what was done as JSON types.
 
     Raises:
@@ -89,13 +72,13 @@ def reward_file(options: RewardOptions, loading: ModelOptions) -> dict[str, Any]
     scorer, kind = load_reward(
         options.reward,
         options.reward_kind,
-        loading,
+        options,
         batch_size=options.batch_size,
         as_chat=options.as_chat,
     )
     plan = {
         "data file": [file_identity(options.data), options.format],
-        "reward": [options.reward, identity(reward), kind, options.as_chat, loading.dtype],
+        "reward": [options.reward, identity(reward), kind, options.as_chat, options.dtype],
     }
     began = time.perf_counter()
     with ExitStack() as stack:
@@ -118,18 +101,17 @@ def reward_file(options: RewardOptions, loading: ModelOptions) -> dict[str, Any]
                 raise InputError(f"{error}; {done} in {journal.path.name}") from error
             raise
         path = stack.enter_context(atomic_path(target))
-        counts = RewardCounts()
+        rows: list[Scores] = []
         with path.open("w", encoding="utf-8") as file:
             for number, item in enumerate(read_items(options.data, format=options.format)):
-                scores = journal.finished[str(number)]
-                counts.add(scores)
-                file.write(as_line(replace(item, scores=scores).as_row()))
+                rows.append(journal.finished[str(number)])
+                file.write(as_line(replace(item, scores=rows[-1]).as_row()))
     journal.remove()
     return {
         "output": options.output,
         "reward": options.reward,
         "kind": kind,
-        **counts.as_dict(),
+        **reward_counts(rows),
         "records_resumed": resumed,
         "seconds": time.perf_counter() - began,
     }
@@ -138,12 +120,12 @@ def reward_file(options: RewardOptions, loading: ModelOptions) -> dict[str, Any]
 def load_reward(
     reward: str,
     kind: str,
-    loading: ModelOptions,
+    loading: shared.LoadOptions,
     *,
     batch_size: int,
     as_chat: bool = False,
 ) -> tuple[Scorer, str]:
-    """What scores responses, and its kind: "function", "classifier" or "logprob".
+    """Load a reward; returns its scorer and its kind: "function", "classifier" or "logprob".
 
     Args:
         reward: ``FILE.py:function``, a model folder or a Hub name.
@@ -165,7 +147,7 @@ def load_reward(
     return model(reward, loading, batch_size=batch_size, as_chat=as_chat), kind
 
 
-def check_reward(reward: str, kind: str, loading: ModelOptions) -> None:
+def check_reward(reward: str, kind: str, loading: shared.LoadOptions) -> None:
     """Raise `InputError` for a reward that is not there, without loading a model's weights."""
     if is_function(reward):
         RewardFunction(reward)
@@ -179,7 +161,7 @@ def check_reward(reward: str, kind: str, loading: ModelOptions) -> None:
 
 
 def _function_scorer(function: RewardFunction) -> Scorer:
-    def score(items: Sequence[Item]) -> list[list[float | None]]:
+    def score(items: Sequence[PromptItem]) -> list[Scores]:
         return [
             [
                 function(item.prompt, response, f"{item.place}: response {number}")
@@ -198,7 +180,7 @@ def _score_missing(
     size = 1 if kind == "function" else options.batch_size
     items = enumerate(read_items(options.data, format=options.format))
     missing = ((n, item) for n, item in items if str(n) not in journal.finished)
-    for chunk in _chunks(missing, size):
+    while chunk := list(islice(missing, size)):
         found = scorer([item for _, item in chunk])
         for (number, item), scores in zip(chunk, found, strict=True):
             check_finite(item, scores, options.reward)
@@ -206,7 +188,7 @@ def _score_missing(
         bar.update(len(chunk))
 
 
-def check_finite(item: Item, scores: Sequence[float | None], name: str) -> None:
+def check_finite(item: PromptItem, scores: Sequence[float | None], name: str) -> None:
     """Raise `InputError` for a reward that is NaN or infinite, naming record and response."""
     for number, value in enumerate(scores, start=1):
         if value is not None and not math.isfinite(value):
@@ -215,59 +197,29 @@ def check_finite(item: Item, scores: Sequence[float | None], name: str) -> None:
             )
 
 
-def _chunks(items: Iterator[tuple[int, Item]], size: int) -> Iterator[list[tuple[int, Item]]]:
-    while chunk := list(islice(items, size)):
-        yield chunk
+def reward_counts(rows: Sequence[Scores]) -> dict[str, Any]:
+    """Counts and means over the rewards of every record; means are None where nothing was scored.
+
+    >>> reward_counts([[1.0, 3.0], [2.0, None]])["mean_of_best"]
+    2.5
+    """
+    known = [[score for score in row if score is not None] for row in rows]
+    scored = [row for row in known if row]
+    every = [score for row in scored for score in row]
+    responses = sum(map(len, rows))
+    return {
+        "records": len(rows),
+        "responses": responses,
+        "unscored": responses - len(every),
+        "records_with_an_order": sum(min(row) < max(row) for row in scored),
+        "mean": fmean(every) if every else None,
+        "mean_of_best": fmean(map(max, scored)) if every else None,
+        "mean_of_worst": fmean(map(min, scored)) if every else None,
+        "range": [min(every), max(every)] if every else None,
+    }
 
 
-@dataclass
-class RewardCounts:
-    """Sums over the rewards of a file."""
-
-    records: int = 0
-    responses: int = 0
-    unscored: int = 0
-    ordered: int = 0
-    total: float = 0.0
-    best: float = 0.0
-    worst: float = 0.0
-    nonempty: int = 0
-    lowest: float = math.inf
-    highest: float = -math.inf
-
-    def add(self, scores: Sequence[float | None]) -> None:
-        """Count one record's rewards."""
-        known = [score for score in scores if score is not None]
-        self.records += 1
-        self.responses += len(scores)
-        self.unscored += len(scores) - len(known)
-        if not known:
-            return
-        low, high = min(known), max(known)
-        self.nonempty += 1
-        self.ordered += low < high
-        self.total += sum(known)
-        self.best += high
-        self.worst += low
-        self.lowest = min(self.lowest, low)
-        self.highest = max(self.highest, high)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Counts and means; means are None where nothing was scored."""
-        scored = self.responses - self.unscored
-        return {
-            "records": self.records,
-            "responses": self.responses,
-            "unscored": self.unscored,
-            "records_with_an_order": self.ordered,
-            "mean": self.total / scored if scored else None,
-            "mean_of_best": self.best / self.nonempty if self.nonempty else None,
-            "mean_of_worst": self.worst / self.nonempty if self.nonempty else None,
-            "range": [self.lowest, self.highest] if scored else None,
-        }
-
-
-def summary_text(result: dict[str, Any]) -> str:
+def reward_text(result: dict[str, Any]) -> str:
     """The result for a person."""
     lines = [
         f"{result['output']}: {result['responses']} responses of {result['records']} records by "

@@ -1,6 +1,6 @@
-"""Rewards by a model: a sequence classifier's one label, or a causal model's log-probability.
+"""Rewards from a model: a sequence classifier's label, or a causal model's log-probability.
 
-What a classifier reads follows its tokenizer. One that joins two texts by itself (a ``cls`` and a
+The input of a classifier follows its tokenizer. One that joins two texts by itself (a ``cls`` and a
 ``sep`` token, no chat template) gets prompt and response as a pair; every other one gets the tokens
 that training would use: the chat template with its end of turn, or prompt, response and EOS.
 """
@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fastrank.attention.gate import refusal
-from fastrank.data.files import one_line
 from fastrank.data.load import fit_context
 from fastrank.data.packing import Group
 from fastrank.data.records import Record
@@ -31,36 +30,26 @@ from fastrank.errors import InputError
 from fastrank.modeling.context import context_length
 from fastrank.modeling.prepare import prepare_model
 from fastrank.modeling.pretrained import (
-    check_model_path,
     choose_device,
     choose_dtype,
     load_reward_model,
     load_tokenizer,
 )
 from fastrank.modeling.score import enough_tokens, score
-from fastrank.workflow.items import Item
-from fastrank.workflow.options import ModelOptions
-from fastrank.workflow.policy import load_policy
+from fastrank.options import LoadOptions
+from fastrank.workflow.items import PromptItem, Scores
+from fastrank.workflow.policy import load_policy, read_config, refusals_of
 
 _PACK_TOKENS = 16384
 
-#: One reward a response; None for a response that the model cannot be shown.
-Rewards = list[float | None]
 
-
-def reward_kind(path: str, loading: ModelOptions) -> str:
+def reward_kind(path: str, loading: LoadOptions) -> str:
     """``"classifier"`` or ``"logprob"``, by the architecture that the model's folder names.
 
     Raises:
         InputError: the configuration cannot be read, or names neither.
     """
-    name = check_model_path(path)
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=loading.trust_remote_code)
-    except Exception as error:  # corrupt folders and the network raise unrelated types here
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"{path}: its configuration cannot be read: {reason}") from error
-    architectures = config.architectures or []
+    architectures = read_config(path, loading).architectures or []
     if any("SequenceClassification" in kind or "RewardModel" in kind for kind in architectures):
         return "classifier"
     if any("CausalLM" in kind or "LMHead" in kind for kind in architectures):
@@ -82,7 +71,7 @@ class ClassifierReward:
     """
 
     def __init__(
-        self, path: str, loading: ModelOptions, *, batch_size: int, as_chat: bool = False
+        self, path: str, loading: LoadOptions, *, batch_size: int, as_chat: bool = False
     ) -> None:
         self.path = path
         self.batch_size = batch_size
@@ -98,10 +87,10 @@ class ClassifierReward:
         if self.pad is None:  # transformers then cannot tell where a row ends
             self.batch_size = 1
 
-    def __call__(self, items: Sequence[Item]) -> list[Rewards]:
+    def __call__(self, items: Sequence[PromptItem]) -> list[Scores]:
         """Rewards of every item's responses."""
         encoded = [row for item in items for row in self._encode(item)]
-        values: Rewards = [None] * len(encoded)
+        values: Scores = [None] * len(encoded)
         order = sorted((len(row["input_ids"]), i) for i, row in enumerate(encoded) if row)
         for at in range(0, len(order), self.batch_size):
             members = [i for _, i in order[at : at + self.batch_size]]
@@ -114,7 +103,7 @@ class ClassifierReward:
             start += len(item.responses)
         return rewards
 
-    def _encode(self, item: Item) -> list[dict[str, list[int]]]:
+    def _encode(self, item: PromptItem) -> list[dict[str, list[int]]]:
         """Model inputs of each response, empty ones where there are none."""
         tokenizer = self.tokenizer
         if not item.responses:
@@ -159,7 +148,7 @@ class LogprobReward:
     """A causal language model's own mean log-probability of the response, given the prompt."""
 
     def __init__(
-        self, path: str, loading: ModelOptions, *, batch_size: int, as_chat: bool = False
+        self, path: str, loading: LoadOptions, *, batch_size: int, as_chat: bool = False
     ) -> None:
         del batch_size  # packs are filled by tokens
         self.path = path
@@ -168,11 +157,11 @@ class LogprobReward:
         self.options = fit_context(TokenizeOptions(as_chat=as_chat), context)
         prepare_model(self.model, shared_prompts=refusal(self.model) is None)
 
-    def __call__(self, items: Sequence[Item]) -> list[Rewards]:
+    def __call__(self, items: Sequence[PromptItem]) -> list[Scores]:
         """Rewards of every item's responses."""
         groups: list[Group] = []
         members: list[int] = []
-        rewards: list[Rewards] = [[None] * len(item.responses) for item in items]
+        rewards: list[Scores] = [[None] * len(item.responses) for item in items]
         for i, item in enumerate(items):
             if not item.responses:
                 continue
@@ -183,10 +172,8 @@ class LogprobReward:
         if not groups:
             return rewards
         tokens = enough_tokens(groups, _PACK_TOKENS)
-        try:
+        with refusals_of(self.path):
             found = score(self.model, groups, max_tokens=tokens)
-        except ValueError as error:  # a tokenizer that does not go with the model, longrope, ...
-            raise InputError(f"{self.path}: {error}") from error
         for i, values in zip(members, found, strict=True):
             rewards[i] = values.tolist()
         return rewards
@@ -197,6 +184,6 @@ def _joins_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
     return None not in special and tokenizer.chat_template is None
 
 
-def _record(item: Item) -> Record:
+def _record(item: PromptItem) -> Record:
     scores = [0.0] * len(item.responses)
     return Record(item.prompt, list(item.responses), scores, item.place.line)

@@ -10,41 +10,34 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from fastrank import options as shared
 from fastrank.data.write import atomic_path, check_output
 from fastrank.errors import InputError
-from fastrank.workflow.items import Item, as_line, check_distinct, file_identity, read_items
+from fastrank.options.declare import change, options, values_of
+from fastrank.workflow.candidates import MixtureCounts, add_responses
+from fastrank.workflow.items import PromptItem, as_line, check_distinct, file_identity, read_items
 from fastrank.workflow.journal import Journal
-from fastrank.workflow.mixture import MixtureCounts, add_responses
-from fastrank.workflow.options import DecodingOptions, ModelOptions
 
 
-@dataclass
-class SampleOptions:
-    """Files and models of ``fastrank sample``."""
+@options
+class SampleOptions(
+    shared.ModelOptions, shared.PromptOptions, shared.DecodingOptions, shared.ResumableOptions
+):
+    """Draw responses to every prompt of a file. A run that was stopped goes on where it was when
+    the same command is given again."""
 
-    model: list[str] = field(
-        metadata={"help": "Model folder or Hub name to sample from; may be repeated."}
+    model: list[str] = change(  # type: ignore[assignment]  # one or several
+        "Model folder or Hub name to sample from; may be repeated.", required=True
     )
-    prompts: str = field(
-        metadata={"help": "Records with a prompt; responses in them are kept beside the new ones."}
+    prompts: str = change(required=True)
+    partial: Literal["resume", "discard"] = change(
+        "What to do with the unfinished work of a run that was stopped."
     )
-    output: str = field(metadata={"help": "JSONL file to write."})
-    format: str | None = field(
-        default=None, metadata={"help": "Format of the records, if not to be recognised."}
-    )
-    partial: Literal["resume", "discard"] = field(
-        default="resume",
-        metadata={"help": "What to do with the unfinished work of a run that was stopped."},
-    )
-    json: bool = field(default=False, metadata={"help": "Print one JSON object instead of text."})
 
 
-def sample_file(
-    options: SampleOptions, drawing: DecodingOptions, loading: ModelOptions
-) -> dict[str, Any]:
+def sample_file(options: SampleOptions) -> dict[str, Any]:
     """Sample, write the output, and return what was done as JSON types.
 
     Raises:
@@ -58,7 +51,7 @@ def sample_file(
         raise InputError("--model must name at least one model, got none")
     target = check_output(options.output, "--output")
     check_distinct(options.prompts, "--prompts", options.output)
-    choose_device(loading.device)
+    choose_device(options.device)
     for model in options.model:
         check_model_path(model)
         check_model_path(model, needed="tokenizer_config.json")
@@ -66,10 +59,10 @@ def sample_file(
     plan = {
         "prompts file": [file_identity(options.prompts), options.format],
         "set of models": [model_identity(model) for model in options.model],
-        "way of decoding": [asdict(drawing.decoding), drawing.as_chat],
-        "seed": drawing.seed,
-        "batch size": drawing.batch_size,
-        "dtype": loading.dtype,
+        "way of decoding": [values_of(options, shared.Decoding), options.as_chat],
+        "seed": options.seed,
+        "batch size": options.batch_size,
+        "dtype": options.dtype,
     }
     began = time.perf_counter()
     with ExitStack() as stack:
@@ -81,8 +74,8 @@ def sample_file(
         bar = tqdm(desc="sampling", unit=" prompts", total=total, initial=resumed, disable=None)
         with bar:
             for run in runs:
-                run.sample(items, drawing, loading, bar)
-        result = _result(items, options, drawing, runs)
+                run.sample(items, options, bar)
+        result = _result(items, options, runs)
         lines = result.pop("lines")
         path = stack.enter_context(atomic_path(target))
         path.write_text("".join(lines), encoding="utf-8")
@@ -91,7 +84,7 @@ def sample_file(
 
 
 class _PolicyRun:
-    """One policy's part of a run, as far as the journal knows it.
+    """One policy's part of a run, read from and written to the journal.
 
     Journal keys: ``policy K`` is its list of batches, ``K/B`` a batch's responses.
     """
@@ -114,39 +107,38 @@ class _PolicyRun:
         batches = [] if self._plan is None else self._plan["batches"]
         return sum(len(members) for b, members in enumerate(batches) if self._is_done(b))
 
-    def sample(
-        self, items: list[Item], drawing: DecodingOptions, loading: ModelOptions, bar: Any
-    ) -> None:
+    def sample(self, items: list[PromptItem], options: SampleOptions, bar: Any) -> None:
         """Draw what is missing; a model is loaded only if something is."""
+        from fastrank.modeling.context import context_length
         from fastrank.modeling.pretrained import load_tokenizer
-        from fastrank.workflow.policy import draw, encode_prompts, load_policy, policy_context
+        from fastrank.workflow.policy import draw, encode_prompts, load_policy, read_config
 
         if self._plan is not None and all(map(self._is_done, range(len(self._plan["batches"])))):
             return
-        tokenizer = load_tokenizer(self.path, trust_remote_code=loading.trust_remote_code)
+        tokenizer = load_tokenizer(self.path, trust_remote_code=options.trust_remote_code)
         encoded = encode_prompts(
             [item.prompt for item in items],
             tokenizer,
-            drawing.decoding,
-            policy_context(self.path, loading),
-            as_chat=drawing.as_chat,
+            options,
+            context_length(read_config(self.path, options)),
+            as_chat=options.as_chat,
         )
         if self._plan is None:
             plan = {
-                "batches": encoded.batches(drawing.batch_size),
+                "batches": encoded.batches(options.batch_size),
                 "truncated": len(encoded.truncated),
                 "unusable": len(encoded.unusable),
             }
             self.journal.append(f"policy {self.number}", plan)
         bar.update(len(encoded.unusable))
-        model, tokenizer = load_policy(self.path, loading)
+        model, tokenizer = load_policy(self.path, options)
         for batch, members, found in draw(
             model,
             tokenizer,
             encoded,
-            drawing.decoding,
-            batch_size=drawing.batch_size,
-            seed=f"{drawing.seed}/{self.number}",
+            options,
+            batch_size=options.batch_size,
+            seed=f"{options.seed}/{self.number}",
             skip=self._is_done,
         ):
             unit = {
@@ -158,7 +150,7 @@ class _PolicyRun:
             bar.update(len(members))
 
     def responses(self, num_items: int) -> list[list[str]]:
-        """What was drawn for each prompt, in the order of the prompts."""
+        """Responses drawn for each prompt, in the order of the prompts."""
         drawn: list[list[str]] = [[] for _ in range(num_items)]
         assert self._plan is not None
         for batch, members in enumerate(self._plan["batches"]):
@@ -177,7 +169,7 @@ class _PolicyRun:
 
 
 def _result(
-    items: list[Item], options: SampleOptions, drawing: DecodingOptions, runs: list[_PolicyRun]
+    items: list[PromptItem], options: SampleOptions, runs: list[_PolicyRun]
 ) -> dict[str, Any]:
     """The output's lines, and everything counted."""
     drawn = [run.responses(len(items)) for run in runs]
@@ -185,7 +177,7 @@ def _result(
     lines = []
     for i, item in enumerate(items):
         new = [(run.path, found[i]) for run, found in zip(runs, drawn, strict=True)]
-        mixed = add_responses(item, new, counts, as_chat=drawing.as_chat)
+        mixed = add_responses(item, new, counts, as_chat=options.as_chat)
         lines.append(as_line(mixed.as_row()))
     return {
         "lines": lines,
@@ -205,7 +197,7 @@ def _result(
     }
 
 
-def summary_text(result: dict[str, Any]) -> str:
+def sample_text(result: dict[str, Any]) -> str:
     """The result for a person."""
     rate = result["tokens"] / max(result["seconds"], 1e-9)
     lines = [
@@ -217,7 +209,7 @@ def summary_text(result: dict[str, Any]) -> str:
     lines += [
         f"  left out    {result['duplicates']} duplicates, {result['empty']} empty responses",
         f"  tokens      {result['tokens']:,} in {result['seconds']:.1f} s "
-        f"({rate:,.0f} a second), {result['cut_at_max_new_tokens']} responses cut at "
+        f"({rate:,.0f} per second), {result['cut_at_max_new_tokens']} responses cut at "
         "max_new_tokens",
     ]
     for name, what in (

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastrank import metrics
-from fastrank.cli import score as score_module
 from fastrank.cli.main import main
 from fastrank.data.packing import Group
 from fastrank.modeling.pretrained import load_model, load_tokenizer
+from fastrank.workflow import scoring
 
 
 @pytest.fixture(scope="module")
@@ -42,30 +44,29 @@ def _separate(model: torch.nn.Module, group: Group, normalize: str) -> list[floa
 
 
 @pytest.mark.parametrize("normalize", ["mean", "sum"])
-@pytest.mark.parametrize("options", [[], ["--no_shared_prompts"]])
+@pytest.mark.parametrize("options", [[], ["--shared_prompts", "false"]])
 def test_scores_equal_separate_passes_and_are_written_back(
     options: list[str],
     normalize: str,
     small: Path,
     story_model_path: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    run_json: Callable[..., dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from fastrank.data.load import load_groups
 
-    monkeypatch.setattr(score_module, "_PACKS_A_PORTION", 1)
-    if options:  # score's option is a yes/no/auto one
-        options = ["--shared_prompts", "false"]
+    monkeypatch.setattr(scoring, "_PACKS_PER_PORTION", 1)
     output = tmp_path / "scored.jsonl"
     argv = ["score", "--model", str(story_model_path), "--data", str(small)]
-    argv += ["--normalize", normalize, "--output", str(output), "--max_tokens", "2000", "--json"]
-    assert main([*argv, *options]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    argv += ["--normalize", normalize, "--output", str(output), "--max_tokens", "450"]
+    result = run_json(*argv, *options)
 
     groups, _ = load_groups(
         small, load_tokenizer(story_model_path), context_length=512, min_candidates=1
     )
+    # Three groups are larger than a pack, and are scored in parts.
+    assert sum(group.num_tokens_shared > 450 for group in groups) == 3
     model = load_model(story_model_path, "float32")
     expected = [_separate(model, group, normalize) for group in groups]
     rows = [json.loads(line) for line in small.read_text().splitlines()]
@@ -109,16 +110,13 @@ def test_scores_of_other_formats(
 
 
 def test_output_can_be_read_again(
-    small: Path, story_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Path, story_model_path: Path, tmp_path: Path, run_json: Callable[..., dict[str, Any]]
 ) -> None:
     """The model agrees with itself: its scores as rewards are ordered perfectly."""
     output = tmp_path / "scored.jsonl"
     argv = ["score", "--model", str(story_model_path)]
-    assert main([*argv, "--data", str(small), "--output", str(output)]) == 0
-    capsys.readouterr()
-    again = [*argv, "--data", str(output), "--score_key", "model_scores", "--json"]
-    assert main(again) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    run_json(*argv, "--data", small, "--output", output)
+    result = run_json(*argv, "--data", output, "--score_key", "model_scores")
     assert result["metrics"]["pairwise_accuracy"] == 1.0
     assert result["metrics"]["top1_accuracy"] == 1.0
 
@@ -136,7 +134,7 @@ def test_rewards_without_an_order_give_no_metrics(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--max_tokens", "40"], "tokens in one pack, --max_tokens is 40"),
+        (["--max_tokens", "40"], "must fit into max_tokens=40, got 20 + 33 tokens"),
         (["--max_length", "513"], "must fit the model's context of 512 tokens, got 513"),
         (["--device", "abacus"], "--device must be auto, cpu or cuda[:index], got 'abacus'"),
         (["--device", "cuda:99"], "CUDA devices are here"),

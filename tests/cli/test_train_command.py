@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastrank.cli.main import main
 from fastrank.tasks.menu import menu_records, menu_task
 from fastrank.training.callbacks import read_metrics
+from fastrank.training.config import RankConfig
+from fastrank.training.run import built_in_job
 
 QUICK = ["--disable_tqdm", "true", "--logging_steps", "2", "--save_strategy", "no"]
 
@@ -50,6 +52,7 @@ def test_the_built_in_task_is_learnt(
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     arguments = ["train", "--output_dir", str(run), "--max_steps", "120", "--json", *QUICK]
+    arguments += ["--eval_groups", "64"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
@@ -67,6 +70,15 @@ def test_the_built_in_task_is_learnt(
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"] == result["after"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing beside the output folder
+
+
+def test_the_built_in_task_takes_one_thread_whatever_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)
+    built_in_job(RankConfig(output_dir=str(tmp_path), use_cpu=True))
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize("loss", ["rrhf", "pro"])
@@ -99,9 +111,12 @@ def test_held_out_data_of_its_own_or_none(
     assert "40 prompts to train on, 0 held out" in capsys.readouterr().out
 
 
-def test_resume_overwrite_and_refusal(tmp_path: Path, capsys: Any, data_path: str) -> None:
+def test_resume_overwrite_and_refusal(
+    tmp_path: Path, capsys: Any, model_path: str, data_path: str
+) -> None:
     run = tmp_path / "run"
-    common = ["train", "--output_dir", str(run), "--disable_tqdm", "true", "--max_steps", "4"]
+    common = ["train", "--model", model_path, "--data", data_path, "--output_dir", str(run)]
+    common += ["--disable_tqdm", "true", "--max_steps", "4"]
     common += ["--eval_strategy", "no", "--save_steps", "2", "--json", "--eval_groups", "8"]
     assert main(common) == 0
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -117,59 +132,48 @@ def test_resume_overwrite_and_refusal(tmp_path: Path, capsys: Any, data_path: st
 
 
 def test_a_run_that_stops_says_so_with_exit_code_1(
-    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: Any, model_path: str, data_path: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    run = str(tmp_path / "run")
+    common = ["train", "--model", model_path, "--data", data_path, *QUICK]
     # A learning rate that no model survives.
     arguments = ["--learning_rate", "1e30", "--lr_scheduler_type", "constant", "--max_steps", "9"]
-    assert main(["train", "--output_dir", run, *QUICK, *arguments]) == 1
+    assert main([*common, "--output_dir", str(tmp_path / "run"), *arguments]) == 1
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()
     assert lines[-1].startswith("fastrank train: stopped: ") and "not finite" in lines[-1]
     assert "Traceback" not in captured.err
 
 
-WRONG: list[tuple[list[str], str]] = [
-    (["--loss", "rrfh"], "did you mean 'rrhf'"),
-    (["--model", "./absent", "--data", "DATA"], "./absent: no such model folder"),
-    (["--model", "FILE", "--data", "DATA"], "expected a model folder, got a file"),
-    (["--model", "MODEL", "--data", "absent.jsonl"], "absent.jsonl"),
-    (["--model", "MODEL"], "--model needs --data too"),
-    (["--data", "DATA"], "--data needs --model too"),
-    (["--eval_data", "DATA"], "--eval_data needs --model and --data"),
+WRONG = [
+    ("--loss rrfh", "did you mean 'rrhf'"),
+    ("--model ./absent --data DATA", "./absent: no such model folder"),
+    ("--model FILE --data DATA", "expected a model folder, got a file"),
+    ("--model MODEL --data absent.jsonl", "absent.jsonl"),
+    ("--model MODEL", "--model needs --data too"),
+    ("--data DATA", "--data needs --model too"),
+    ("--eval_data DATA", "--eval_data needs --model and --data"),
+    ("--model MODEL --data DATA --max_length 100", "context of 64 tokens, got 100"),
     (
-        ["--model", "MODEL", "--data", "DATA", "--max_length", "100"],
-        "context of 64 tokens, got 100",
-    ),
-    (
-        [
-            "--model",
-            "MODEL",
-            "--data",
-            "DATA",
-            "--max_prompt_length=60",
-            "--max_response_length=60",
-        ],
+        "--model MODEL --data DATA --max_prompt_length=60 --max_response_length=60",
         "context of 64 tokens, got 120",
     ),
-    (["--model", "MODEL", "--data", "DATA", "--max_tokens", "10"], "must fit into max_tokens=10"),
-    (["--model", "MODEL", "--data", "DATA", "--eval_fraction", "1.5"], "eval_fraction"),
-    (["--nonfinite", "ignore"], "nonfinite must be one of stop, skip"),
-    (["--model", "MODEL", "--data", "BROKEN"], "broken.jsonl, line 2: malformed JSON"),
-    (["--resume_from_checkpoint", "absent"], "absent is no folder; expected a checkpoint or true"),
-    (["--lerning_rate", "1"], "did you mean --learning_rate"),
-    (["--attention", "flash"], "attention must be one of"),
-    (["--max_tokens", "many"], "many"),
-    (["--output_dir", "FILE/run"], "output_dir"),
-    (["--output_dir", "FILE"], "must be a folder, got a file"),
-    (["--config", "absent.yaml"], "absent.yaml: cannot be read"),
+    ("--model MODEL --data DATA --max_tokens 10", "must fit into max_tokens=10"),
+    ("--model MODEL --data DATA --eval_fraction 1.5", "eval_fraction"),
+    ("--nonfinite ignore", "argument --nonfinite: invalid choice: 'ignore'"),
+    ("--model MODEL --data BROKEN", "broken.jsonl, line 2: malformed JSON"),
+    ("--resume_from_checkpoint absent", "absent is no folder; expected a checkpoint or true"),
+    ("--lerning_rate 1", "did you mean --learning_rate"),
+    ("--attention flash", "attention must be one of"),
+    ("--max_tokens many", "many"),
+    ("--output_dir FILE/run", "output_dir"),
+    ("--output_dir FILE", "must be a folder, got a file"),
+    ("--config absent.yaml", "absent.yaml: cannot be read"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG)
 def test_wrong_input_is_one_line_and_nothing_is_written(
-    arguments: list[str],
+    arguments: str,
     message: str,
     tmp_path: Path,
     capsys: Any,
@@ -182,9 +186,10 @@ def test_wrong_input_is_one_line_and_nothing_is_written(
     broken = '{"prompt": "a", "responses": ["b", "c"], "scores": [1, 0]}\n{"prompt": \n'
     (tmp_path / "broken.jsonl").write_text(broken)
     names = {"MODEL": model_path, "DATA": data_path, "FILE": "file", "BROKEN": "broken.jsonl"}
+    words = arguments.split()
     for short, name in names.items():
-        arguments = [argument.replace(short, name) for argument in arguments]
-    assert main(["train", *arguments]) == 2
+        words = [word.replace(short, name) for word in words]
+    assert main(["train", *words]) == 2
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("fastrank train: error: "), captured.err

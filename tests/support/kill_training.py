@@ -20,7 +20,6 @@ import torch
 # What a child would otherwise spend its time on.
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from fastrank.cli import train as _train  # noqa: F401
 from fastrank.cli.main import main
 from fastrank.training import run as _run  # noqa: F401
 

@@ -19,7 +19,7 @@ from fastrank.errors import InputError
 from fastrank.modeling.merge import merge_adapter
 from fastrank.modeling.pretrained import check_model_path, is_adapter, load_model
 from fastrank.training.adapters import lora_config
-from fastrank.training.options import TrainOptions
+from fastrank.training.run_options import TrainOptions
 
 INPUT = torch.tensor([[7, 20, 33, 8, 45, 21], [9, 9, 50, 12, 30, 61]])
 

@@ -13,16 +13,15 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import fastrank.training.callbacks
-import fastrank.training.summary
+import fastrank.training.run_report
 from fastrank.data.group import Group
 from fastrank.errors import InputError
 from fastrank.training.callbacks import MetricsFile, RankProgress, format_line, read_metrics
-from fastrank.training.plot import plot_metrics
+from fastrank.training.run_report import plot_metrics, summary_table
 from fastrank.training.splits import sample, shared_prompts, split_by_prompt
-from fastrank.training.summary import summary_table
 
 
-@pytest.mark.parametrize("module", [fastrank.training.callbacks, fastrank.training.summary])
+@pytest.mark.parametrize("module", [fastrank.training.callbacks, fastrank.training.run_report])
 def test_examples(module: Any) -> None:
     result = doctest.testmod(module)
     assert result.attempted and not result.failed

@@ -17,7 +17,8 @@ SCRIPT = f"""
 import json, sys
 from transformers import TrainerCallback
 from fastrank.training import run
-from fastrank.training.options import BuiltInConfig, TrainOptions
+from fastrank.training.config import RankConfig
+from fastrank.training.run_options import BUILT_IN_DEFAULTS, TrainOptions
 from fastrank.training.trainer import RankTrainer
 
 seen = {{}}
@@ -36,10 +37,11 @@ def watched(self, *args, **kwargs):
     return train(self, *args, **kwargs)
 
 RankTrainer.train = watched
-config = BuiltInConfig(
+options = dict(
     output_dir=sys.argv[1], max_steps={STEPS}, save_steps=100, save_total_limit=2,
     eval_strategy="steps", eval_steps=100, disable_tqdm=True, per_device_train_batch_size=4,
 )
+config = RankConfig(**(BUILT_IN_DEFAULTS | options))
 run.train(TrainOptions(eval_groups=64), config)
 print(json.dumps(seen))
 """

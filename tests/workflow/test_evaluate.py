@@ -13,31 +13,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastrank.data.files import Place
 from fastrank.errors import InputError
 from fastrank.metrics import pairwise_accuracy
-from fastrank.workflow.evaluate import (
-    EvaluateOptions,
-    FreshDecodingOptions,
-    evaluate,
-    summary_text,
-)
-from fastrank.workflow.evaluation import (
+from fastrank.workflow.evaluate import EvaluateOptions, evaluate, evaluation_text
+from fastrank.workflow.items import PromptItem
+from fastrank.workflow.policy_metrics import (
     Samples,
     bleu,
     compare_rewards,
     mean_reward,
     perplexity,
 )
-from fastrank.workflow.items import Item
-from fastrank.workflow.options import ModelOptions
 
 PROMPTS = [{"prompt": "tell " * (k % 3) + str(k), "answer": f"tell {k}"} for k in range(9)]
 
 
 def run(model, **options):
-    drawing = FreshDecodingOptions(
-        max_new_tokens=8, batch_size=4, num_responses=options.pop("num_responses", 2)
-    )
+    drawing = {
+        "max_new_tokens": 8,
+        "batch_size": 4,
+        "num_responses": options.pop("num_responses", 2),
+    }
     options = {key: str(value) for key, value in options.items()}
-    return evaluate(EvaluateOptions(model=str(model), **options), drawing, ModelOptions())
+    return evaluate(EvaluateOptions(model=str(model), **options, **drawing))
 
 
 @pytest.fixture
@@ -49,8 +45,8 @@ def vowels(tmp_path: Path) -> str:
     return f"{path}:count"
 
 
-def item(prompt: str, *responses: str) -> Item:
-    return Item(Place("p", 1), prompt, list(responses), [None] * len(responses), [])
+def item(prompt: str, *responses: str) -> PromptItem:
+    return PromptItem(Place("p", 1), prompt, list(responses), [None] * len(responses), [])
 
 
 def test_fresh_samples_and_their_rewards(policy_path, write_rows, read_rows, tmp_path, vowels):
@@ -145,7 +141,7 @@ def test_ranking_accuracy_is_that_of_the_models_scores(policy_path, write_rows):
     expected = pairwise_accuracy(score(model, groups), [group.rewards for group in groups])
     assert result["ranking"]["pairwise_accuracy"] == pytest.approx(expected)
     assert set(result["ranking"]) >= {"kendall_tau", "ndcg", "mrr", "top1_accuracy"}
-    assert "reward" not in result and "kendall_tau" in summary_text(result)
+    assert "reward" not in result and "kendall_tau" in evaluation_text(result)
 
 
 def test_wins_ties_and_missing_rewards():

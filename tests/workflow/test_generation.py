@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fastrank.errors import InputError
-from fastrank.workflow.decoding import Decoding
+from fastrank.options import Decoding
 from fastrank.workflow.generation import batch_seed, continuation, generate
 
 PROMPTS = [[1, 40, 50, 60], [1, 70], [1, 33, 34, 35, 36, 37, 38]]
@@ -107,7 +107,13 @@ def test_low_temperature_is_greedy_and_top_p_narrows(policy) -> None:
 
 def test_beam_search_gives_the_ends_of_one_search(policy) -> None:
     model, tokenizer = policy
-    found = generate(model, tokenizer, PROMPTS[:1], Decoding("beam", 4, max_new_tokens=9), seed=0)
+    found = generate(
+        model,
+        tokenizer,
+        PROMPTS[:1],
+        Decoding(strategy="beam", num_responses=4, max_new_tokens=9),
+        seed=0,
+    )
     sequences = model.generate(
         torch.tensor(PROMPTS[:1]), num_beams=4, num_return_sequences=4, max_new_tokens=9
     )
@@ -141,12 +147,26 @@ def test_diverse_beams_of_one_equal_penalised_greedy_searches(policy, penalty: f
 def test_one_group_is_plain_beam_search_and_no_penalty_repeats_it(policy) -> None:
     model, tokenizer = policy
     options = {"max_new_tokens": 6}
-    beam = generate(model, tokenizer, PROMPTS, Decoding("beam", 3, **options), 0)
-    one = Decoding("diverse_beam", 3, num_beam_groups=1, **options)
+    beam = generate(
+        model, tokenizer, PROMPTS, Decoding(strategy="beam", num_responses=3, **options), 0
+    )
+    one = Decoding(strategy="diverse_beam", num_responses=3, num_beam_groups=1, **options)
     assert generate(model, tokenizer, PROMPTS, one, 0) == beam
-    twice = Decoding("diverse_beam", 6, num_beam_groups=2, diversity_penalty=0.0, **options)
+    twice = Decoding(
+        strategy="diverse_beam",
+        num_responses=6,
+        num_beam_groups=2,
+        diversity_penalty=0.0,
+        **options,
+    )
     assert generate(model, tokenizer, PROMPTS, twice, 0) == [row + row for row in beam]
-    apart = Decoding("diverse_beam", 6, num_beam_groups=2, diversity_penalty=5.0, **options)
+    apart = Decoding(
+        strategy="diverse_beam",
+        num_responses=6,
+        num_beam_groups=2,
+        diversity_penalty=5.0,
+        **options,
+    )
     for row in texts(generate(model, tokenizer, PROMPTS, apart, 0)):
         assert set(row[:3]) != set(row[3:])
 

@@ -13,15 +13,17 @@ from fastrank.cli.main import main
 from fastrank.training.checkpoint import find_checkpoints
 
 
-@pytest.fixture
-def inputs(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with prompts and a reward, which the runs go into as well."""
+    folder = tmp_path_factory.mktemp("iterate")
     rows = [{"prompt": "go " * (k % 4) + str(k)} for k in range(10)]
     for name, chosen in (("prompts", rows[:8]), ("heldout", rows[8:])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in chosen))
-    (tmp_path / "rewards.py").write_text(
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in chosen))
+    (folder / "rewards.py").write_text(
         "def vowels(p, r):\n    return sum(c in 'aeiouAEIOU' for c in r) - len(r) / 20\n"
     )
-    return tmp_path
+    return folder
 
 
 def arguments(inputs: Path, model: Path, run: str, *more: str) -> list[str]:
@@ -37,13 +39,14 @@ def weights(run: Path, number: int) -> bytes:
     return (run / f"round-{number}" / "model" / "model.safetensors").read_bytes()
 
 
-@pytest.fixture
-def whole(inputs, policy_path, capsys) -> Path:
+@pytest.fixture(scope="module")
+def whole(inputs, policy_path) -> Path:
+    """A run of two rounds that nothing interrupted; not to be written to."""
     assert main(arguments(inputs, policy_path, "whole")) == 0
     return inputs / "whole"
 
 
-def test_every_round_starts_from_the_model_before(inputs, policy_path, whole, capsys):
+def test_every_round_starts_from_the_model_before(policy_path, whole):
     results = [json.loads((whole / f"round-{k}" / "result.json").read_text()) for k in (1, 2)]
     assert results[0]["from"] == str(policy_path)
     assert results[1]["from"] == results[0]["model"] == str(whole / "round-1" / "model")
@@ -60,13 +63,14 @@ def test_every_round_starts_from_the_model_before(inputs, policy_path, whole, ca
     assert samples[0] != samples[1] and weights(whole, 1) != weights(whole, 2)
 
 
-def test_a_finished_run_is_only_read_and_more_rounds_may_follow(inputs, policy_path, whole, capsys):
-    before = weights(whole, 2)
-    capsys.readouterr()
-    assert main(arguments(inputs, policy_path, "whole", "--json", "--rounds", "3")) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_a_finished_run_is_only_read_and_more_rounds_may_follow(
+    inputs, policy_path, whole, run_json
+):
+    run = inputs / "longer"
+    shutil.copytree(whole, run)
+    result = run_json(*arguments(inputs, policy_path, "longer", "--rounds", "3"))
     assert [r["round"] for r in result["rounds"]] == [1, 2, 3]
-    assert weights(whole, 2) == before != weights(whole, 3)
+    assert weights(run, 2) == weights(whole, 2) != weights(run, 3)
 
 
 def test_a_run_killed_while_training_ends_the_same(inputs, policy_path, whole):
@@ -98,7 +102,7 @@ def test_a_run_stopped_between_its_steps_ends_the_same(inputs, policy_path, whol
 
 def test_held_out_prompts_are_evaluated_after_every_round(inputs, policy_path, capsys):
     more = ["--eval_prompts", f"{inputs}/heldout.jsonl", "--json", "--max_steps", "1"]
-    assert main(arguments(inputs, policy_path, "run", *more)) == 0
+    assert main(arguments(inputs, policy_path, "held-out", *more)) == 0
     out = capsys.readouterr().out
     for result in json.loads(out.splitlines()[-1])["rounds"]:
         found = result["evaluation"]
@@ -116,14 +120,13 @@ def test_held_out_prompts_are_evaluated_after_every_round(inputs, policy_path, c
     ],
 )
 def test_wrong_options_are_one_line(inputs, policy_path, capsys, more, said):
-    assert main(arguments(inputs, policy_path, "run", *more)) == 2
+    assert main(arguments(inputs, policy_path, "wrong", *more)) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
-    assert not (inputs / "run").exists()
+    assert not (inputs / "wrong").exists()
 
 
 def test_a_folder_of_another_run_is_refused(inputs, policy_path, whole, capsys):
-    capsys.readouterr()
     assert main(arguments(inputs, policy_path, "whole", "--learning_rate", "0.5")) == 2
     assert "holds a run with another learning_rate" in capsys.readouterr().err
     (inputs / "other").mkdir()

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrank.cli.main import main
 from fastrank.training.callbacks import read_metrics
-from fastrank.workflow.items import Item
-from fastrank.workflow.online_data import Candidates, Round, round_metrics
+from fastrank.workflow.items import PromptItem
+from fastrank.workflow.online_data import Round, RoundCandidates, round_metrics
 
 TIMED = ("runtime", "per_second", "tokens_per_second")
 
@@ -288,8 +288,8 @@ def test_other_ways_of_training_go_online_too(policy_path, inputs, tmp_path, mor
     assert evaluated[0] == 0 and evaluated[-1] == online_runs.STEPS
 
 
-def three_candidates(*responses: str) -> Candidates:
-    return Candidates(
+def three_candidates(*responses: str) -> RoundCandidates:
+    return RoundCandidates(
         index=0,
         responses=list(responses),
         ended=[True, False, True],
@@ -304,7 +304,7 @@ def three_candidates(*responses: str) -> Candidates:
 
 def test_a_round_is_read_as_it_was_written(tmp_path):
     own = three_candidates("one\ntwo\r\n", "line\u2028separator\x85", "\x1c\u2029 end")
-    item = Item(tmp_path, "prompt\u2028", [], [], [])  # type: ignore[arg-type]
+    item = PromptItem(tmp_path, "prompt\u2028", [], [], [])  # type: ignore[arg-type]
     for given in (Round(3, 12, [own], duplicates=2, empty=1), Round(0, 0, [])):
         given.write(tmp_path / "round.jsonl", [item])
         assert Round.read(tmp_path / "round.jsonl") == given

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastrank.data.records import read_records
 from fastrank.errors import InputError
-from fastrank.workflow.options import ModelOptions
-from fastrank.workflow.reward import RewardOptions, reward_file, summary_text
+from fastrank.workflow.reward import RewardOptions, reward_file, reward_text
 
 ROWS = [
     {"prompt": "a", "responses": ["x", "yy", "zzz"], "scores": [None, None, None], "id": "first"},
@@ -65,8 +64,7 @@ def functions(tmp_path: Path) -> Path:
 
 
 def score(data: Path, output: Path, reward: str, **options):
-    chosen = RewardOptions(data=str(data), output=str(output), reward=reward, **options)
-    return reward_file(chosen, ModelOptions())
+    return reward_file(RewardOptions(data=str(data), output=str(output), reward=reward, **options))
 
 
 def test_a_function_scores_every_response(functions, write_rows, read_rows, tmp_path):
@@ -79,7 +77,7 @@ def test_a_function_scores_every_response(functions, write_rows, read_rows, tmp_
     assert result["mean"] == pytest.approx(17 / 6) and result["range"] == [1.0, 4.0]
     assert result["records_with_an_order"] == 1 and result["records"] == 4
     assert result["mean_of_best"] == pytest.approx(10 / 3)
-    assert "1 of 4 records" in summary_text(result)
+    assert "1 of 4 records" in reward_text(result)
     assert not list(tmp_path.glob("*.partial"))
 
 

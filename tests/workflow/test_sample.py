@@ -11,20 +11,17 @@ from killing import run_until_lines
 
 from fastrank.errors import InputError
 from fastrank.workflow.items import read_items
-from fastrank.workflow.options import DecodingOptions, ModelOptions
-from fastrank.workflow.sample import SampleOptions, sample_file, summary_text
+from fastrank.workflow.sample import SampleOptions, sample_file, sample_text
 
 PROMPTS = [{"prompt": "once " * (k % 5 + 1) + str(k), "id": k} for k in range(23)]
 
 
 def draw(models, prompts: Path, output: Path, **options):
-    files = {name: options.pop(name) for name in ("partial", "format") if name in options}
-    drawing = DecodingOptions(
-        **{"max_new_tokens": 6, "batch_size": 4, "num_responses": 3, **options}
-    )
+    options = {"max_new_tokens": 6, "batch_size": 4, "num_responses": 3, **options}
     paths = [str(m) for m in (models if isinstance(models, list) else [models])]
-    chosen = SampleOptions(model=paths, prompts=str(prompts), output=str(output), **files)
-    return sample_file(chosen, drawing, ModelOptions())
+    return sample_file(
+        SampleOptions(model=paths, prompts=str(prompts), output=str(output), **options)
+    )
 
 
 def test_every_prompt_gets_responses_in_its_place(policy_path, write_rows, read_rows, tmp_path):
@@ -39,7 +36,7 @@ def test_every_prompt_gets_responses_in_its_place(policy_path, write_rows, read_
     assert all(row["scores"] == [None] * len(row["responses"]) for row in rows)
     assert all(set(row["sources"]) <= {str(policy_path)} for row in rows)
     assert not (tmp_path / "out.jsonl.partial").exists()
-    assert "23 prompts" in summary_text(result)
+    assert "23 prompts" in sample_text(result)
 
 
 def test_the_same_seed_gives_the_same_file(policy_path, write_rows, tmp_path):
@@ -108,7 +105,7 @@ def test_duplicates_go_until_one_candidate_is_left(policy_path, write_rows, read
     assert result["prompts_with_fewer_than_2"] == 23
     assert result["duplicates"] + result["empty"] + result["responses_new"] == 115
     assert result["duplicates"] >= 60
-    assert "fewer than 2 responses" in summary_text(result)
+    assert "fewer than 2 responses" in sample_text(result)
 
 
 def test_empty_generations_are_counted_and_the_prompt_stays(write_rows, read_rows, tmp_path):

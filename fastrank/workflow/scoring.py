@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from fastrank.cli.options import LengthOptions, ReadOptions, print_json
-from fastrank.cli.parser import parse
+from fastrank import options as shared
 from fastrank.errors import InputError
+from fastrank.options.declare import change, check_least, option, options, values_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,60 +25,35 @@ if TYPE_CHECKING:
     from fastrank.data.packing import Group
     from fastrank.data.records import Record
 
-#: Packs a portion has about; enough to fill them well, few enough to hold.
-_PACKS_A_PORTION = 16
+#: About how many packs a portion fills: enough to fill them well, few enough to hold.
+_PACKS_PER_PORTION = 16
 
 
-@dataclass
-class ScoreOptions:
-    """Options of ``fastrank score`` beyond how the file is read."""
+@options
+class ScoreOptions(
+    shared.ModelOptions,
+    shared.DataOptions,
+    shared.ReadOptions,
+    shared.TextOptions,
+    shared.SharingOptions,
+    shared.OutputOptions,
+    shared.LoadOptions,
+    shared.JsonOptions,
+):
+    """Score every response of a record file with a causal language model, and compare its order
+    with that of the file's rewards."""
 
-    model: str = field(metadata={"help": "Model folder or Hub name of a causal language model."})
-    data: str = field(metadata={"help": "JSONL, JSON or Parquet file, folder, or Hub data set."})
-    output: str | None = field(
-        default=None,
-        metadata={"help": "JSONL file to write: every scored record with its model_scores."},
+    model: str = change("Model folder or Hub name of a causal language model.", required=True)
+    data: str = change(
+        "Records: JSONL, JSON or Parquet file, folder, or Hub data set.", required=True
     )
-    normalize: Literal["mean", "sum"] = field(
-        default="mean", metadata={"help": "Mean or sum of a response's token log-probabilities."}
+    output: str | None = change("JSONL file to write: every scored record with its model_scores.")
+    normalize: Literal["mean", "sum"] = option(
+        "Mean or sum of a response's token log-probabilities.", default="mean"
     )
-    max_tokens: int = field(default=16384, metadata={"help": "Most tokens of a pack."})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto",
-        metadata={"help": "Type of the weights; auto: as stored on a GPU, float32 on a CPU."},
-    )
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, ..."})
-    attention: str = field(
-        default="auto", metadata={"help": "Attention backend of shared-prompt packs."}
-    )
-    shared_prompts: bool | None = field(
-        default=None,
-        metadata={"help": "Encode a prompt once for all of its responses (default: if possible)."},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the model."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print one JSON object instead of text."})
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run the command; raises `InputError` for anything the user got wrong."""
-    options, reading, limits = parse(
-        (ScoreOptions, ReadOptions, LengthOptions),
-        argv,
-        prog="fastrank score",
-        description="Score every response of a record file with a causal language model, and "
-        "compare its order with that of the file's rewards.",
-    )
-    result = score_file(options, reading, limits)
-    if options.json:
-        print_json(result)
-    return 0
-
-
-def score_file(
-    options: ScoreOptions, reading: ReadOptions, limits: LengthOptions
-) -> dict[str, Any]:
+def score_file(options: ScoreOptions) -> dict[str, Any]:
     """Score the file, write the output if asked to, and return the result as JSON types; prints it
     as text unless ``options.json``."""
     from tqdm import tqdm
@@ -86,23 +61,23 @@ def score_file(
     from fastrank.data.load import fit_context
     from fastrank.data.records import read_records, require_records
     from fastrank.data.report import Report, strict_pairs
-    from fastrank.data.tokenize import TokenizeOptions
+    from fastrank.data.tokenize import TokenizeOptions, tokenize_record
     from fastrank.data.write import atomic_path, check_output
     from fastrank.metrics import ranking_metrics
     from fastrank.modeling.context import context_length
     from fastrank.modeling.pretrained import check_model_path, load_tokenizer
 
-    if options.max_tokens < 2:
-        raise InputError(f"--max_tokens must be at least 2, got {options.max_tokens}")
+    check_least(options, "--", max_tokens=2)
     if options.output is not None:
         check_output(options.output, "--output")
-    cut = TokenizeOptions(**limits.as_kwargs())
+    cut = TokenizeOptions(**values_of(options, shared.TextOptions))
     check_model_path(options.model)
     report = Report(name=options.data)
-    records = read_records(options.data, min_candidates=1, report=report, **reading.as_kwargs())
+    reading = values_of(options, shared.ReadOptions)
+    records = read_records(options.data, min_candidates=1, report=report, **reading)
     first = next(records)  # a file of no use is found before a model is loaded
     tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
-    model, shared, chosen = _load(options)
+    model, sharing, chosen = _load(options)
     cut = fit_context(cut, context_length(model.config))
 
     scores: list[Tensor] = []
@@ -115,11 +90,14 @@ def score_file(
             path = stack.enter_context(atomic_path(options.output))
             file = stack.enter_context(path.open("w", encoding="utf-8"))
         bar = stack.enter_context(tqdm(desc="scoring", unit=" records", disable=None))
-        groups = _groups(first, records, tokenizer, cut, report)
-        for portion in _portions(groups, options.max_tokens, shared):
+        groups = (
+            (record, tokenize_record(record, tokenizer, cut, report))
+            for record in chain([first], records)
+        )
+        for portion in _portions(groups, options.max_tokens, sharing):
             found = _score(model, [group for _, group in portion], options)
             for (record, group), values in zip(portion, found, strict=True):
-                tokens += _size(group, shared)
+                tokens += _size(group, sharing)
                 num_scored += len(values)
                 if not bool(values.isfinite().all()):
                     raise InputError(f"{group.name}: the model's scores are not finite")
@@ -157,55 +135,36 @@ def _load(options: ScoreOptions) -> tuple[PreTrainedModel, bool, str]:
     from fastrank.attention.gate import refusal
     from fastrank.modeling.prepare import prepare_model
     from fastrank.modeling.pretrained import choose_device, choose_dtype, load_model
+    from fastrank.workflow.policy import refusals_of
 
     device = choose_device(options.device)
     dtype, why = choose_dtype(options.dtype, device)
     model = load_model(options.model, dtype, trust_remote_code=options.trust_remote_code)
     reason = refusal(model)
-    shared = reason is None if options.shared_prompts is None else options.shared_prompts
-    try:
+    sharing = reason is None if options.shared_prompts is None else options.shared_prompts
+    with refusals_of(options.model):
         torch.nn.Module.to(model, device)
-        prepare_model(model, attention=options.attention, shared_prompts=shared)  # type: ignore[arg-type]
-    except InputError:
-        raise
-    except (ValueError, torch.cuda.OutOfMemoryError) as error:
-        raise InputError(f"{options.model}: {error}") from error
-    prompts = "shared" if shared else f"once a response ({reason or 'asked for'})"
-    return model, shared, f"{device}, {str(model.dtype)[6:]} ({why}), prompts {prompts}"
+        prepare_model(model, attention=options.attention, shared_prompts=sharing)  # type: ignore[arg-type]
+    prompts = "shared" if sharing else f"once per response ({reason or 'asked for'})"
+    return model, sharing, f"{device}, {str(model.dtype)[6:]} ({why}), prompts {prompts}"
 
 
-def _groups(
-    first: Record, rest: Iterator[Record], tokenizer: Any, cut: Any, report: Any
-) -> Iterator[tuple[Record, Group]]:
-    from itertools import chain
-
-    from fastrank.data.tokenize import tokenize_record
-
-    for record in chain([first], rest):
-        group = tokenize_record(record, tokenizer, cut, report)
-        if group is not None:
-            yield record, group
-
-
-def _size(group: Group, shared: bool) -> int:
+def _size(group: Group, sharing: bool) -> int:
     """Tokens that the model computes for a group."""
-    return group.num_tokens_shared if shared else group.num_candidates * group.longest_sequence
+    return group.num_tokens_shared if sharing else group.num_candidates * group.longest_sequence
 
 
 def _portions(
-    groups: Iterator[tuple[Record, Group]], max_tokens: int, shared: bool
+    groups: Iterable[tuple[Record, Group | None]], max_tokens: int, sharing: bool
 ) -> Iterator[list[tuple[Record, Group]]]:
+    """The records that have a group, as many at a time as fill some packs."""
     portion, size = [], 0
     for record, group in groups:
-        tokens = _size(group, shared)
-        if tokens > max_tokens:
-            raise InputError(
-                f"{group.name}: its {group.num_candidates} responses need {tokens} tokens in one "
-                f"pack, --max_tokens is {max_tokens}"
-            )
+        if group is None:
+            continue
         portion.append((record, group))
-        size += tokens
-        if size >= _PACKS_A_PORTION * max_tokens:
+        size += _size(group, sharing)
+        if size >= _PACKS_PER_PORTION * max_tokens:
             yield portion
             portion, size = [], 0
     if portion:
@@ -240,7 +199,7 @@ def _as_text(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']}: {result['chosen']}",
         f"  scored      {result['responses_scored']} responses, {result['tokens']:,} tokens in "
-        f"{result['seconds']:.1f} s ({rate:,.0f} a second)",
+        f"{result['seconds']:.1f} s ({rate:,.0f} per second)",
     ]
     if result["metrics"] is None:
         lines.append("  metrics     none: the file's rewards order no pair")

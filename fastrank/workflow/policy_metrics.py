@@ -1,4 +1,4 @@
-"""What the papers report about a policy: reward, perplexity, ranking accuracy, BLEU, wins.
+"""The papers' metrics of a policy: reward, perplexity, ranking accuracy, BLEU, wins.
 
 Everything here works on loaded models and on samples in memory; `fastrank.workflow.evaluate` is
 the command around it.
@@ -21,10 +21,11 @@ from fastrank.data.tokenize import TokenizeOptions
 from fastrank.metrics import ranking_metrics
 from fastrank.modeling.context import context_length
 from fastrank.modeling.score import enough_tokens, score
-from fastrank.workflow.groups import group_of_item
-from fastrank.workflow.items import Item
-from fastrank.workflow.options import DecodingOptions
-from fastrank.workflow.policy import draw_all
+from fastrank.options import DecodingOptions
+from fastrank.workflow.candidates import group_of_item
+from fastrank.workflow.generation import Response
+from fastrank.workflow.items import PromptItem, Scores
+from fastrank.workflow.policy import draw, encode_prompts
 
 _PACK_TOKENS = 16384
 
@@ -39,7 +40,7 @@ class Samples:
         num_tokens: tokens generated.
     """
 
-    items: list[Item]
+    items: list[PromptItem]
     ended: list[list[bool]]
     num_tokens: int
 
@@ -51,7 +52,7 @@ class Samples:
 def sample_items(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Item],
+    items: Sequence[PromptItem],
     drawing: DecodingOptions,
     *,
     source: str,
@@ -61,21 +62,26 @@ def sample_items(
 
     Two policies drawn with the same options get the same seeds, batch by batch.
     """
-    found = draw_all(
-        model,
-        tokenizer,
+    encoded = encode_prompts(
         [item.prompt for item in items],
-        drawing.decoding,
-        batch_size=drawing.batch_size,
-        seed=drawing.seed,
+        tokenizer,
+        drawing,
+        context_length(model.config),
         as_chat=drawing.as_chat,
-        progress=progress,
     )
+    found: list[list[Response]] = [[] for _ in items]
+    batches = draw(
+        model, tokenizer, encoded, drawing, batch_size=drawing.batch_size, seed=drawing.seed
+    )
+    for _, members, batch in batches:
+        for i, responses in zip(members, batch, strict=True):
+            found[i] = responses
+        progress(len(members))
     drawn, ended = [], []
     for item, responses in zip(items, found, strict=True):
         bare = drawing.as_chat or not isinstance(item.prompt, str)
         texts = [r.text.strip() if bare else r.text for r in responses]
-        unknown: list[float | None] = [None] * len(texts)
+        unknown: Scores = [None] * len(texts)
         drawn.append(replace(item, responses=texts, scores=unknown, sources=[source] * len(texts)))
         ended.append([r.ended for r in responses])
     return Samples(drawn, ended, sum(r.num_tokens for row in found for r in row))
@@ -83,7 +89,7 @@ def sample_items(
 
 @dataclass(frozen=True)
 class MeanReward:
-    """Mean over prompts of a prompt's mean reward, with the standard error of that mean."""
+    """Mean over prompts of their mean rewards, with its standard error."""
 
     mean: float
     standard_error: float
@@ -100,7 +106,7 @@ def mean_reward(rewards: Sequence[Sequence[float | None]]) -> MeanReward:
 
 
 def prompt_means(rewards: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """A prompt's mean reward, None where nothing was scored."""
+    """Mean reward per prompt, None where nothing was scored."""
     known = [[value for value in row if value is not None] for row in rewards]
     return [statistics.fmean(row) if row else None for row in known]
 
@@ -108,7 +114,7 @@ def prompt_means(rewards: Sequence[Sequence[float | None]]) -> list[float | None
 def compare_rewards(
     first: Sequence[Sequence[float | None]], second: Sequence[Sequence[float | None]]
 ) -> dict[str, int]:
-    """On how many prompts the first mean reward is above (win), equal to or below the second.
+    """Count the prompts whose first mean reward is above (win), equal to or below the second.
 
     >>> compare_rewards([[1.0], [2.0, 0.0], [0.0]], [[0.0], [1.0], [3.0]])
     {'win': 1, 'tie': 1, 'lose': 1}
@@ -135,7 +141,7 @@ def perplexity(
     Args:
         model: a transformers causal language model, prepared or not.
         tokenizer: its tokenizer, which may differ from the policy's.
-        samples: what was drawn.
+        samples: drawn responses.
         as_chat: text prompts are one user message.
     """
     limit = fit_context(TokenizeOptions(as_chat=as_chat), context_length(model.config))  # type: ignore[arg-type]
@@ -154,7 +160,7 @@ def perplexity(
 
 
 def ranking_accuracy(model: nn.Module, groups: Sequence[Group]) -> dict[str, float]:
-    """How well the model's scores order ranked groups: `fastrank.metrics.ranking_metrics`."""
+    """Metrics of the order of the model's scores; see `fastrank.metrics.ranking_metrics`."""
     found = score(model, groups, max_tokens=enough_tokens(groups, _PACK_TOKENS))
     return ranking_metrics(found, [group.rewards for group in groups])
 
@@ -163,7 +169,7 @@ def bleu(samples: Samples, references: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU of every response against its prompt's references, by sacrebleu (0 to 100).
 
     Args:
-        samples: what was drawn.
+        samples: drawn responses.
         references: of each prompt; responses to a prompt without any are left out.
 
     Raises:

@@ -1,0 +1,121 @@
+"""Options of ``fastrank train`` beside `RankConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from fastrank import options as shared
+from fastrank.errors import InputError
+from fastrank.options.declare import Options, check_least, option, options
+
+#: Defaults that suit the built-in task: a tiny model from scratch instead of a large one.
+BUILT_IN_DEFAULTS = {
+    "output_dir": "runs/built-in",
+    "learning_rate": 2e-3,
+    "per_device_train_batch_size": 16,
+    "num_train_epochs": 4.0,
+    "logging_steps": 12,
+}
+
+
+@options
+class AdapterOptions(Options):
+    """LoRA adapters; the names are those of TRL."""
+
+    use_peft: bool = option("Train a LoRA adapter instead of the model's weights.", default=False)
+    lora_r: int = option("Rank of the adapter's matrices.", default=16)
+    lora_alpha: int = option("The adapter is scaled by alpha / r.", default=32)
+    lora_dropout: float = option(
+        "Dropout before the adapter; needs --disable_dropout false.", default=0.0
+    )
+    lora_target_modules: list[str] | None = option(
+        "Names of modules to adapt, or all-linear (default: PEFT's choice).", default=None
+    )
+    lora_target_parameters: list[str] | None = option(
+        "Parameters to adapt that are no module of their own.", default=None
+    )
+    lora_modules_to_save: list[str] | None = option(
+        "Modules to train whole and to save with the adapter.", default=None
+    )
+    use_rslora: bool = option("Scale by alpha / sqrt(r) instead.", default=False)
+    use_dora: bool = option("Train magnitudes as well (weight-decomposed LoRA).", default=False)
+    merge_adapter: bool = option(
+        "Also write the model with the adapter merged in, to merged/.", default=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for own in fields(AdapterOptions):
+            if not self.use_peft and getattr(self, own.name) != own.default:
+                raise InputError(f"--{own.name} needs --use_peft true")
+        check_least(self, lora_r=1, lora_alpha=1)
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(
+                f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout}"
+            )
+
+
+@options
+class CacheOptions(Options):
+    """Tokenised data."""
+
+    cache_dir: str | None = option(
+        "Folder for tokenised data of any size, for later starts (default: data from 8 MiB on, in "
+        "$HF_HOME/fastrank or ~/.cache/fastrank).",
+        default=None,
+    )
+    no_cache: bool = option("Tokenise at every start and hold all of it in memory.", default=False)
+    dataset_num_proc: int | None = option(
+        "Processes that tokenise (default: one per core).", default=None
+    )
+
+
+@options
+class TrainOptions(
+    shared.ModelOptions,
+    shared.DataOptions,
+    shared.ReadOptions,
+    CacheOptions,
+    AdapterOptions,
+    shared.TrustOptions,
+    shared.JsonOptions,
+):
+    """Model and data of a run; without either the built-in task is trained."""
+
+    eval_data: str | None = option(
+        "Records held out; without it a share of --data is.", default=None
+    )
+    eval_fraction: float = option("Share of the prompts of --data to hold out.", default=0.1)
+    eval_groups: int = option(
+        "Most prompts of the training split to evaluate before and after.", default=512
+    )
+    reference_model: str | None = option(
+        "Reference of DPO-like losses (default: --model as it is before training); its scores are "
+        "computed once and kept.",
+        default=None,
+    )
+    overwrite_output_dir: bool = option(
+        "Remove an earlier run's checkpoints and begin anew.", default=False
+    )
+
+    def __post_init__(self) -> None:
+        self._check_source()
+        super().__post_init__()
+        if not 0 <= self.eval_fraction < 1:
+            raise InputError(
+                f"eval_fraction must be at least 0 and below 1, got {self.eval_fraction}"
+            )
+
+    def _check_source(self) -> None:
+        """Refuse a model without data, data without a model, and what the built-in task lacks."""
+        if (self.model is None) != (self.data is None):
+            given, absent = ("model", "data") if self.data is None else ("data", "model")
+            raise InputError(f"--{given} needs --{absent} too (without both: the built-in task)")
+        for name in ("eval_data", "reference_model", "use_peft"):
+            if self.built_in and getattr(self, name) not in (None, False):
+                raise InputError(f"--{name} needs --model and --data, got neither")
+
+    @property
+    def built_in(self) -> bool:
+        """Whether the built-in task is trained."""
+        return self.model is None
