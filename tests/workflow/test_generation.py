@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fastrank.errors import InputError
 from fastrank.options import Decoding
-from fastrank.workflow.generation import batch_seed, continuation, generate
+from fastrank.workflow.generation import Response, batch_seed, continuation, generate
 
 PROMPTS = [[1, 40, 50, 60], [1, 70], [1, 33, 34, 35, 36, 37, 38]]
 
@@ -25,6 +27,17 @@ def policy(policy_path: Path):
 
 def texts(found) -> list[list[str]]:
     return [[response.text for response in row] for row in found]
+
+
+@pytest.fixture
+def draw(policy) -> Callable[..., list[list[Response]]]:
+    """Draw responses to ``PROMPTS``; keyword arguments are those of `Decoding`."""
+
+    def run(num_responses: int, max_new_tokens: int, seed: int = 0, **options: Any) -> Any:
+        options |= {"num_responses": num_responses, "max_new_tokens": max_new_tokens}
+        return generate(*policy, PROMPTS, Decoding(**options), seed)
+
+    return run
 
 
 def greedy_tokens(model, prompt: list[int], steps: int, penalties: list[Counter[int]]) -> list[int]:
@@ -41,11 +54,9 @@ def greedy_tokens(model, prompt: list[int], steps: int, penalties: list[Counter[
     return ids[len(prompt) :]
 
 
-def test_padding_does_not_change_greedy_responses(policy) -> None:
+def test_padding_does_not_change_greedy_responses(policy, draw) -> None:
     model, tokenizer = policy
-    decoding = Decoding(num_responses=1, max_new_tokens=12, top_p=1e-6)
-    together = generate(model, tokenizer, PROMPTS, decoding, seed=0)
-    for prompt, row in zip(PROMPTS, together, strict=True):
+    for prompt, row in zip(PROMPTS, draw(1, 12, top_p=1e-6), strict=True):
         expected = greedy_tokens(model, prompt, 12, [])
         kept = expected[:-1] if expected[-1] == 2 else expected
         assert row[0].text == continuation(tokenizer, prompt, kept)
@@ -53,86 +64,56 @@ def test_padding_does_not_change_greedy_responses(policy) -> None:
         assert row[0].ended == (expected[-1] == 2)
 
 
-def test_a_seed_draws_the_same_and_leaves_the_callers_random_state(policy) -> None:
-    model, tokenizer = policy
-    decoding = Decoding(num_responses=4, max_new_tokens=8)
+def test_a_seed_draws_the_same_and_leaves_the_callers_random_state(draw) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = texts(generate(model, tokenizer, PROMPTS, decoding, seed=3))
+    first = texts(draw(4, 8, seed=3))
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(6)
-    assert texts(generate(model, tokenizer, PROMPTS, decoding, seed=3)) == first
-    assert texts(generate(model, tokenizer, PROMPTS, decoding, seed=4)) != first
+    assert texts(draw(4, 8, seed=3)) == first
+    assert texts(draw(4, 8, seed=4)) != first
     assert any(len(set(row)) > 1 for row in first)
 
 
-def test_a_models_own_generation_defaults_are_neither_used_nor_lost(policy) -> None:
-    model, tokenizer = policy
-    decoding = Decoding(num_responses=3, max_new_tokens=8)
-    expected = texts(generate(model, tokenizer, PROMPTS, decoding, seed=1))
+def test_a_models_own_generation_defaults_are_neither_used_nor_lost(policy, draw) -> None:
+    model, _ = policy
+    expected = texts(draw(3, 8, seed=1))
     own = model.generation_config
     altered = GenerationConfig(
         eos_token_id=2, pad_token_id=0, top_k=1, repetition_penalty=9.0, num_beams=2
     )
     model.generation_config = altered
     try:
-        assert texts(generate(model, tokenizer, PROMPTS, decoding, seed=1)) == expected
+        assert texts(draw(3, 8, seed=1)) == expected
         assert model.generation_config is altered
     finally:
         model.generation_config = own
 
 
-def test_low_temperature_is_greedy_and_top_p_narrows(policy) -> None:
-    model, tokenizer = policy
-    cold = Decoding(num_responses=5, max_new_tokens=6, temperature=1e-4)
-    for row in texts(generate(model, tokenizer, PROMPTS, cold, seed=0)):
+def test_low_temperature_is_greedy_and_top_p_narrows(draw) -> None:
+    for row in texts(draw(5, 6, temperature=1e-4)):
         assert len(set(row)) == 1
     wide, narrow = (
-        sum(
-            len(set(row))
-            for row in texts(
-                generate(
-                    model,
-                    tokenizer,
-                    PROMPTS,
-                    Decoding(num_responses=30, max_new_tokens=1, top_p=p),
-                    seed=0,
-                )
-            )
-        )
-        for p in (1.0, 0.3)
+        sum(len(set(row)) for row in texts(draw(30, 1, top_p=top_p))) for top_p in (1.0, 0.3)
     )
     assert narrow < wide
 
 
-def test_beam_search_gives_the_ends_of_one_search(policy) -> None:
+def test_beam_search_gives_the_ends_of_one_search(policy, draw) -> None:
     model, tokenizer = policy
-    found = generate(
-        model,
-        tokenizer,
-        PROMPTS[:1],
-        Decoding(strategy="beam", num_responses=4, max_new_tokens=9),
-        seed=0,
-    )
     sequences = model.generate(
         torch.tensor(PROMPTS[:1]), num_beams=4, num_return_sequences=4, max_new_tokens=9
     )
     expected = [continuation(tokenizer, PROMPTS[0], row[4:].tolist()) for row in sequences]
-    assert texts(found) == [expected]
+    assert texts(draw(4, 9, strategy="beam"))[0] == expected
     assert len(set(expected)) > 1
 
 
 @pytest.mark.parametrize("penalty", [0.5, 3.0])
-def test_diverse_beams_of_one_equal_penalised_greedy_searches(policy, penalty: float) -> None:
+def test_diverse_beams_of_one_equal_penalised_greedy_searches(policy, draw, penalty: float) -> None:
     model, tokenizer = policy
     steps, groups = 7, 4
-    decoding = Decoding(
-        strategy="diverse_beam",
-        num_responses=groups,
-        max_new_tokens=steps,
-        diversity_penalty=penalty,
-    )
-    found = generate(model, tokenizer, PROMPTS, decoding, seed=0)
+    found = draw(groups, steps, strategy="diverse_beam", diversity_penalty=penalty)
     for prompt, row in zip(PROMPTS, found, strict=True):
         penalties: list[Counter[int]] = [Counter() for _ in range(steps)]
         for response in row:
@@ -144,40 +125,18 @@ def test_diverse_beams_of_one_equal_penalised_greedy_searches(policy, penalty: f
     assert any(len({r.text for r in row}) == groups for row in found)
 
 
-def test_one_group_is_plain_beam_search_and_no_penalty_repeats_it(policy) -> None:
-    model, tokenizer = policy
-    options = {"max_new_tokens": 6}
-    beam = generate(
-        model, tokenizer, PROMPTS, Decoding(strategy="beam", num_responses=3, **options), 0
-    )
-    one = Decoding(strategy="diverse_beam", num_responses=3, num_beam_groups=1, **options)
-    assert generate(model, tokenizer, PROMPTS, one, 0) == beam
-    twice = Decoding(
-        strategy="diverse_beam",
-        num_responses=6,
-        num_beam_groups=2,
-        diversity_penalty=0.0,
-        **options,
-    )
-    assert generate(model, tokenizer, PROMPTS, twice, 0) == [row + row for row in beam]
-    apart = Decoding(
-        strategy="diverse_beam",
-        num_responses=6,
-        num_beam_groups=2,
-        diversity_penalty=5.0,
-        **options,
-    )
-    for row in texts(generate(model, tokenizer, PROMPTS, apart, 0)):
+def test_one_group_is_plain_beam_search_and_no_penalty_repeats_it(draw) -> None:
+    beam = draw(3, 6, strategy="beam")
+    assert draw(3, 6, strategy="diverse_beam", num_beam_groups=1) == beam
+    two: dict[str, Any] = {"strategy": "diverse_beam", "num_beam_groups": 2}
+    assert draw(6, 6, **two, diversity_penalty=0.0) == [row + row for row in beam]
+    for row in texts(draw(6, 6, **two, diversity_penalty=5.0)):
         assert set(row[:3]) != set(row[3:])
 
 
-def test_a_stop_text_ends_a_response_and_is_cut(policy) -> None:
-    model, tokenizer = policy
-    plain = Decoding(num_responses=4, max_new_tokens=20)
-    whole = texts(generate(model, tokenizer, PROMPTS, plain, seed=0))
-    mark = next(text[6:8] for text in whole[0] if len(text) > 8)
-    stopped = Decoding(num_responses=4, max_new_tokens=20, stop=(mark,))
-    found = generate(model, tokenizer, PROMPTS, stopped, seed=0)
+def test_a_stop_text_ends_a_response_and_is_cut(draw) -> None:
+    mark = next(text[6:8] for text in texts(draw(4, 20))[0] if len(text) > 8)
+    found = draw(4, 20, stop=[mark])
     assert all(mark not in response.text for row in found for response in row)
     assert any(r.ended and r.num_tokens < 20 for r in found[0])
 
@@ -185,9 +144,8 @@ def test_a_stop_text_ends_a_response_and_is_cut(policy) -> None:
 def test_a_response_keeps_its_leading_space(story_model_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(story_model_path)
     prompt = tokenizer.encode("One day, a")
-    assert continuation(tokenizer, prompt, tokenizer.encode("cat", add_special_tokens=False))[
-        0
-    ] == (" ")
+    ids = tokenizer.encode("cat", add_special_tokens=False)
+    assert continuation(tokenizer, prompt, ids)[0] == " "
 
 
 def test_an_empty_generation_is_an_empty_text(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fastrank.training.callbacks import read_metrics
 from fastrank.workflow.items import PromptItem
 from fastrank.workflow.online_data import Round, RoundCandidates, round_metrics
 
+SAVING = ["--save_strategy", "steps", "--save_steps", "1", "--kl_weight", "0.1"]
 TIMED = ("runtime", "per_second", "tokens_per_second")
 
 
@@ -52,8 +53,7 @@ def whole(policy_path, tmp_path_factory) -> Path:
     """A run that nothing interrupted, with a checkpoint at every step."""
     folder = tmp_path_factory.mktemp("online")
     online_runs.write_inputs(folder)
-    options = ["--save_strategy", "steps", "--save_steps", "1", "--kl_weight", "0.1"]
-    assert train(folder, folder / "run", policy_path, *options) == 0
+    assert train(folder, folder / "run", policy_path, *SAVING) == 0
     return folder
 
 
@@ -129,6 +129,13 @@ def test_the_penalty_may_be_a_sum(policy_path, inputs, tmp_path):
     assert max(abs(lost) for lost, _ in penalties) > 1e-3
 
 
+def assert_same_end(inputs: Path, run: Path, model: Path, expected: Path) -> None:
+    """Resume a run, which then ends with the expected run's weights and log."""
+    assert train(inputs, run, model, *SAVING, "--resume_from_checkpoint", "true") == 0
+    assert (run / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    assert logged(run) == logged(expected)
+
+
 @pytest.mark.parametrize("step", [2, 4, 5])
 def test_a_resumed_run_ends_the_same_bit_for_bit(whole, policy_path, tmp_path, step):
     """From the middle of the first round, from between the rounds, from the middle of the last."""
@@ -140,13 +147,11 @@ def test_a_resumed_run_ends_the_same_bit_for_bit(whole, policy_path, tmp_path, s
     (run / "model.safetensors").unlink()
     if step == 4:  # killed before the second round was drawn
         (run / "online" / "round-00001.jsonl").unlink()
-    options = ["--save_strategy", "steps", "--save_steps", "1", "--kl_weight", "0.1"]
-    assert train(tmp_path, run, policy_path, *options, "--resume_from_checkpoint", "true") == 0
-    expected = whole / "run"
-    assert (run / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
-    assert logged(run) == logged(expected)
+    assert_same_end(tmp_path, run, policy_path, whole / "run")
     for name in ("round-00000.jsonl", "round-00001.jsonl"):
-        assert (run / "online" / name).read_bytes() == (expected / "online" / name).read_bytes()
+        assert (run / "online" / name).read_bytes() == (
+            whole / "run" / "online" / name
+        ).read_bytes()
 
 
 @pytest.mark.slow
@@ -155,14 +160,10 @@ def test_a_killed_run_resumes_to_the_same(whole, policy_path, tmp_path, lines):
     """SIGKILL in the first and in the second round, wherever that happens to fall."""
     online_runs.write_inputs(tmp_path)
     run = tmp_path / "run"
-    options = ["--save_strategy", "steps", "--save_steps", "1", "--kl_weight", "0.1"]
-    arguments = online_runs.arguments(tmp_path, run, policy_path, *options)
+    arguments = online_runs.arguments(tmp_path, run, policy_path, *SAVING)
     run_until_lines(arguments, run / "metrics.jsonl", lines=lines)
     assert not (run / "model.safetensors").exists()
-    assert train(tmp_path, run, policy_path, *options, "--resume_from_checkpoint", "true") == 0
-    expected = whole / "run"
-    assert (run / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
-    assert logged(run) == logged(expected)
+    assert_same_end(tmp_path, run, policy_path, whole / "run")
 
 
 def test_resuming_without_the_rounds_file_is_one_line(whole, policy_path, tmp_path, capsys):

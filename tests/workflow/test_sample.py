@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
 from killing import run_until_lines
 
 from fastrank.errors import InputError
+from fastrank.workflow import policy
 from fastrank.workflow.items import read_items
+from fastrank.workflow.journal import Journal
 from fastrank.workflow.sample import SampleOptions, sample_file, sample_text
 
 PROMPTS = [{"prompt": "once " * (k % 5 + 1) + str(k), "id": k} for k in range(23)]
@@ -73,16 +76,14 @@ def test_several_policies_and_the_files_own_responses_are_mixed(
     alone = tmp_path / "alone.jsonl"
     draw([policy_path], write_rows(rows), alone)
     for row, single in zip(found, read_rows(alone), strict=True):
-        of_first = [
-            r
-            for r, s in zip(row["responses"], row["sources"], strict=True)
-            if s == str(policy_path)
-        ]
-        own = [
-            r
-            for r, s in zip(single["responses"], single["sources"], strict=True)
-            if s == str(policy_path)
-        ]
+        of_first, own = (
+            [
+                response
+                for response, source in zip(line["responses"], line["sources"], strict=True)
+                if source == str(policy_path)
+            ]
+            for line in (row, single)
+        )
         assert of_first == own
 
 
@@ -162,57 +163,50 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_file(policy_path, write_row
     assert not journal.exists()
 
 
-def test_finished_batches_are_not_drawn_again(policy_path, write_rows, tmp_path, monkeypatch):
-    from fastrank.workflow import policy
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Let sampling break off after so many batches; returns the list of batches drawn."""
+    real = policy.generate
 
+    def limit(count: int) -> list[Any]:
+        drawn: list[Any] = []
+
+        def generate(model, tokenizer, batch, *rest):
+            if len(drawn) == count:
+                raise InputError("stop here")
+            drawn.append(batch)
+            return real(model, tokenizer, batch, *rest)
+
+        monkeypatch.setattr(policy, "generate", generate)
+        return drawn
+
+    return limit
+
+
+def test_finished_batches_are_not_drawn_again(policy_path, write_rows, tmp_path, stop_after):
     prompts, output = write_rows(PROMPTS), tmp_path / "out.jsonl"
-    real, seen = policy.generate, []
-
-    def breaks(model, tokenizer, batch, *rest):
-        if len(seen) == 3:
-            raise InputError("stop here")
-        seen.append(batch)
-        return real(model, tokenizer, batch, *rest)
-
-    monkeypatch.setattr(policy, "generate", breaks)
+    seen = stop_after(3)
     with pytest.raises(InputError, match="stop here"):
         draw(policy_path, prompts, output)
     assert not output.exists() and (tmp_path / "out.jsonl.partial").exists()
-
-    later = []
-
-    def counts(model, tokenizer, batch, *rest):
-        later.append(batch)
-        return real(model, tokenizer, batch, *rest)
-
-    monkeypatch.setattr(policy, "generate", counts)
+    later = stop_after(99)
     assert draw(policy_path, prompts, output)["prompts_resumed"] == 12
     done = [tuple(ids) for batch in seen + later for ids in batch]
     assert len(done) == len(set(done)) == 23
 
 
 def test_another_run_does_not_take_up_unfinished_work(
-    policy_path, write_rows, tmp_path, monkeypatch
+    policy_path, write_rows, tmp_path, stop_after
 ):
-    from fastrank.workflow import policy
-
     prompts, output = write_rows(PROMPTS), tmp_path / "out.jsonl"
-    real = policy.generate
-    calls = []
-
-    def once(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise InputError("stop here")
-        return real(*arguments)
-
-    monkeypatch.setattr(policy, "generate", once)
+    stop_after(1)
     with pytest.raises(InputError, match="stop here"):
         draw(policy_path, prompts, output)
     with pytest.raises(InputError, match="run with another seed"):
         draw(policy_path, prompts, output, seed=1)
     with pytest.raises(InputError, match="run with another batch size"):
         draw(policy_path, prompts, output, batch_size=5)
+    stop_after(99)
     result = draw(policy_path, prompts, output, seed=1, partial="discard")
     assert result["prompts_resumed"] == 0
 
@@ -222,15 +216,11 @@ def test_a_damaged_journal_is_refused(policy_path, write_rows, tmp_path):
     journal.write_bytes(b'{"plan": {}}\nnot json\n{"key": "0/0", "value": 1}\n')
     with pytest.raises(InputError, match="another prompts file"):
         draw(policy_path, write_rows(PROMPTS), tmp_path / "out.jsonl")
-    from fastrank.workflow.journal import Journal
-
     with pytest.raises(InputError, match="line 2 is damaged"):
         Journal(tmp_path / "out.jsonl", {})
 
 
 def test_one_journal_serves_one_run(tmp_path):
-    from fastrank.workflow.journal import Journal
-
     with Journal(tmp_path / "out.jsonl", {"a": 1}):
         with pytest.raises(InputError, match="another run is writing it"):
             Journal(tmp_path / "out.jsonl", {"a": 1})
