@@ -57,7 +57,7 @@ class Command:
         return int(self.failed(result))
 
 
-def train() -> Command:
+def _train() -> Command:
     """train a model on ranked responses (nothing given: a built-in task)"""
     from fastrank.training.config import RankConfig
     from fastrank.training.run_options import BUILT_IN_DEFAULTS
@@ -82,21 +82,21 @@ def train() -> Command:
     return Command((OnlineTrainOptions, RankConfig), run, defaults=defaults)
 
 
-def sample() -> Command:
+def _sample() -> Command:
     """draw candidate responses from one or several models"""
     from fastrank.workflow.sample import SampleOptions, sample_file, sample_text
 
     return Command((SampleOptions,), sample_file, sample_text)
 
 
-def reward() -> Command:
+def _reward() -> Command:
     """score responses by a Python function or a reward model"""
     from fastrank.workflow.reward import RewardOptions, reward_file, reward_text
 
     return Command((RewardOptions,), reward_file, reward_text)
 
 
-def iterate() -> Command:
+def _iterate() -> Command:
     """rounds of sample, reward and train"""
     from fastrank.training.config import RankConfig
     from fastrank.workflow.iterate import IterateOptions, iterate
@@ -107,46 +107,45 @@ def iterate() -> Command:
     )
 
 
-def evaluate() -> Command:
+def _evaluate() -> Command:
     """reward, perplexity and accuracy of a trained model"""
     from fastrank.workflow.evaluate import EvaluateOptions, evaluate, evaluation_text
 
     return Command((EvaluateOptions,), evaluate, evaluation_text)
 
 
-def score() -> Command:
+def _score() -> Command:
     """score a record file's responses with a model"""
     from fastrank.workflow.scoring import ScoreOptions, score_file
 
     return Command((ScoreOptions,), score_file)
 
 
-def inspect() -> Command:
+def _inspect() -> Command:
     """what is in a record file, what is dropped and why"""
     from fastrank.cli.inspect import InspectOptions, inspect
 
     return Command((InspectOptions,), inspect, positional="data")
 
 
-def bench() -> Command:
+def _bench() -> Command:
     """microbenchmarks beside every serious peer"""
     from fastrank.cli.bench import BenchOptions, SizeOptions, bench, own_failed
 
     return Command((BenchOptions, SizeOptions), bench, failed=own_failed)
 
 
-def doctor() -> Command:
+def _doctor() -> Command:
     """versions, devices, and what would be chosen here and why"""
-    from fastrank.cli.doctor import DoctorOptions, as_text, examine
+    from fastrank.cli.doctor import DoctorOptions, doctor_text, examine
 
-    return Command((DoctorOptions,), examine, as_text)
+    return Command((DoctorOptions,), examine, doctor_text)
 
 
-#: In the order of ``fastrank --help``; a function's docstring is its line there.
-COMMANDS: dict[str, Callable[[], Command]] = {
-    made.__name__: made
-    for made in (train, sample, reward, iterate, evaluate, score, inspect, bench, doctor)
-}
+_ALL = (_train, _sample, _reward, _iterate, _evaluate, _score, _inspect, _bench, _doctor)
+
+#: In the order of ``fastrank --help``; a function's docstring is its command's line there.
+COMMANDS = {made.__name__.removeprefix("_"): made for made in _ALL}
 
 
 def _silence_transformers() -> None:

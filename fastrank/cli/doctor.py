@@ -224,7 +224,7 @@ def _attention(device: torch.device, dtype: torch.dtype) -> list[dict[str, str]]
     return [{"layer": name, "backend": c.name, "reason": c.reason} for name, c in chosen.items()]
 
 
-def as_text(result: dict[str, Any]) -> str:
+def doctor_text(result: dict[str, Any]) -> str:
     """The report for a person."""
     lines = [f"Python {result['python']} on {result['platform']}", "", "Packages"]
     for item in result["packages"]:

@@ -39,7 +39,7 @@ from fastrank.training.config import RankConfig
 from fastrank.training.references import attach_references, check_reference
 from fastrank.training.run_options import TrainOptions
 from fastrank.training.run_report import plot_metrics, summary_table
-from fastrank.training.splits import sample, shared_prompts, split_by_prompt
+from fastrank.training.splits import choose_groups, shared_prompts, split_by_prompt
 from fastrank.training.trainer import RankTrainer
 
 HELD_OUT, TRAINING = "eval", "train_split"  # prefixes of the log keys
@@ -88,7 +88,7 @@ def train(
         say(report.as_text())
     splits: dict[str, Sequence[Group]] = {}
     if len(job.train):
-        splits = {TRAINING: sample(job.train, options.eval_groups, seed=config.seed)}
+        splits = {TRAINING: choose_groups(job.train, options.eval_groups, seed=config.seed)}
     if len(job.heldout):
         splits = {HELD_OUT: job.heldout, **splits}
     before = StartEvaluation(splits)

@@ -49,7 +49,7 @@ def shared_prompts(first: Sequence[Group], second: Sequence[Group]) -> int:
     return int(np.isin(others, known).sum())
 
 
-def sample(groups: Sequence[Group], count: int, *, seed: int) -> Sequence[Group]:
+def choose_groups(groups: Sequence[Group], count: int, *, seed: int) -> Sequence[Group]:
     """Choose at most ``count`` groups by a seed, in the given order."""
     if len(groups) <= count:
         return groups

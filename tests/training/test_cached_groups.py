@@ -16,7 +16,7 @@ from fastrank.data.load import load_groups
 from fastrank.data.table import GroupTable
 from fastrank.errors import InputError
 from fastrank.training.memory import fullest
-from fastrank.training.splits import sample, shared_prompts, split_by_prompt
+from fastrank.training.splits import choose_groups, shared_prompts, split_by_prompt
 from fastrank.training.trainer import RankTrainer
 
 
@@ -61,7 +61,7 @@ def test_splits_and_samples_are_the_same(both: tuple[list[Group], GroupTable]) -
         assert [g.name for g in a] == [g.name for g in b]
     assert shared_prompts(*listed) == shared_prompts(*mapped) == 0
     assert shared_prompts(*both) == len(both[0])
-    names = [[g.name for g in sample(groups, 7, seed=2)] for groups in both]
+    names = [[g.name for g in choose_groups(groups, 7, seed=2)] for groups in both]
     assert names[0] == names[1] and len(names[0]) == 7
     for shared in (True, False):
         chosen = [[g.name for g in fullest(groups, 900, shared)] for groups in both]

@@ -18,7 +18,7 @@ from fastrank.data.group import Group
 from fastrank.errors import InputError
 from fastrank.training.callbacks import MetricsFile, RankProgress, format_line, read_metrics
 from fastrank.training.run_report import plot_metrics, summary_table
-from fastrank.training.splits import sample, shared_prompts, split_by_prompt
+from fastrank.training.splits import choose_groups, shared_prompts, split_by_prompt
 
 
 @pytest.mark.parametrize("module", [fastrank.training.callbacks, fastrank.training.run_report])
@@ -151,11 +151,11 @@ def test_the_ends_of_the_fraction() -> None:
 
 def test_a_sample_is_seeded_and_in_order() -> None:
     groups = _groups(list(range(50)))
-    chosen = sample(groups, 10, seed=4)
+    chosen = choose_groups(groups, 10, seed=4)
     assert len(chosen) == 10
     assert [int(g.name) for g in chosen] == sorted(int(g.name) for g in chosen)
-    assert [g.name for g in sample(groups, 10, seed=4)] == [g.name for g in chosen]
-    assert sample(groups, 99, seed=4) == groups
+    assert [g.name for g in choose_groups(groups, 10, seed=4)] == [g.name for g in chosen]
+    assert choose_groups(groups, 99, seed=4) == groups
 
 
 def test_the_bar_refreshes_rarely_outside_a_terminal(monkeypatch: Any, tmp_path: Path) -> None:
