@@ -100,9 +100,7 @@ def _repeated(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return {name: modules for name, modules in homes.items() if len(modules) > 1}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Candidates: data.candidate_packs, data.formats, workflow.online_data"
-)
+@pytest.mark.xfail(strict=True, reason="Candidates: data.candidate_packs, data.formats")
 def test_every_public_class_has_a_name_of_its_own() -> None:
     assert not _repeated(
         (node.name, module)
@@ -112,15 +110,11 @@ def test_every_public_class_has_a_name_of_its_own() -> None:
     )
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="commands and options of cli, training and workflow; data and training plots",
-)
 def test_every_module_has_a_name_of_its_own() -> None:
     modules = [module for module in TREES if not module.endswith("__main__")]
     assert not _repeated((module.rpartition(".")[2], module) for module in modules)
 
 
-@pytest.mark.xfail(strict=True, reason="cli, workflow and data have files to merge")
+@pytest.mark.xfail(strict=True, reason="data has files to merge")
 def test_the_package_stays_small() -> None:
     assert len(list(PACKAGES["fastrank"].rglob("*.py"))) <= 120
