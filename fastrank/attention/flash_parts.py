@@ -288,7 +288,8 @@ def _part_index(segments: SegmentTable) -> PartIndex:
     if len(with_responses) == 1:
         prompts = slice(with_responses[0].start, with_responses[0].stop)
     else:
-        prompts = torch.tensor([t for p in with_responses for t in range(p.start, p.stop)])
+        tokens = [torch.arange(prompt.start, prompt.stop) for prompt in with_responses]
+        prompts = torch.cat(tokens) if tokens else slice(0)
     return PartIndex(
         segments=segments.offsets,
         longest=segments.longest_segment,

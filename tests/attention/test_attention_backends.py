@@ -16,11 +16,12 @@ from attention_cases import (
     assert_same_attention,
     dense_attention,
     dense_mask,
-    emulated_flash,
+    emulate_cuda,
     emulated_flash_backward,
-    emulated_varlen,
     random_inputs,
     table,
+    use_torch_varlen,
+    varlen_attn,
 )
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -34,7 +35,6 @@ from fastrank.attention.backends import (
     choose_attention,
     device_fault,
 )
-from fastrank.attention.flash_parts import cuda_backward, cuda_forward
 from fastrank.attention.flex import BLOCK, block_mask, blocks, flex_attention_on_pack, padded_size
 from fastrank.attention.segments import SegmentTable
 from fastrank.attention.varlen import (
@@ -48,20 +48,13 @@ from fastrank.attention.varlen import (
 from fastrank.attention.visibility import FULL, Visibility, ask, recognise
 
 CPU = torch.device("cpu")
-VARLEN = TorchVarlen(emulated_varlen, has_gqa_option=True)
 VARLEN_LAYOUTS = ["ragged", "blocks", "aligned"]
 
 
 @pytest.fixture
 def torch_kernel(monkeypatch):
-    """PyTorch's variable-length kernel, emulated; no flash-attn."""
-    monkeypatch.setattr(
-        varlen, "flash_attn", lambda: FlashAttn(None, "flash-attn is not installed")
-    )
-    monkeypatch.setattr(varlen, "torch_varlen", lambda: VARLEN)
-    monkeypatch.setattr(backends, "flash_attn", varlen.flash_attn)
-    monkeypatch.setattr(backends, "torch_varlen", varlen.torch_varlen)
-    monkeypatch.setattr(backends, "device_fault", lambda *_: None)
+    emulate_cuda(monkeypatch)
+    use_torch_varlen(monkeypatch)
 
 
 # ---- varlen -----------------------------------------------------------------------------------
@@ -91,8 +84,7 @@ def test_gathered_keys_are_the_sequences():
 @pytest.mark.parametrize("layout", VARLEN_LAYOUTS)
 @pytest.mark.parametrize("visibility", VISIBILITIES[:3], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4, 8, 8), (4, 2, 8, 4), (2, 1, 4, 8)])
-def test_varlen_equals_the_definition(torch_kernel, monkeypatch, layout, visibility, heads):
-    monkeypatch.setattr(merged, "_HEAD_MULTIPLE", {"cpu": 8})  # the kernel's rule, as on a GPU
+def test_varlen_equals_the_definition(torch_kernel, layout, visibility, heads):
     segments = table(layout)
     inputs = random_inputs(segments, *heads)
     options = {"visibility": visibility, "scale": 0.3}
@@ -106,14 +98,16 @@ def test_varlen_equals_the_definition(torch_kernel, monkeypatch, layout, visibil
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_kernels_without_the_option_take_grouped_heads_or_repeated_keys(monkeypatch, grouped):
+def test_kernels_without_the_option_take_grouped_heads_or_repeated_keys(
+    torch_kernel, monkeypatch, grouped
+):
     heads = []
 
     def kernel(query, key, value, *ragged, scale, window_size):
         if not grouped and key.shape[1] != query.shape[1]:
             raise RuntimeError("unequal heads")
         heads.append(key.shape[1])
-        return emulated_varlen(
+        return varlen_attn(
             query, key, value, *ragged, scale=scale, window_size=window_size,
             enable_gqa=key.shape[1] != query.shape[1],
         )  # fmt: skip
@@ -280,7 +274,7 @@ WINDOWED = LayerProperties(Visibility("sliding", 4), covered=False)
         ("cuda", torch.bfloat16, LayerProperties(), "merge", "no prompt copied per response$"),
         ("cuda", torch.bfloat16, WINDOWED, "varlen", "gathered keys; not merge .sliding"),
         ("cuda", torch.bfloat16, LayerProperties(sinks=True), "flex", "attention sinks"),
-        ("cuda", torch.bfloat16, LayerProperties(softcap=True), "flex", "flash-attn is not inst"),
+        ("cuda", torch.bfloat16, LayerProperties(softcap=True), "flex", "flash-attn is absent"),
         ("cuda", torch.bfloat16, LayerProperties(head_size=512), "flex", "larger than 256"),
         ("cuda", torch.float32, LayerProperties(), "flex", "neither float16 nor bfloat16"),
         ("cuda", torch.float64, LayerProperties(), "segmentwise", "flex .float64."),
@@ -309,10 +303,6 @@ def test_a_device_whose_kernels_fail_or_err_gets_the_next_backend(torch_kernel, 
 
 
 def test_a_device_is_tried_forward_and_backward(torch_kernel, monkeypatch):
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", emulated_flash)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", emulated_flash_backward)
-    monkeypatch.setattr(merged, "cpu_forward", cuda_forward)
-    monkeypatch.setattr(merged, "cpu_backward", cuda_backward)
     attempt = device_fault.__wrapped__
     with torch.inference_mode():
         assert attempt(merged.merged_attention, CPU) is None

@@ -12,54 +12,24 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import build
-from attention_cases import DeviceTraffic, random_inputs
+from attention_cases import DeviceTraffic, random_inputs, use_torch_varlen
 from pack_cases import random_groups
 from torch import Tensor
 
 import fastrank
-from fastrank.attention import backends, varlen
 from fastrank.attention.backends import Backend, attend
 from fastrank.attention.segments import SegmentTable
-from fastrank.attention.varlen import FlashAttn, TorchVarlen
 from fastrank.attention.visibility import FULL, Visibility
 
 META = torch.device("meta")
 
 
-def varlen_attn(query, key, value, *ragged, scale, window_size, enable_gqa=False):
-    return _Varlen.apply(query, key, value, ragged, scale)
-
-
-class _Varlen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, ragged, scale):
-        made = torch.ops.aten._flash_attention_forward(
-            query, key, value, *ragged, 0.0, True, False, scale=scale
-        )
-        ctx.save_for_backward(query, key, value, made[0], made[1])
-        ctx.rest = ragged, scale
-        return made[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        ragged, scale = ctx.rest
-        state = torch.empty(2, dtype=torch.uint64, device=META)
-        grads = torch.ops.aten._flash_attention_backward(
-            grad, *ctx.saved_tensors, *ragged, 0.0, True, state, state, scale=scale
-        )
-        return *grads, None, None
-
-
 @pytest.fixture(autouse=True)
 def meta_is_a_gpu(monkeypatch):
-    """Backends for CUDA serve ``meta``; PyTorch's variable-length kernel is its two operators."""
+    """Backends for CUDA serve ``meta``."""
     monkeypatch.setattr(Backend, "runs_on", lambda self, device: self.device != "cpu")
-    monkeypatch.setattr(backends, "device_fault", lambda *_: None)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # it does not know meta
-    found = TorchVarlen(varlen_attn, has_gqa_option=True)
-    for module in (varlen, backends):
-        monkeypatch.setattr(module, "flash_attn", lambda: FlashAttn(None, "not installed"))
-        monkeypatch.setattr(module, "torch_varlen", lambda: found)
+    use_torch_varlen(monkeypatch)
 
 
 def measure(
@@ -133,13 +103,16 @@ def test_a_model_waits_for_nothing(model_type, backend, kernels):
 
 
 def test_the_gpu_tests_can_be_collected_without_the_train_extra():
-    """A machine that lends its GPU has PyTorch and transformers."""
+    """A machine with a GPU may have PyTorch and transformers only."""
     code = (
         "import runpy, sys\n"
         "sys.modules.update(dict.fromkeys(('datasets', 'accelerate', 'peft', 'matplotlib')))\n"
-        "sys.path.insert(0, sys.argv[1])\n"
-        "runpy.run_path(sys.argv[2])\n"
+        "for path in sys.argv[2:]:\n"
+        "    sys.path.insert(0, sys.argv[1])\n"
+        "    runpy.run_path(path)\n"
     )
     tests = Path(__file__).resolve().parents[1]
-    paths = [str(tests / "support"), str(tests / "attention" / "test_attention_gpu.py")]
-    subprocess.run([sys.executable, "-c", code, *paths], check=True, cwd=tests.parent)
+    files = sorted(map(str, tests.glob("**/test_*_gpu.py")))
+    assert len(files) >= 4
+    arguments = [str(tests / "support"), *files]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=tests.parent)

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastrank.attention import backends, merged, varlen
+from fastrank.attention.flash_parts import cuda_backward, cuda_forward
 from fastrank.attention.segments import SegmentTable
+from fastrank.attention.varlen import FlashAttn, TorchVarlen
 from fastrank.attention.visibility import FULL, Visibility
 
 LAYOUTS = {
@@ -180,12 +183,10 @@ def emulated_flash_backward(
     return tuple(grads)
 
 
-class _EmulatedVarlen(torch.autograd.Function):
-    """``varlen_attn`` and its gradient, by the two kernels above."""
-
+class _Varlen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, ragged, scale, left):
-        out, lse, *_ = emulated_flash(
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
             query, key, value, *ragged, 0.0, True, False, scale=scale, window_size_left=left
         )
         ctx.save_for_backward(query, key, value, out, lse)
@@ -195,17 +196,36 @@ class _EmulatedVarlen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         ragged, scale, left = ctx.rest
-        grads = emulated_flash_backward(
-            grad.contiguous(), *ctx.saved_tensors, *ragged, 0.0, True, None, None,
+        state = torch.empty(2, dtype=torch.uint64, device=grad.device)
+        grads = torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), *ctx.saved_tensors, *ragged, 0.0, True, state, state,
             scale=scale, window_size_left=left,
         )  # fmt: skip
         return *grads, None, None, None
 
 
-def emulated_varlen(query, key, value, *ragged, scale, window_size, enable_gqa=False):
-    """PyTorch's ``varlen_attn`` with the option."""
+def varlen_attn(query, key, value, *ragged, scale, window_size, enable_gqa=False):
+    """PyTorch's function of this name, which is its two flash operators."""
     assert enable_gqa == (query.shape[1] != key.shape[1]) and window_size[1] == 0
-    return _EmulatedVarlen.apply(query, key, value, ragged, scale, window_size[0])
+    return _Varlen.apply(query, key, value, ragged, scale, window_size[0])
+
+
+def use_torch_varlen(monkeypatch) -> None:
+    """PyTorch's variable-length kernel is there and flash-attn is not; no device needs a try."""
+    found = TorchVarlen(varlen_attn, has_gqa_option=True)
+    for module in (varlen, backends):
+        monkeypatch.setattr(module, "flash_attn", lambda: FlashAttn(None, "flash-attn is absent"))
+        monkeypatch.setattr(module, "torch_varlen", lambda: found)
+    monkeypatch.setattr(backends, "device_fault", lambda *_: None)
+
+
+def emulate_cuda(monkeypatch) -> None:
+    """CPU tensors take the merge's CUDA branch, and the flash operators are the above."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", emulated_flash)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", emulated_flash_backward)
+    monkeypatch.setattr(merged, "cpu_forward", cuda_forward)
+    monkeypatch.setattr(merged, "cpu_backward", cuda_backward)
+    monkeypatch.setattr(merged, "_HEAD_MULTIPLE", {"cpu": 8})
 
 
 # ---- counting ---------------------------------------------------------------------------------
