@@ -221,9 +221,9 @@ def cuda_backward(
     if index.longest_keys:
         k, v = k[index.prompts], v[index.prompts]
         shared = _cuda_flash_backward(made, q, k, v, _to_prompts(index), False, scale)
-        of_q += shared[0]
-        of_k[index.prompts] += shared[1]  # no index repeats
-        of_v[index.prompts] += shared[2]
+        of_q.add_(shared[0])
+        _add_rows(of_k, index.prompts, shared[1])
+        _add_rows(of_v, index.prompts, shared[2])
     of_q, of_k, of_v = (grad.transpose(0, 1)[None] for grad in (of_q, of_k, of_v))
     return of_q, of_k, of_v
 
@@ -232,6 +232,13 @@ def _rows(tensor: Tensor) -> Tensor:
     """[1, H, N, D] -> [N, H, D], a view wherever the kernel can read it."""
     rows = tensor[0].transpose(0, 1)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _add_rows(total: Tensor, rows: slice | Tensor, part: Tensor) -> None:
+    if isinstance(rows, slice):
+        total[rows].add_(part)
+    else:
+        total.index_add_(0, rows, part)  # no index repeats: the threads' order does not matter
 
 
 Ragged = tuple[Tensor, Tensor, int, int]  # offsets of queries and keys, their longest entries

@@ -42,12 +42,10 @@ def flash_attn() -> FlashAttn:
     name is there is not enough: flash-attn-4 installs one without this kernel."""
     try:
         from flash_attn import flash_attn_varlen_func
-    except ModuleNotFoundError as error:
-        if error.name == "flash_attn":
-            return FlashAttn(None, "flash-attn is not installed")
-        return FlashAttn(None, f"flash-attn cannot be imported ({error})")
     except (ImportError, OSError) as error:
-        return FlashAttn(None, f"flash-attn cannot be imported ({error})")
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "flash_attn"
+        why = "is not installed" if absent else f"cannot be imported ({error})"
+        return FlashAttn(None, f"flash-attn {why}")
     return FlashAttn(flash_attn_varlen_func, "flash-attn is installed")
 
 
