@@ -3,7 +3,7 @@
 transformers asks `AttentionMaskInterface` for one mask per forward and kind of layer, and passes
 whatever comes back to every layer's attention function as ``attention_mask``. Keyword arguments do
 not reach the attention of every architecture; the mask does. So the "mask" of the implementation
-registered here is an `AttentionLayout`: the pack's segments and what the layer may see.
+registered here is an `AttentionLayout`: the pack's segments and the layer's visibility.
 
 The implementation is switched on for one forward only (`shared_prompt_attention`), and, by hooks on
 the attention modules, for the recomputation under gradient checkpointing, which runs later, in the
@@ -139,7 +139,7 @@ def layout_attention(
             )
     context = attention_mask.context
     if attention_mask.visibility is not None:
-        context.calls += 1  # what is traced may not change; start-up checks have counted before
+        context.calls += 1  # a traced value may not change; start-up checks have counted before
     query = correct_temperature(module, query, context.segments)
     options: dict[str, Any] = {
         "scale": scaling,

@@ -61,8 +61,8 @@ class Backend(NamedTuple):
     Attributes:
         about: one line on it.
         device: the only type of device that it runs on; None: any.
-        limits: what keeps it from serving a layer there; None: nothing.
-        tried: the function to be tried on a device before it is used; None: no need.
+        limits: the reason why it cannot serve a layer there; None if it can.
+        tried: the function to try on a device before it is used; None: no need.
     """
 
     about: str

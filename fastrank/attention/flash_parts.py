@@ -3,7 +3,7 @@
 Every segment attends to itself causally, and the responses of a group attend to all of its prompt.
 Both are calls of one flash kernel on views of the pack; `merge_into` makes one softmax of them, and
 their gradients are those of the whole once the backward kernels are given the merged output and
-log-sum-exp (`fastrank.attention.merged` has the argument). Here stands what differs by device:
+log-sum-exp (`fastrank.attention.merged` has the argument). The calls differ by device:
 
 - the CPU kernel takes equally long segments as a batch, [B, H, S, D], and is called in a loop;
 - the CUDA kernel takes ragged segments side by side, [N, H, D], and is called once per part,

@@ -147,6 +147,6 @@ def _visibility(mask_answers: tuple[bool, ...], local_size: int | None) -> Visib
 
 @lru_cache(maxsize=4)
 def _segments(offsets: tuple[int, ...], parents: tuple[int, ...]) -> SegmentTable:
-    """One table for all layers of a forward: it keeps what is derived from it."""
+    """One table for all layers of a forward: it keeps the arrays derived from it."""
     table = [torch.tensor(values, dtype=torch.int32) for values in (offsets, parents)]
     return SegmentTable(table[0], table[1])

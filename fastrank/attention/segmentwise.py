@@ -102,7 +102,7 @@ def _explicit(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The definition: softmax over the visible logits, and the sink's if there is one."""
+    """The definition: softmax over the visible logits, and the sink's if given."""
     groups = rows.shape[1] // keys.shape[1]
     keys, values = (_per_query_head(tensor, groups) for tensor in (keys, values))
     logits = torch.matmul(rows, keys.transpose(2, 3)) * scale

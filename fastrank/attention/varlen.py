@@ -1,14 +1,13 @@
 """Shared-prompt attention by a variable-length flash kernel on gathered keys (CUDA).
 
-Each segment's queries attend to [its prompt; itself], causally and aligned at the end, which is
-what the kernel's causal mask means where there are fewer queries than keys; windows come out in
-positions by the same alignment. The kernel wants each segment's keys in one piece: every segment's
-own tokens are gathered once and a prompt's once more per response. That costs n copies of the
-prompt's keys and values in a layer's memory; in return a layer is one kernel call, forward and
-backward.
+Each segment's queries attend to [its prompt; itself], causally and aligned at the end, as the
+kernel's causal mask aligns fewer queries than keys; by the same alignment windows are windows of
+positions. The kernel wants each segment's keys in one piece: every segment's own tokens are
+gathered once and a prompt's once more per response. That costs n copies of the prompt's keys and
+values in a layer's memory; in return a layer is one kernel call, forward and backward.
 
 Two kernels serve: PyTorch's own ``varlen_attn``, or flash-attn's where that package is installed
-(the ``flash-attn`` extra), which also knows soft caps.
+(the ``flash-attn`` extra), which also takes soft caps.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ MAX_HEAD_SIZE = 256
 
 
 class FlashAttn(NamedTuple):
-    """flash-attn's ``flash_attn_varlen_func``, or None and why there is none."""
+    """flash-attn's ``flash_attn_varlen_func``; None without, and the reason."""
 
     function: Callable[..., Any] | None
     reason: str
@@ -38,8 +37,8 @@ class FlashAttn(NamedTuple):
 
 @functools.cache
 def flash_attn() -> FlashAttn:
-    """The kernel of the flash-attn package, which is imported here, once. That a package of this
-    name is there is not enough: flash-attn-4 installs one without this kernel."""
+    """The kernel of the flash-attn package, which is imported here, once. A package of this name is
+    not enough: flash-attn-4 installs one without this kernel."""
     try:
         from flash_attn import flash_attn_varlen_func
     except (ImportError, OSError) as error:
