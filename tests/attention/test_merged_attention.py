@@ -126,13 +126,28 @@ def test_merge_passes_gradcheck(layout, kv_heads):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_merge_in_low_precision_is_close_to_one_flash_call(dtype):
+@pytest.mark.parametrize("cuda", [False, True])
+def test_merge_in_low_precision_is_close_to_one_flash_call(monkeypatch, dtype, cuda):
+    if cuda:
+        emulate_cuda(monkeypatch)
     segments = table("long")
     inputs = random_inputs(segments, 4, 2, 32, dtype=dtype, seed=8)
-    exact = dense_attention(*(t.double() for t in inputs), segments)
-    merge = (merged_attention(*inputs, segments).double() - exact).abs()
-    single = (segmentwise_attention(*inputs, segments).double() - exact).abs()
+    exact = wide(inputs)
+    outputs = [
+        dense_attention(*exact, segments),
+        merged_attention(*inputs, segments),
+        segmentwise_attention(*inputs, segments),
+    ]
+    merge, single = ((out.detach().double() - outputs[0]).abs() for out in outputs[1:])
     assert merge.max() <= 1.5 * single.max() and merge.mean() <= 1.3 * single.mean()
+    upstream = torch.randn_like(outputs[0]).to(dtype)
+    expected, merge, single = (
+        torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+        for out, leaves in zip(outputs, (exact, inputs, inputs), strict=True)
+    )
+    for ours, theirs, reference in zip(merge, single, expected, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - reference).norm() <= 1.3 * (theirs - reference).norm()
 
 
 def test_merge_leaves_the_saved_tensors_alone():

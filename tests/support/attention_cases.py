@@ -134,13 +134,20 @@ def _check(query: Tensor, key: Tensor, value: Tensor, *ragged) -> None:
     assert int(cu_queries.diff().max()) <= max_queries and int(cu_keys.diff().max()) <= max_keys
 
 
+def _widened(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
 def emulated_flash(
     query, key, value, cu_queries, cu_keys, max_queries, max_keys, dropout, causal, debug, *,
     scale, window_size_left=-1,
 ):  # fmt: skip
-    """``aten::_flash_attention_forward`` on [N, H, D]: zeros and +inf for queries without keys."""
+    """``aten::_flash_attention_forward`` on [N, H, D]: zeros and +inf for queries without keys. In
+    low precision it computes in float32, and gives its log-sum-exp so."""
     _check(query, key, value, cu_queries, cu_keys, max_queries, max_keys)
     assert dropout == 0.0 and not debug
+    dtype = query.dtype
+    query, key, value = _widened(query, key, value)
     groups = query.shape[1] // key.shape[1]
     out = torch.zeros_like(query)
     lse = query.new_full((query.shape[1], len(query)), math.inf)
@@ -152,7 +159,7 @@ def emulated_flash(
         logits = logits.masked_fill(~seen, -math.inf)
         lse[:, rows] = logits.logsumexp(-1)
         out[rows] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v)
-    return out, lse, None, None, None
+    return out.to(dtype), lse, None, None, None
 
 
 def emulated_flash_backward(
@@ -165,6 +172,9 @@ def emulated_flash_backward(
     assert (
         grad.stride(-1) == 1 and lse.is_contiguous() and lse.shape == (query.shape[1], len(query))
     )
+    assert grad.dtype == out.dtype == query.dtype and lse.dtype != torch.bfloat16
+    dtype = query.dtype
+    grad, query, key, value, out = _widened(grad, query, key, value, out)
     groups = query.shape[1] // key.shape[1]
     grads = [torch.zeros_like(t) for t in (query, key, value)]
     delta = (grad * out).sum(-1).t()[..., None]  # [H, N, 1]
@@ -180,7 +190,7 @@ def emulated_flash_backward(
             (grads[2], torch.einsum("hqk,qhd->khd", p, g)),
         ):
             total[columns] += part.unflatten(1, (-1, groups)).sum(2)
-    return tuple(grads)
+    return tuple(total.to(dtype) for total in grads)
 
 
 class _Varlen(torch.autograd.Function):
