@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,12 @@ from fastrank.cli.main import main
 from fastrank_kernels import choose_backend
 
 
-def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
-    assert main(["doctor", *argv, "--json"]) == 0
-    return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
 def test_versions_and_install_lines(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run_json, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = {"accelerate": "0.1.0", "torch": importlib.metadata.version("torch")}
     monkeypatch.setattr(doctor, "_installed", versions.get)
-    found = {item["name"]: item for item in run_json(capsys)["packages"]}
+    found = {item["name"]: item for item in run_json("doctor")["packages"]}
     assert found["torch"]["status"] == "ok" and found["torch"]["install"] is None
     assert found["accelerate"]["status"] == "too old"
     assert found["accelerate"]["install"] == "pip install 'fastrank[train]'"
@@ -38,8 +32,8 @@ def test_versions_and_install_lines(
     assert "0.1.0 (expected >=" in text and "pip install 'fastrank[train]'" in text
 
 
-def test_backends_and_strategies_with_reasons(capsys: pytest.CaptureFixture[str]) -> None:
-    device = run_json(capsys)["devices"][0]
+def test_backends_and_strategies_with_reasons(run_json) -> None:
+    device = run_json("doctor")["devices"][0]
     name, reason = choose_backend(None, torch.device("cpu"))
     assert device["loss_backend"] == {"name": name, "reason": reason}
     plans = {plan["call"]: plan for plan in device["strategies"]}
@@ -50,21 +44,20 @@ def test_backends_and_strategies_with_reasons(capsys: pytest.CaptureFixture[str]
     assert all(layer["reason"] for layer in device["attention"])
 
     # 100 rows of logits fit: no group of 512 does.
-    device = run_json(capsys, "--vocab", "1000", "--logits_memory", str(100 * 4 * 1000))["devices"][
-        0
-    ]
+    small = run_json("doctor", "--vocab", "1000", "--logits_memory", 100 * 4 * 1000)
+    device = small["devices"][0]
     plans = {plan["call"]: plan for plan in device["strategies"]}
     assert plans["ranking loss"]["strategy"] == "recompute"
     assert "the largest group has 512 rows, 100 rows" in plans["ranking loss"]["reason"]
     assert plans["ranking loss, frozen head"]["strategy"] == "unit"
 
 
-def test_models(story_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = run_json(capsys, "--model", str(story_model_path))["model"]
+def test_models(story_model_path: Path, tmp_path: Path, run_json, capsys) -> None:
+    model = run_json("doctor", "--model", str(story_model_path))["model"]
     assert model["shared_prompts"] and model["vocab"] == model["context"] == 512
     assert model["parameters"] == 260_032
     MambaConfig(num_hidden_layers=2, hidden_size=32, vocab_size=64).save_pretrained(tmp_path)
-    model = run_json(capsys, "--model", str(tmp_path))["model"]
+    model = run_json("doctor", "--model", str(tmp_path))["model"]
     assert not model["shared_prompts"] and model["reason"]
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     assert main(["doctor", "--model", str(tmp_path)]) == 2

@@ -112,21 +112,18 @@ def test_held_out_data_of_its_own_or_none(
 
 
 def test_resume_overwrite_and_refusal(
-    tmp_path: Path, capsys: Any, model_path: str, data_path: str
+    tmp_path: Path, capsys: Any, run_json: Any, model_path: str, data_path: str
 ) -> None:
     run = tmp_path / "run"
     common = ["train", "--model", model_path, "--data", data_path, "--output_dir", str(run)]
     common += ["--disable_tqdm", "true", "--max_steps", "4"]
-    common += ["--eval_strategy", "no", "--save_steps", "2", "--json", "--eval_groups", "8"]
-    assert main(common) == 0
-    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    common += ["--eval_strategy", "no", "--save_steps", "2", "--eval_groups", "8"]
+    first = run_json(*common)
     assert main(common) == 2
     assert "holds the checkpoints of an earlier run" in capsys.readouterr().err
-    assert main([*common, "--resume_from_checkpoint", "true"]) == 0
-    resumed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    resumed = run_json(*common, "--resume_from_checkpoint", "true")
     assert resumed["before"] == first["before"] and resumed["after"] == first["after"]
-    assert main([*common, "--overwrite_output_dir", "--max_steps", "2"]) == 0
-    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    again = run_json(*common, "--overwrite_output_dir", "--max_steps", "2")
     assert again["steps"] == 2 and again["before"] == first["before"]
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
 
