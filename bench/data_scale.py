@@ -270,11 +270,9 @@ def family(pid: int) -> list[int]:
 
 
 def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from fastrank.data.files import open_source
-    from fastrank.data.records import Reading, read_records
-    from fastrank.data.report import Report
-    from fastrank.data.stream import default_num_proc, tokenize_source
-    from fastrank.data.tokenize import TokenizeOptions
+    from fastrank.data.cache import default_num_proc
+    from fastrank.data.load import load_groups
+    from fastrank.data.records import read_records
     from fastrank.training.batching import StepCutter
 
     tokenizer = load_tokenizer(model_path(args.work))
@@ -285,19 +283,14 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
         part.writelines(lines)
     parsed = [json.loads(line) for line in lines]
     texts = [t for r in parsed for t in (r["prompt"], *(r["prompt"] + x for x in r["responses"]))]
-    options, cutter = TokenizeOptions(), StepCutter(max_tokens=16384)
+    cutter = StepCutter(max_tokens=16384)
 
-    def tokenize(processes: int) -> list[Any]:
-        source = open_source(sample)
-        parts = tokenize_source(
-            source, Reading(), tokenizer, options, Report(name="s"), num_proc=processes
-        )
-        return list(parts)
+    def tokenize(processes: int) -> Any:
+        return load_groups(sample, tokenizer, cache=False, num_proc=processes)[0]
 
-    parts = tokenize(1)
+    groups = tokenize(1)
 
     def pack_steps() -> None:
-        groups = [part.group(i, "s") for part in parts for i in range(len(part))]
         for first in range(0, count, 64):
             cutter(list(enumerate(groups[first : first + 64])))
 
@@ -337,14 +330,14 @@ def packs(args: argparse.Namespace) -> list[dict[str, Any]]:
     import numpy as np
 
     from fastrank.data.bins import best_fit
+    from fastrank.data.cached_groups import CachedGroups
     from fastrank.data.columns import group_sizes
-    from fastrank.data.table import GroupTable
     from fastrank.training.batching import plan_step
 
-    entries = (args.work / "cache").glob("*/groups.arrow")
-    path = max(entries, key=lambda entry: entry.stat().st_size)
+    files = (args.work / "cache").glob("*/*.arrow")
+    largest = max(files, key=lambda file: file.stat().st_size)
     began = time.perf_counter()
-    table = GroupTable.open(path, "records")
+    table = CachedGroups(largest.parent, "records")
     sizes = group_sizes(table).num_tokens.tolist()
     rows: list[dict[str, Any]] = [{"what": "sizes of all groups", "records": len(sizes),
              "seconds": time.perf_counter() - began}]  # fmt: skip

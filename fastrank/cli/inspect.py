@@ -79,7 +79,7 @@ def inspect(options: InspectOptions) -> dict[str, Any]:
         result |= summary | {"max_length": cut.max_length}
         text += "\n" + as_text(summary)
     if options.plot is not None:
-        from fastrank.data.plot import plot_file
+        from fastrank.data.lengths import plot_file
 
         plot_file(options.plot, report, rewards, lengths)
         result["plot"] = options.plot

@@ -1,9 +1,9 @@
-"""What is known of every group without touching its tokens: sizes, largest token, prompt.
+"""Sizes, largest token and prompt of every group, without touching its tokens.
 
 Checks, splits and packing plans look at all groups of a data set before the first step. For a list
-of `Group`s that means every one of them; a cached data set (`fastrank.data.table`) has the numbers
-stored beside the tokens and answers for a million groups in milliseconds. Callers need not know
-which of the two they have.
+of `Group`s that means every one of them; cached groups (`fastrank.data.cached_groups`) have the
+numbers stored beside the tokens and answer for a million groups in milliseconds. Callers need not
+know which of the two they have.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GroupSizes:
-    """One entry a group, for N groups.
+    """One entry per group, for N groups.
 
     Attributes:
         num_candidates: int64 [N].
@@ -72,8 +72,7 @@ def prompt_keys(groups: Sequence[Group]) -> NDArray[np.uint64]:
 
 
 def tokens_digest(groups: Sequence[Group]) -> str:
-    """What tells these tokens, in this order, from any others, as a short text; a cached data set's
-    is not that of a list with the same tokens."""
+    """Digest of the tokens in this order; for cached groups not the one of a list of the same."""
     stored = getattr(groups, "tokens_digest", None)
     if isinstance(stored, str):
         return stored

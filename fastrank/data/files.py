@@ -1,22 +1,32 @@
-"""Rows out of files: JSON lines, JSON, Parquet, a folder or a Hub data set's name.
+"""Rows out of files and data sets: JSON lines, JSON, Parquet, and all that `datasets` reads.
+
+JSON lines are read here, because every message about them names the line. So are JSON documents:
+`datasets` turns NaN into null, and a broken score would become a counted drop. Parquet is read in
+a limited process (`fastrank.data.parquet`): in this one, a file of 33 KiB took 3.3 GiB. Everything
+else goes through `datasets`: CSV, TSV and Arrow files, folders, saved data sets and Hub names.
 
 The kind of a local file is told by its content (Parquet's magic, a leading bracket), not by its
-suffix: much published ``.json`` is JSON lines. JSON lines and Parquet are streamed; a JSON document
-is held whole, because the standard library's parser has no other way. A name is only looked up on
-the Hub if nothing on disk could have been meant: a mistyped path must not become a network request.
+suffix: much published ``.json`` is JSON lines. A name is only looked up on the Hub if nothing on
+disk could have been meant: a mistyped path must not become a network request.
 
-A `Source` hands rows out unparsed where it can, so that parsing can be done by other processes.
+A `Source` hands rows out unparsed where it can, and in pieces, so that several processes can read
+and parse them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
+from fastrank.data.parquet import UnreadableError, parquet_lines
 from fastrank.errors import InputError
 
 Row = dict[str, Any]
@@ -25,13 +35,27 @@ RawRow = bytes | Row
 
 #: A longer line is no record; held whole, it could take all of the memory.
 LONGEST_LINE = 256 << 20
+#: The same for a compressed JSON document.
+LONGEST_DOCUMENT = 1 << 30
 
 _HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+){0,2}$")
-_FILE_SUFFIXES = {".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt", ".gz", ".zip", ".arrow"}
+#: Files that `datasets` reads: the name of its loader and the loader's options.
+_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".arrow": ("arrow", {}),
+}
+_COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
+_FILE_SUFFIXES = {".json", ".jsonl", ".ndjson", ".parquet", ".txt", *_LOADERS, *_COMPRESSED}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 #: A JSON document may keep its rows under one of these names.
 _CONTAINERS = ("data", "rows", "records", "train", "examples")
+
+_BLOCK = 1 << 20
+_BLOCKS = 64
+
+T = TypeVar("T")
 
 
 class Place(NamedTuple):
@@ -45,6 +69,11 @@ class Place(NamedTuple):
         return f"{self.name}, {self.unit} {self.line}"
 
 
+#: Some of a source's rows. Can be iterated more than once and sent to another process, except for
+#: those of an iterable that the caller gave.
+Piece = Iterable[tuple[Place, RawRow]]
+
+
 def one_line(error: object, limit: int = 200) -> str:
     """The first line of an error's or a value's text, shortened, without control characters."""
     text = " ".join(str(error).split())
@@ -54,77 +83,111 @@ def one_line(error: object, limit: int = 200) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from, looked up but not yet read.
+    """A file or data set, looked up but not yet read.
 
     Attributes:
         name: as the user gave it, for messages.
-        path: the local file, or None for a data set.
-        dataset: what `datasets.load_dataset` gave for a folder or a Hub name.
+        kind: JSON "lines", a JSON "document", "parquet", a "table" (a `datasets.Dataset`), or a
+            "stream" of dictionaries, which is read once, by one process.
+        path: the local file; None for a folder, a Hub name or an object.
+        data: the data set or the iterable.
     """
 
     name: str
+    kind: Literal["lines", "document", "parquet", "table", "stream"]
     path: Path | None = None
-    dataset: Any = None
+    data: Any = None
 
-    def raw_rows(self) -> Iterator[tuple[Place, RawRow]]:
-        """The rows, unparsed where the file allows it; `parse_row` parses them."""
-        if self.path is not None:
-            return _file_rows(self.path, self.name)
-        return _dataset_rows(self.dataset, self.name)
+    def pieces(self, count: int = 1) -> Sequence[Piece]:
+        """The rows in file order, as at most ``count`` consecutive pieces of about the same size.
 
-    @property
-    def is_lines(self) -> bool:
-        """Whether the rows are the lines of a file of JSON lines."""
-        return self.path is not None and _kind(self.path, self.name) == "lines"
+        Rows are unparsed where the file allows it; `parse_row` parses them.
+        """
+        if self.kind == "stream":
+            return [_numbered(self.name, self.data)]
+        if self.kind == "table":
+            spans = [range(a, b) for a, b in bounds(len(self.data), count)]
+            return [TableRows(self.name, self.data, span) for span in spans]
+        assert self.path is not None
+        if self.kind == "document":
+            return slices(list(_numbered(self.name, _document(self.path, self.name))), count)
+        if self.kind == "parquet":
+            return [ParquetRows(self.path, self.name, part, count) for part in range(count)]
+        count = 1 if _is_compressed(self.path) else count
+        return [Lines(self.path, self.name, part, count) for part in range(count)]
 
     @property
     def num_bytes(self) -> int:
-        """Size of the file, or of the data set's table."""
+        """Size of the file or of the data set's table; 0 where it is not known."""
         if self.path is not None:
             return self.path.stat().st_size
-        return int(self.dataset.data.nbytes)
+        return int(self.data.data.nbytes) if self.kind == "table" else 0
+
+    def identity(self) -> dict[str, Any] | None:
+        """What tells the content from any other, as JSON types; None for a stream.
+
+        A file is known by its resolved path, size, time of change and `content_hash`. A copy or a
+        touched file is therefore tokenised again, which costs time and never correctness. A data
+        set is known by the fingerprint that `datasets` gives it.
+        """
+        if self.path is None:
+            return None if self.kind == "stream" else {"dataset": self.data._fingerprint}
+        status = self.path.stat()
+        return {
+            "path": str(self.path.resolve()),
+            "size": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+            "content": content_hash(self.path),
+        }
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[Place, Row]]:
-    """Rows of a file, a folder (`datasets.load_dataset`) or a Hub data set, with their places.
-
-    ``path`` is a file, a folder or ``owner/name``; the last two may carry ``:split`` or
-    ``:config:split`` (default split ``train``).
-
-    Raises:
-        InputError: the path does not exist, is empty or unreadable, or a row is malformed; the text
-            names the line.
-    """
-    return _parsed(open_source(path).raw_rows())
-
-
-def _parsed(rows: Iterator[tuple[Place, RawRow]]) -> Iterator[tuple[Place, Row]]:
-    for place, raw in rows:
+def read_rows(source: Any) -> Iterator[tuple[Place, Row]]:
+    """Rows of a source, parsed, with their places; for arguments and errors see `open_source`."""
+    for place, raw in chain.from_iterable(open_source(source).pieces()):
         yield place, parse_row(place, raw)
 
 
 def parse_row(place: Place, raw: RawRow) -> Row:
-    """A row of `Source.raw_rows` as a dictionary; raises `InputError` for one that is none."""
-    return _row(_parse(raw, str(place)) if isinstance(raw, bytes) else raw, place)
+    """A row of `Source.pieces` as a dictionary.
+
+    Raises:
+        InputError: malformed JSON, or no object; the text names the place.
+    """
+    value = _parse(raw, str(place)) if isinstance(raw, bytes) else raw
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
-def open_source(path: str | Path) -> Source:
-    """The source that a path or name stands for; see `read_rows`."""
-    name = str(path)
+def open_source(source: Any) -> Source:
+    """Look up where rows come from.
+
+    Args:
+        source: a file, a folder (of files, or written by ``save_to_disk``) or a Hub name
+            ``owner/name``; folders and names may carry ``:split`` or ``:config:split`` (default
+            split ``train``). Or a `datasets.Dataset`, or any iterable of dictionaries, a
+            `datasets.IterableDataset` among them.
+
+    Raises:
+        InputError: it does not exist, is empty or cannot be read.
+    """
+    if not isinstance(source, (str, Path)):
+        return _open_object(source)
+    name = str(source)
     local = Path(name).expanduser()
     try:
         if local.is_file():
-            return Source(name, path=local)
+            return _open_file(local, name)
         if local.is_dir():
-            return _open_dataset(str(local), name, None, "train")
+            return _open_folder(local, name, None, "train")
     except OSError as error:  # a name too long for the file system, a folder that may not be read
         raise InputError(f"{one_line(name)}: {error.strerror}") from error
     base, config, split = _split_name(name)
     if Path(base).expanduser().is_dir():
-        return _open_dataset(base, name, config, split)
+        return _open_folder(Path(base).expanduser(), name, config, split)
     if looks_like_path(base) or not _HUB_NAME.match(name):
         raise InputError(f"{one_line(name)}: no such file")
-    return _open_dataset(base, name, config, split)
+    return Source(name, "table", data=_load(name, base, config, split=split))
 
 
 def looks_like_path(name: str) -> bool:
@@ -136,6 +199,90 @@ def looks_like_path(name: str) -> bool:
     return "/" in name and Path(name.split("/")[0]).exists()
 
 
+def content_hash(path: Path) -> str:
+    """Hash of a file's bytes; beyond 64 MiB of 64 evenly spaced MiB.
+
+    A large file edited in place, between the blocks, without a change of its size, by a program
+    that then sets its time of change back, would go unseen. Hashing everything would cost every
+    start a second per gigabyte.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    size = path.stat().st_size
+    starts: Sequence[int] = range(0, size, _BLOCK)
+    if size > _BLOCK * _BLOCKS:
+        starts = [k * (size - _BLOCK) // (_BLOCKS - 1) for k in range(_BLOCKS)]
+    try:
+        with path.open("rb") as file:
+            for start in starts:
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def slices(items: Sequence[T], count: int) -> list[Sequence[T]]:
+    """The items as at most ``count`` consecutive parts of about the same length."""
+    return [items[a:b] for a, b in bounds(len(items), count)]
+
+
+def bounds(length: int, count: int) -> list[tuple[int, int]]:
+    """Begin and end of at most ``count`` consecutive parts, at least one, of a sequence.
+
+    >>> bounds(5, 2)
+    [(0, 2), (2, 5)]
+    """
+    count = max(1, min(count, length))
+    return [(length * k // count, length * (k + 1) // count) for k in range(count)]
+
+
+# ---- looking up ------------------------------------------------------------------------------
+
+
+def _open_object(source: Any) -> Source:
+    datasets = sys.modules.get("datasets")  # whoever has a data set has imported it
+    if datasets is not None and isinstance(source, datasets.Dataset):
+        return Source("data set", "table", data=source)
+    if isinstance(source, dict):
+        splits = one_line(", ".join(map(str, source)) or "none", 80)
+        raise InputError(f"expected rows or one split of a data set, got a dictionary of {splits}")
+    if not isinstance(source, Iterable):
+        raise InputError(f"expected a path or rows, got {type(source).__name__}")
+    return Source("data set", "stream", data=source)
+
+
+def _open_file(path: Path, name: str) -> Source:
+    """A local file; ``datasets`` makes an Arrow file of what it reads, in its own cache."""
+    inner = path.with_suffix("") if _is_compressed(path) else path
+    loader = _LOADERS.get(inner.suffix.lower())
+    if loader is not None:
+        data = _load(name, loader[0], data_files=str(path), split="train", **loader[1])
+        return Source(name, "table", path, data)
+    with _opened(path, name) as file:
+        head = file.read(4096)
+    if head.startswith(b"PAR1") or path.suffix.lower() == ".parquet":
+        return Source(name, "parquet", path)
+    start = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
+    if not start and len(head) < 4096:
+        raise InputError(f"{name}: the file is empty")
+    is_document = inner.suffix.lower() == ".json" and not _is_json_lines(path, name)
+    if start.startswith(b"[") or is_document:
+        return Source(name, "document", path)
+    return Source(name, "lines", path)
+
+
+def _open_folder(folder: Path, name: str, config: str | None, split: str) -> Source:
+    if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        import datasets
+
+        with _loading(name):
+            data = datasets.load_from_disk(str(folder))
+            if isinstance(data, datasets.DatasetDict):
+                data = data[split]
+        return Source(name, "table", data=data)
+    return Source(name, "table", data=_load(name, str(folder), config, split=split))
+
+
 def _split_name(name: str) -> tuple[str, str | None, str]:
     base, *rest = name.split(":")
     if len(rest) == 1:
@@ -145,35 +292,146 @@ def _split_name(name: str) -> tuple[str, str | None, str]:
     return name, None, "train"
 
 
-def _file_rows(path: Path, name: str) -> Iterator[tuple[Place, RawRow]]:
-    kind = _kind(path, name)
-    if kind == "parquet":
-        return _parquet_rows(path, name)
-    return _json_rows(path, name) if kind == "document" else _jsonl_rows(path, name)
+def _load(name: str, *args: Any, **options: Any) -> Any:
+    import datasets
+
+    with _loading(name):
+        return datasets.load_dataset(*args, **options)
 
 
-def _kind(path: Path, name: str) -> str:
-    """What a file holds: "parquet", a JSON "document", or JSON "lines"."""
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
     try:
-        with path.open("rb") as file:
-            head = file.read(4096)
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
-    if head.startswith(b"PAR1") or path.suffix.lower() == ".parquet":
-        return "parquet"
-    start = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
-    if not start and len(head) < 4096:
-        raise InputError(f"{name}: the file is empty")
-    if start.startswith(b"[") or (path.suffix.lower() == ".json" and not _is_json_lines(path)):
-        return "document"
-    return "lines"
+        yield
+    except Exception as error:  # `datasets` raises dozens of unrelated types, network ones included
+        cause = error.__cause__ or error  # "An error occurred while generating the dataset"
+        reason = f"{type(cause).__name__}: {one_line(cause)}"
+        raise InputError(f"{name}: cannot be loaded as a data set: {reason}") from error
 
 
-def _is_json_lines(path: Path) -> bool:
+# ---- reading ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lines:
+    """One of ``parts`` equal shares of a file of JSON lines: the lines that begin in it.
+
+    A compressed file is one share.
+    """
+
+    path: Path
+    name: str
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def num_bytes(self) -> int:
+        """About the size of the share."""
+        return self.path.stat().st_size // self.parts
+
+    def __iter__(self) -> Iterator[tuple[Place, bytes]]:
+        size = self.path.stat().st_size
+        at, end = (size * k // self.parts for k in (self.part, self.part + 1))
+        with _opened(self.path, self.name) as file:
+            number = 1
+            if at:
+                number, at = _skip_to_line(file, at)
+            while at < end or _is_compressed(self.path):
+                line = file.readline(LONGEST_LINE)
+                if not line:
+                    return
+                if len(line) >= LONGEST_LINE:
+                    longest = f"{LONGEST_LINE >> 20} MiB"
+                    raise InputError(
+                        f"{self.name}, line {number}: longer than {longest}, not a record"
+                    )
+                at += len(line)
+                if number == 1:
+                    line = line.removeprefix(_BYTE_ORDER_MARK)
+                if line.strip():
+                    yield Place(self.name, number), line.rstrip(b"\r\n")
+                number += 1
+
+
+@dataclass(frozen=True)
+class ParquetRows:
+    """The rows of one of ``parts`` equal shares of a Parquet file's row groups, as JSON objects."""
+
+    path: Path
+    name: str
+    part: int = 0
+    parts: int = 1
+
+    def __iter__(self) -> Iterator[tuple[Place, bytes]]:
+        try:
+            for number, line in parquet_lines(self.path, self.part, self.parts):
+                yield Place(self.name, number, "record"), line
+        except UnreadableError as error:
+            reason = one_line(error)
+            raise InputError(f"{self.name}: not a readable Parquet file: {reason}") from error
+
+
+@dataclass(frozen=True)
+class TableRows:
+    """Consecutive rows of a `datasets.Dataset`."""
+
+    name: str
+    data: Any
+    span: range
+
+    def __iter__(self) -> Iterator[tuple[Place, Row]]:
+        whole = len(self.span) == len(self.data)
+        rows = self.data if whole else self.data.select(self.span)
+        return _numbered(self.name, rows, self.span.start + 1)
+
+
+def _numbered(name: str, rows: Iterable[Any], start: int = 1) -> Iterator[tuple[Place, Any]]:
+    for number, row in enumerate(rows, start):
+        yield Place(name, number, "record"), row
+
+
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[Any]:
+    """A file's bytes, decompressed if its suffix says so."""
+    try:
+        if _is_compressed(path):
+            import fsspec
+
+            with fsspec.open(str(path), "rb", compression="infer") as file:
+                yield file
+        else:
+            with path.open("rb") as file:
+                yield file
+    except InputError:
+        raise
+    except Exception as error:  # each decompressor raises its own
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise InputError(f"{name}: cannot be read: {reason or one_line(error)}") from error
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.suffix.lower() in _COMPRESSED
+
+
+def _skip_to_line(file: Any, at: int) -> tuple[int, int]:
+    """Number and first byte of the first line that begins at byte ``at`` or later."""
+    number = 1
+    for start in range(0, at - 1, _BLOCK):
+        number += file.read(min(_BLOCK, at - 1 - start)).count(b"\n")
+    at -= 1
+    while rest := file.readline(_BLOCK):
+        at += len(rest)
+        if rest.endswith(b"\n"):
+            return number + 1, at
+    return number, at
+
+
+def _is_json_lines(path: Path, name: str) -> bool:
     """Whether the first line is a whole JSON value and something follows it."""
-    with path.open("rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-        rest = any(line.strip() for line in file)
+    with _opened(path, name) as file:
+        lines = (line for line in file if line.strip())
+        first = next(lines, b"")
+        rest = next(lines, None) is not None
     try:
         value = json.loads(first.decode("utf-8-sig"))
     except (ValueError, RecursionError):
@@ -196,27 +454,19 @@ def _parse(text: bytes, place: str) -> Any:
         raise InputError(f"{place}: malformed JSON: {one_line(error)}") from error
 
 
-def _jsonl_rows(path: Path, name: str) -> Iterator[tuple[Place, RawRow]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
-            if len(line) >= LONGEST_LINE:
-                longest = f"{LONGEST_LINE >> 20} MiB"
-                raise InputError(f"{name}, line {number}: longer than {longest}, not a record")
-            if number == 1:
-                line = line.removeprefix(_BYTE_ORDER_MARK)
-            if line.strip():
-                yield Place(name, number), line.rstrip(b"\r\n")
-
-
-def _json_rows(path: Path, name: str) -> Iterator[tuple[Place, RawRow]]:
-    value = _parse(path.read_bytes(), name)
+def _document(path: Path, name: str) -> list[Any]:
+    """The rows of a JSON document, which is held whole: Python's parser has no other way."""
+    with _opened(path, name) as file:
+        text = file.read(LONGEST_DOCUMENT + 1 if _is_compressed(path) else -1)
+    if _is_compressed(path) and len(text) > LONGEST_DOCUMENT:
+        raise InputError(f"{name}: unpacks to more than {LONGEST_DOCUMENT >> 20} MiB")
+    value = _parse(text, name)
     if isinstance(value, dict):
         held = _container(value)
         value = [value] if held is None else held
     if not isinstance(value, list):
         raise InputError(f"{name}: expected a JSON list of records, got {type(value).__name__}")
-    for number, item in enumerate(value, start=1):
-        yield Place(name, number, "record"), item
+    return value
 
 
 def _container(value: Row) -> list[Any] | None:
@@ -225,34 +475,3 @@ def _container(value: Row) -> list[Any] | None:
         if isinstance(held, list) and held and all(isinstance(item, dict) for item in held):
             return held
     return None
-
-
-def _row(value: Any, place: Place) -> Row:
-    if not isinstance(value, dict):
-        raise InputError(f"{place}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _parquet_rows(path: Path, name: str) -> Iterator[tuple[Place, RawRow]]:
-    from fastrank.data.parquet import parquet_lines
-
-    for number, line in enumerate(parquet_lines(path, name), start=1):
-        yield Place(name, number, "record"), line
-
-
-def _open_dataset(base: str, name: str, config: str | None, split: str) -> Source:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(base, config, split=split)
-    except (
-        Exception
-    ) as error:  # this boundary raises dozens of unrelated types, network ones included
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"{name}: cannot be loaded as a data set: {reason}") from error
-    return Source(name, dataset=data)
-
-
-def _dataset_rows(dataset: Any, name: str) -> Iterator[tuple[Place, RawRow]]:
-    for number, item in enumerate(dataset, start=1):
-        yield Place(name, number, "record"), dict(item)

@@ -1,8 +1,8 @@
 """The record formats: how a row of each is recognised and read.
 
 A format is recognised by the fields of the file's first row and then holds for the whole file: a
-later row that lacks them is an error with its line rather than a second guess. One small function a
-format; all of them give `Candidates`, in the order of the file, with None for what is null.
+later row that lacks them is an error with its line rather than a second guess. Each format has one
+small function; all of them give a `ParsedRow`, candidates in the file's order, None for null.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastrank.data.files import Place, Row, one_line
 from fastrank.errors import InputError
 
 
-class Candidates(NamedTuple):
+class ParsedRow(NamedTuple):
     """One row: a prompt and its responses with their scores (higher is better)."""
 
     prompt: Prompt | None
@@ -26,7 +26,7 @@ class Candidates(NamedTuple):
     id: str | None = None
 
 
-Reader = Callable[[Row, Place, str | None], Candidates]
+Reader = Callable[[Row, Place, str | None], ParsedRow]
 
 #: Fields that may hold the score of a flat row, in the order tried; the last is HelpSteer's.
 FLAT_SCORES = ("score", "reward", "rating", "overall_score", "helpfulness")
@@ -48,30 +48,30 @@ def _responses(row: Row, key: str, place: Place) -> list[str | None]:
     return [response(item, place, f"{key}[{i}]") for i, item in enumerate(items)]
 
 
-def _canonical(row: Row, place: Place, score_key: str | None) -> Candidates:
+def _canonical(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     responses = _responses(row, "responses", place)
     key = score_key or ("ranks" if row.get("scores") is None and "ranks" in row else "scores")
     scores = numbers(row.get(key), len(responses), place, key, "responses")
     if key == "ranks":
         scores = from_ranks(scores)
     asked = fields.prompt(field_of(row, "prompt", place), place, "prompt")
-    return Candidates(asked, responses, scores, _identity(row))
+    return ParsedRow(asked, responses, scores, _identity(row))
 
 
-def _rrhf(row: Row, place: Place, score_key: str | None) -> Candidates:
+def _rrhf(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     responses = _responses(row, "responses", place)
     key = score_key or "scores"
     scores = numbers(row.get(key), len(responses), place, key, "responses")
     asked = fields.prompt(field_of(row, "query", place), place, "query")
-    return Candidates(asked, responses, scores, _identity(row))
+    return ParsedRow(asked, responses, scores, _identity(row))
 
 
-def _pro(row: Row, place: Place, score_key: str | None) -> Candidates:
+def _pro(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     responses = _responses(row, "suffix", place)
     key = score_key or "reward"
     scores = numbers(row.get(key), len(responses), place, key, "suffix")
     asked = _pro_prompt(field_of(row, "prefix", place), len(responses), place)
-    return Candidates(asked, responses, scores, _identity(row))
+    return ParsedRow(asked, responses, scores, _identity(row))
 
 
 _PRO_ROLES = (("<|prompter|>", "user"), ("<|assistant|>", "assistant"))
@@ -118,18 +118,18 @@ def _pro_turns(items: Sequence[Any], place: Place) -> Prompt:
     return out
 
 
-def _ultrafeedback(row: Row, place: Place, score_key: str | None) -> Candidates:
+def _ultrafeedback(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     return _nested(row, place, "instruction", "completions", "response", score_key, "overall_score")
 
 
-def _nectar(row: Row, place: Place, score_key: str | None) -> Candidates:
+def _nectar(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     found = _nested(row, place, "prompt", "answers", "answer", score_key, "rank")
     return found if score_key else found._replace(scores=from_ranks(found.scores))
 
 
 def _nested(
     row: Row, place: Place, asked: str, outer: str, inner: str, score_key: str | None, default: str
-) -> Candidates:
+) -> ParsedRow:
     responses, scores = [], []
     key = score_key or default
     for i, item in enumerate(listed(field_of(row, outer, place), place, outer)):
@@ -139,46 +139,46 @@ def _nested(
         responses.append(response(item.get(inner), place, f"{outer}[{i}].{inner}"))
         scores.append(number(item.get(key), place, f"{outer}[{i}].{key}"))
     prompt = fields.prompt(field_of(row, asked, place), place, asked)
-    return Candidates(prompt, responses, scores, _identity(row))
+    return ParsedRow(prompt, responses, scores, _identity(row))
 
 
-def _all_rm_scores(row: Row, place: Place, score_key: str | None) -> Candidates:
+def _all_rm_scores(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     responses = _responses(row, "all_generated_responses", place)
     key = score_key or "all_rm_scores"
     scores = numbers(row.get(key), len(responses), place, key, "all_generated_responses")
     asked = fields.prompt(field_of(row, "prompt", place), place, "prompt")
-    return Candidates(asked, responses, scores, _identity(row))
+    return ParsedRow(asked, responses, scores, _identity(row))
 
 
-def _best_first(row: Row, place: Place, score_key: str | None) -> Candidates:
+def _best_first(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     responses = _responses(row, "responses", place)
     scores: list[float | None] = [float(len(responses) - 1 - i) for i in range(len(responses))]
     asked = fields.prompt(field_of(row, "prompt", place), place, "prompt")
-    return Candidates(asked, responses, scores, _identity(row))
+    return ParsedRow(asked, responses, scores, _identity(row))
 
 
-def _unscored(row: Row, place: Place, score_key: str | None) -> Candidates:
+def _unscored(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     found = _best_first(row, place, None)
     return found._replace(scores=[0.0] * len(found.responses))
 
 
-def _preference(row: Row, place: Place, score_key: str | None) -> Candidates:
+def _preference(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     from fastrank.data.preference import split_pair
 
     asked = fields.prompt(row.get("prompt"), place, "prompt")
     chosen, rejected = field_of(row, "chosen", place), field_of(row, "rejected", place)
     prompt, responses = split_pair(asked, chosen, rejected, place)
-    return Candidates(prompt, responses, [1.0, 0.0], _identity(row))
+    return ParsedRow(prompt, responses, [1.0, 0.0], _identity(row))
 
 
-def _flat(row: Row, place: Place, score_key: str | None) -> Candidates:
+def _flat(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     key = score_key or next((k for k in FLAT_SCORES if k in row), None)
     if key is None:
         expected = ", ".join(FLAT_SCORES)
         raise InputError(f"{place}: no score field; expected one of {expected}, or score_key")
     asked = fields.prompt(field_of(row, "prompt", place), place, "prompt")
     said = response(field_of(row, "response", place), place, "response")
-    return Candidates(asked, [said], [number(row.get(key), place, key)], _identity(row))
+    return ParsedRow(asked, [said], [number(row.get(key), place, key)], _identity(row))
 
 
 class Format(NamedTuple):

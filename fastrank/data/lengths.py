@@ -1,4 +1,4 @@
-"""Token counts of a file: quantiles, and what padding, packing and sharing prompts would cost.
+"""Token counts of a file: quantiles, and the cost of padding, packing and sharing prompts.
 
 Lengths are those of the records themselves; the token totals are of what is left after truncation,
 which is what a model would compute. The pack fill is of the whole file packed at once, the best
@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from fastrank.data.report import Report
+from fastrank.data.write import atomic_path
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 
 
 class Lengths:
-    """Collects one record at a time; holds four bytes a response, no tokens."""
+    """Collects one record at a time; holds four bytes per response, no tokens."""
 
     def __init__(self) -> None:
         self.prompts = array("i")
@@ -106,3 +110,32 @@ def as_text(summary: dict[str, Any]) -> str:
     if packs["groups_too_large"]:
         lines.append(f"    {packs['groups_too_large']} groups are larger than a pack")
     return "\n".join(lines)
+
+
+def plot_file(
+    path: str | Path, report: Report, rewards: Sequence[float], lengths: Lengths | None
+) -> None:
+    """Write a PNG: groups by number of candidates, rewards, and, if known, lengths in tokens."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = 2 if lengths is None else 3
+    figure = Figure(figsize=(4.5 * panels, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, panels)
+
+    sizes = report.candidates_per_group
+    axes[0].bar(list(sizes), list(sizes.values()))
+    axes[0].set(xlabel="candidates of a prompt", ylabel="prompts", title="Groups")
+    axes[1].hist(list(rewards), bins=40)
+    axes[1].set(xlabel="reward", ylabel="responses", title="Rewards")
+    if lengths is not None:
+        axes[2].hist(
+            [list(lengths.prompts), list(lengths.responses)],
+            bins=40,
+            label=["prompts", "responses"],
+        )
+        axes[2].set(xlabel="tokens", ylabel="count", title="Lengths before truncation")
+        axes[2].legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -7,28 +7,31 @@ of work, they go through the cache (`fastrank.data.cache`), and only what a step
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
+from fastrank.data.cache import cached_groups, default_num_proc
 from fastrank.data.files import open_source
-from fastrank.data.records import Reading
+from fastrank.data.records import NormalizeRewards, Reading, open_records, require_records
 from fastrank.data.report import Report
-from fastrank.data.stream import default_num_proc, tokenize_source
-from fastrank.data.tokenize import TokenizeOptions
+from fastrank.data.tokenize import TokenizeOptions, as_group, encode_rows
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fastrank.data.packing import Group
+    from fastrank.data.group import Group
 
 #: Bytes of a file, or of a data set's table, from which on groups are cached.
 CACHE_FROM = 8 << 20
 
 
 def load_groups(
-    path: str | Path,
+    source: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
     context_length: int | None = None,
@@ -36,25 +39,26 @@ def load_groups(
     format: str | None = None,
     score_key: str | None = None,
     max_candidates: int | None = None,
-    normalize_rewards: str = "none",
+    normalize_rewards: NormalizeRewards = "none",
     min_candidates: int = 2,
     cache: bool | None = None,
     cache_dir: str | Path | None = None,
     num_proc: int | None = None,
 ) -> tuple[Sequence[Group], Report]:
-    """All usable groups of a file, in its order, and the report of what became of every record.
+    """All usable groups of a file or data set, in order, and the report of every record's fate.
 
     Args:
-        path, format, score_key, max_candidates, normalize_rewards, min_candidates: see
+        source, format, score_key, max_candidates, normalize_rewards, min_candidates: see
             `fastrank.data.records.read_records`.
         tokenizer: a transformers tokenizer.
         context_length: the model's context in tokens. Longer input is truncated to it unless
             ``options`` sets its own limits.
         options: limits in tokens.
         cache: keep the tokens in a file for later starts, or do not; by default from `CACHE_FROM`
-            bytes on, and for any size if ``cache_dir`` is given.
+            bytes on, and for any size if ``cache_dir`` is given. An iterable of dictionaries is
+            never cached.
         cache_dir: see `fastrank.data.cache.default_cache_dir` for the default.
-        num_proc: processes that tokenise; by default, for what would be cached, one a core.
+        num_proc: processes that tokenise; by default, for what would be cached, one per core.
 
     Returns:
         A list of groups, or a view of the cached file, which makes a group when it is asked for.
@@ -68,19 +72,26 @@ def load_groups(
         raise InputError("cache_dir has no use without a cache")
     options = fit_context(options or TokenizeOptions(), context_length)
     reading = Reading(format, score_key, max_candidates, normalize_rewards, min_candidates)
-    source = open_source(path)
-    large = source.num_bytes >= CACHE_FROM
+    opened = open_source(source)
+    large = opened.num_bytes >= CACHE_FROM
     if num_proc is None:
         num_proc = default_num_proc() if large else 1
-    if large or cache_dir is not None if cache is None else cache:
-        from fastrank.data.cache import cached_groups
-
-        return cached_groups(
-            source, reading, tokenizer, options, cache_dir=cache_dir, num_proc=num_proc
-        )
-    report = Report(name=source.name)
-    parts = tokenize_source(source, reading, tokenizer, options, report, num_proc=num_proc)
-    return [part.group(i, report.name) for part in parts for i in range(len(part))], report
+    if opened.kind == "stream":
+        cache, num_proc = cache or False, 1
+    elif cache is None:
+        cache = large or cache_dir is not None
+    if cache or num_proc > 1:
+        with nullcontext(cache_dir) if cache else TemporaryDirectory() as folder:
+            groups, report = cached_groups(
+                opened, reading, tokenizer, options, cache_dir=folder, num_proc=num_proc
+            )
+            return (groups if cache else list(groups)), report
+    report = Report(name=opened.name)
+    pieces, reader = open_records(opened, reading, report)
+    rows = encode_rows(chain.from_iterable(pieces), reader, tokenizer, options, report)
+    listed = [as_group(record, encoded, opened.name) for record, encoded in rows]
+    require_records(report)
+    return listed, report
 
 
 def fit_context(options: TokenizeOptions, context_length: int | None) -> TokenizeOptions:

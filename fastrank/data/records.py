@@ -1,8 +1,8 @@
 """Records: one prompt with its scored candidates, before any tokeniser.
 
-`read_records` is the only way in, for every format and kind of file. It is an iterator, so a file
-need not fit in memory (flat rows do have to be gathered by prompt first). What is wrong with the
-file is an `InputError`; what is merely of no use is left out and counted in the `Report`.
+`read_records` reads every format and kind of file. It is an iterator, so a file need not fit in
+memory (flat rows do have to be gathered by prompt first). A malformed file is an `InputError`; a
+record that is merely of no use is left out and counted in the `Report`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, Literal, get_args
 
 from fastrank.data import formats
 from fastrank.data import report as reports
 from fastrank.data.fields import Prompt
-from fastrank.data.files import Place, RawRow, Row, Source, open_source, parse_row
-from fastrank.data.formats import Candidates
+from fastrank.data.files import Place, RawRow, Row, Source, open_source, parse_row, slices
+from fastrank.data.formats import ParsedRow
 from fastrank.data.report import Report
 from fastrank.errors import InputError
 
-NORMALIZE_REWARDS = ("none", "group")
+NormalizeRewards = Literal["none", "group"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Record:
     Attributes:
         prompt: text, or chat messages ``{"role", "content"}``.
         responses: the candidates, in the file's order, each with a character that is not a space.
-        scores: one finite number a candidate, higher is better (of ranks: largest rank − rank).
+        scores: one finite number per candidate, higher is better (of ranks: largest rank − rank).
         line: 1-based line of a JSONL file, record number of any other kind.
         id: the record's own name, if it has one.
         positions: which of the source's candidates were kept, as positions among them.
@@ -58,33 +58,34 @@ class Reading:
     format: str | None = None
     score_key: str | None = None
     max_candidates: int | None = None
-    normalize_rewards: str = "none"
+    normalize_rewards: NormalizeRewards = "none"
     min_candidates: int = 2
 
     def __post_init__(self) -> None:
         if self.max_candidates is not None and self.max_candidates < 2:
             raise InputError(f"max_candidates must be at least 2, got {self.max_candidates}")
-        if self.normalize_rewards not in NORMALIZE_REWARDS:
-            allowed = " or ".join(NORMALIZE_REWARDS)
+        if self.normalize_rewards not in get_args(NormalizeRewards):
+            allowed = " or ".join(get_args(NormalizeRewards))
             raise InputError(f"normalize_rewards must be {allowed}, got '{self.normalize_rewards}'")
         if self.format is not None:
             formats.reader(self.format, self.score_key)
 
 
 def read_records(
-    path: str | Path,
+    source: Any,
     *,
     format: str | None = None,
     score_key: str | None = None,
     max_candidates: int | None = None,
-    normalize_rewards: str = "none",
+    normalize_rewards: NormalizeRewards = "none",
     min_candidates: int = 2,
     report: Report | None = None,
 ) -> Iterator[Record]:
-    """Yield the usable records of a file, a folder or a Hub data set, in order.
+    """Yield the usable records of a file or data set, in order.
 
     Args:
-        path: a JSONL, JSON or Parquet file, a folder, or a Hub name; see `fastrank.data.files`.
+        source: a file, a folder, a Hub name, a `datasets.Dataset` or an iterable of dictionaries;
+            see `fastrank.data.files.open_source`.
         format: one of `fastrank.data.formats.FORMATS`; by default recognised by the first row's
             fields. ``unscored`` reads prompts and responses alone and gives every candidate 0.
         score_key: the field that holds the score (or list of scores) instead of the format's own.
@@ -100,27 +101,27 @@ def read_records(
             record at all is usable. Raised while iterating, except for options.
     """
     reading = Reading(format, score_key, max_candidates, normalize_rewards, min_candidates)
-    report = Report() if report is None else report
-    report.name = report.name or str(path)
-    return _records(path, reading, report)
+    return _records(source, reading, Report() if report is None else report)
 
 
-def _records(path: str | Path, reading: Reading, report: Report) -> Iterator[Record]:
-    rows, reader = open_records(open_source(path), reading, report)
-    for place, raw in rows:
+def _records(source: Any, reading: Reading, report: Report) -> Iterator[Record]:
+    opened = open_source(source)
+    report.name = report.name or opened.name
+    pieces, reader = open_records(opened, reading, report)
+    for place, raw in itertools.chain.from_iterable(pieces):
         record = reader.read(place, raw, report)
         if record is not None:
             yield record
     require_records(report)
 
 
-#: What `open_records` hands to a `RecordReader`: an unparsed row, or one flat group.
-Item = RawRow | Candidates
+#: What a `RecordReader` reads: a row as it comes, or the gathered rows of one flat group.
+Unread = RawRow | ParsedRow
 
 
 @dataclass(frozen=True)
 class RecordReader:
-    """Turns items of one file into records; small and picklable, so any process can do it.
+    """Turns the rows of one file into records; small and picklable, so any process can do it.
 
     Attributes:
         reading: the options, with the file's format.
@@ -130,23 +131,25 @@ class RecordReader:
     reading: Reading
     detected: bool = False
 
-    def candidates(self, place: Place, row: Row) -> Candidates:
-        """The prompt and candidates of a row, in the file's format."""
+    def parse(self, place: Place, row: Row) -> ParsedRow:
+        """The prompt and candidates of a row in the file's format."""
         name, score_key = self.reading.format, self.reading.score_key
         assert name is not None
         if self.detected:
             formats.check_still(name, row, place)
         return formats.reader(name)(row, place, score_key)
 
-    def read(self, place: Place, item: Item, report: Report) -> Record | None:
-        """The record of an item, or None if it is of no use (counted in ``report``).
+    def read(self, place: Place, unread: Unread, report: Report) -> Record | None:
+        """The record of a row, or None if it is of no use (counted in ``report``).
 
         Raises:
-            InputError: the item is malformed; the text names its place.
+            InputError: the row is malformed; the text names its place.
         """
-        row = None if isinstance(item, Candidates) else parse_row(place, item)
-        found = self.candidates(place, row) if row is not None else item
-        assert isinstance(found, Candidates)
+        if isinstance(unread, ParsedRow):
+            row, found = None, unread
+        else:
+            row = parse_row(place, unread)
+            found = self.parse(place, row)
         report.add_read(len(found.responses))
         record = _usable(found, place, row, self.reading, report)
         if record is None:
@@ -158,18 +161,20 @@ class RecordReader:
 
 
 def open_records(
-    source: Source, reading: Reading, report: Report
-) -> tuple[Iterator[tuple[Place, Item]], RecordReader]:
-    """The items of a source, unparsed where that is possible, and the reader that parses them.
+    source: Source, reading: Reading, report: Report, count: int = 1
+) -> tuple[Sequence[Iterable[tuple[Place, Unread]]], RecordReader]:
+    """A source's rows as at most ``count`` pieces, and the reader that makes records of them.
 
     Reads the first row, to recognise the format; all of them if the format is flat rows, which are
     gathered by prompt here.
     """
-    rows = source.raw_rows()
+    pieces: Sequence[Iterable[tuple[Place, RawRow]]] = source.pieces(count)
+    rows = itertools.chain.from_iterable(pieces)
     first = next(rows, None)
     if first is None:
-        return iter(()), RecordReader(reading)
-    rows = itertools.chain([first], rows)
+        return [], RecordReader(reading)
+    if len(pieces) == 1:  # read on from here; several are opened again where they are read
+        pieces = [itertools.chain([first], rows)]
     detected = reading.format is None
     if detected:
         place, raw = first
@@ -178,9 +183,10 @@ def open_records(
     report.format = reading.format or ""
     reader = RecordReader(reading, detected)
     if reading.format != "flat":
-        return rows, reader
-    parsed = ((place, parse_row(place, raw)) for place, raw in rows)
-    return gather_flat((place, reader.candidates(place, row)) for place, row in parsed), reader
+        return pieces, reader
+    rows = itertools.chain.from_iterable(pieces)
+    parsed = ((place, reader.parse(place, parse_row(place, raw))) for place, raw in rows)
+    return slices(list(gather_flat(parsed)), count), reader
 
 
 def require_records(report: Report) -> None:
@@ -193,9 +199,9 @@ def require_records(report: Report) -> None:
     raise InputError(f"{report.name}: no usable record: {report.read} read, {reasons}")
 
 
-def gather_flat(rows: Iterable[tuple[Place, Candidates]]) -> Iterator[tuple[Place, Candidates]]:
+def gather_flat(rows: Iterable[tuple[Place, ParsedRow]]) -> Iterator[tuple[Place, ParsedRow]]:
     """Flat rows gathered by prompt, wherever they stand in the file, at the first row's place."""
-    groups: dict[str, tuple[Place, Candidates]] = {}
+    groups: dict[str, tuple[Place, ParsedRow]] = {}
     for place, row in rows:
         key = row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt)
         if key in groups:
@@ -207,9 +213,9 @@ def gather_flat(rows: Iterable[tuple[Place, Candidates]]) -> Iterator[tuple[Plac
 
 
 def _usable(
-    found: Candidates, place: Place, row: Row | None, reading: Reading, report: Report
+    found: ParsedRow, place: Place, row: Row | None, reading: Reading, report: Report
 ) -> Record | None:
-    """Drops what is of no use from one row's candidates, and the row if too few are left."""
+    """The usable candidates of a row; None, the row dropped, if too few are left."""
     if found.prompt is None:
         report.drop_record(reports.NO_PROMPT, place.line, len(found.responses))
         return None

@@ -15,22 +15,27 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastrank.data.fields import Message
-from fastrank.data.records import Record
+from fastrank.data.files import Place
+from fastrank.data.records import Record, RecordReader, Unread
 from fastrank.data.report import Report
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fastrank.data.packing import Group
+    from fastrank.data.group import Group
 
-#: Prompt ids, and one list of ids a response.
+#: Prompt ids, and one list of ids per response.
 Encoded = tuple[list[int], list[list[int]]]
+
+#: A portion ends after so many rows, or so many bytes of them.
+PORTION_ROWS = 128
+PORTION_BYTES = 1 << 20
 
 EMPTY_PROMPT = "prompt without a token"
 TEMPLATE_REFUSED = "refused by the chat template"
@@ -81,20 +86,11 @@ def tokenize_record(
     Raises:
         InputError: the tokenizer has no EOS token to end a response with.
     """
-    import torch
-
-    from fastrank.data.packing import Group
-
     encoded = encode_record(record, tokenizer, report, as_chat=options.as_chat)
     if encoded is None:
         return None
-    prompt, responses = truncate(encoded, tokenizer, options, report, record.line)
-    return Group(
-        torch.tensor(prompt),
-        tuple(torch.tensor(response) for response in responses),
-        torch.tensor(record.scores, dtype=torch.float32),
-        name=f"{report.name}:{record.line}",
-    )
+    cut = truncate(encoded, tokenizer, options, report, record.line)
+    return as_group(record, cut, report.name)
 
 
 def encode_record(
@@ -104,8 +100,7 @@ def encode_record(
     *,
     as_chat: bool = False,
 ) -> Encoded | None:
-    """A record's token ids, (prompt, one list a response), at full length; see
-    `tokenize_record` for when there are none."""
+    """A record's token ids at full length; None as for `tokenize_record`."""
     return encode_records([record], tokenizer, report, as_chat=as_chat)[0]
 
 
@@ -135,6 +130,56 @@ def encode_records(
             split = None
         out.append(split)
     return out
+
+
+def encode_rows(
+    rows: Iterable[tuple[Place, Unread]],
+    reader: RecordReader,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokenizeOptions,
+    report: Report,
+) -> Iterator[tuple[Record, Encoded]]:
+    """Read, tokenise and truncate rows, a portion at a time; yield what is usable, in order.
+
+    Raises:
+        InputError: a malformed row, or a tokenizer without an EOS token.
+    """
+    for portion in _portions(rows):
+        found = (reader.read(place, unread, report) for place, unread in portion)
+        records = [record for record in found if record is not None]
+        whole = encode_records(records, tokenizer, report, as_chat=options.as_chat)
+        for record, encoded in zip(records, whole, strict=True):
+            if encoded is not None:
+                yield record, truncate(encoded, tokenizer, options, report, record.line)
+
+
+def _portions(rows: Iterable[tuple[Place, Unread]]) -> Iterator[list[tuple[Place, Unread]]]:
+    """Rows in lists that are worth a call of the tokenizer."""
+    portion: list[tuple[Place, Unread]] = []
+    size = 0
+    for place, unread in rows:
+        portion.append((place, unread))
+        size += len(unread) if isinstance(unread, bytes) else 0
+        if len(portion) >= PORTION_ROWS or size >= PORTION_BYTES:
+            yield portion
+            portion, size = [], 0
+    if portion:
+        yield portion
+
+
+def as_group(record: Record, encoded: Encoded, file: str) -> Group:
+    """A tokenised record as a `Group` named ``file:line``."""
+    import torch
+
+    from fastrank.data.group import Group
+
+    prompt, responses = encoded
+    return Group(
+        torch.tensor(prompt),
+        tuple(torch.tensor(response) for response in responses),
+        torch.tensor(record.scores, dtype=torch.float32),
+        name=f"{file}:{record.line}",
+    )
 
 
 def encode_prompt(

@@ -19,8 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrank.data.files import looks_like_path, one_line
-from fastrank.data.identity import content_hash
+from fastrank.data.files import content_hash, looks_like_path, one_line
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:

@@ -15,9 +15,8 @@ from typing import Any
 
 from fastrank.data import fields, formats
 from fastrank.data.fields import Prompt
-from fastrank.data.files import Place, Row, read_rows
-from fastrank.data.formats import Candidates
-from fastrank.data.identity import content_hash
+from fastrank.data.files import Place, Row, content_hash, read_rows
+from fastrank.data.formats import ParsedRow
 from fastrank.data.records import gather_flat
 from fastrank.errors import InputError
 
@@ -89,7 +88,7 @@ def read_items(path: str | Path, *, format: str | None = None) -> Iterator[Promp
     """
     if format is not None:
         formats.reader(format)
-    flat: list[tuple[Place, Candidates]] = []
+    flat: list[tuple[Place, ParsedRow]] = []
     num_rows = num_items = 0
     for place, row in read_rows(path):
         num_rows += 1
@@ -122,7 +121,7 @@ def _format_of(row: Row, place: Place) -> str | None:
 def _item(place: Place, row: Row, name: str | None) -> PromptItem | None:
     if name is None:
         key = next(key for key in _PROMPT_KEYS if row.get(key) is not None)
-        found = Candidates(fields.prompt(row[key], place, key), [], [])
+        found = ParsedRow(fields.prompt(row[key], place, key), [], [])
         used = {key}
     else:
         found = formats.reader(name)(row, place, None)
@@ -150,7 +149,7 @@ def _sources(row: Row, place: Place, length: int) -> list[str]:
 
 def _build(
     place: Place,
-    found: Candidates,
+    found: ParsedRow,
     extra: Row,
     has_scores: bool,
     sources: Sequence[str] | None = None,

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fastrank.data import parquet_child
+from fastrank.data import parquet
 from fastrank.data.files import read_rows
 from fastrank.data.records import read_records
 from fastrank.errors import InputError
@@ -66,8 +66,8 @@ def test_a_record_that_is_wrong_is_named(tmp_path: Path) -> None:
 def _instead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> Path:
     """Run ``code`` in place of the process that reads the file."""
     script = tmp_path / "child.py"
-    script.write_text(f"import json, sys\nsys.path[:] = json.loads(sys.argv[4])\n{code}\n")
-    monkeypatch.setattr(parquet_child, "__file__", str(script))
+    script.write_text(f"import json, sys\nsys.path[:] = json.loads(sys.argv[6])\n{code}\n")
+    monkeypatch.setattr(parquet, "PROGRAM", str(script))
     return _write(tmp_path / "any.parquet", [{"a": 1}])
 
 
@@ -79,10 +79,10 @@ def _instead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> Path
         ("sys.exit(7)", "failed with status 7"),
         ("print('first\\nsecond', file=sys.stderr); sys.exit(3)", "file: second$"),
         (
-            "from fastrank.data.parquet_child import limit_time\nlimit_time(0)\nwhile True: pass",
+            "from fastrank.data.parquet import limit_time\nlimit_time(0)\nwhile True: pass",
             "more than 30 s of processor time for a batch of rows",
         ),
-        ("print('{}'); sys.stdout.flush(); import os; os.abort()", "crashed"),
+        ("print('1\\n{}'); sys.stdout.flush(); import os; os.abort()", "crashed"),
     ],
 )
 def test_a_reader_that_dies_is_one_line(

@@ -17,8 +17,7 @@ from record_files import byte_tokenizer
 from fastrank.data.files import Place, open_source
 from fastrank.data.records import Reading, open_records, read_records, spread, standardized
 from fastrank.data.report import Report
-from fastrank.data.stream import tokenize_source
-from fastrank.data.tokenize import TokenizeOptions
+from fastrank.data.tokenize import TokenizeOptions, as_group, encode_rows
 from fastrank.errors import InputError
 
 quick = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
@@ -119,11 +118,11 @@ def test_what_is_dropped_is_what_is_of_no_use(content: list[dict]) -> None:
 def test_reports_of_two_parts_are_the_report(content: list[dict], cut: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(write(folder, "jsonl", content))
-        items, reader = open_records(source, Reading(), Report())
+        (rows,), reader = open_records(source, Reading(), Report())
         whole, parts = Report(), (Report(), Report())
-        for at, (place, item) in enumerate(items):
-            reader.read(place, item, whole)
-            reader.read(place, item, parts[at >= cut])
+        for at, (place, row) in enumerate(rows):
+            reader.read(place, row, whole)
+            reader.read(place, row, parts[at >= cut])
     parts[0].merge(parts[1])
     assert parts[0] == whole
     assert Report.from_state(json.loads(json.dumps(whole.state()))) == whole
@@ -145,8 +144,9 @@ def test_tokens_say_the_texts_and_keep_the_limits(
     report = Report(name="f")
     with tempfile.TemporaryDirectory() as folder:
         source = open_source(write(folder, "jsonl", content))
-        parts = list(tokenize_source(source, Reading(), byte_tokenizer(), options, report))
-    groups = [part.group(i, "f") for part in parts for i in range(len(part))]
+        (found,), reader = open_records(source, Reading(), report)
+        tokenized = encode_rows(found, reader, byte_tokenizer(), options, report)
+        groups = [as_group(record, encoded, "f") for record, encoded in tokenized]
     assert len(groups) == len(content) == report.kept
     tokenizer = byte_tokenizer()
     cut_prompts = cut_responses = 0

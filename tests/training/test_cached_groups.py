@@ -11,9 +11,9 @@ from record_files import byte_tokenizer, some_rows, write_jsonl
 from transformers import PreTrainedModel
 
 from fastrank import Group
+from fastrank.data.cached_groups import CachedGroups
 from fastrank.data.group import Group as GroupClass
 from fastrank.data.load import load_groups
-from fastrank.data.table import GroupTable
 from fastrank.errors import InputError
 from fastrank.training.memory import fullest
 from fastrank.training.splits import choose_groups, shared_prompts, split_by_prompt
@@ -21,12 +21,12 @@ from fastrank.training.trainer import RankTrainer
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Group], GroupTable]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Group], CachedGroups]:
     folder = tmp_path_factory.mktemp("cached")
     path = write_jsonl(folder / "d.jsonl", some_rows(120))
     listed, _ = load_groups(path, byte_tokenizer(), cache=False)
     mapped, _ = load_groups(path, byte_tokenizer(), cache_dir=folder / "cache")
-    assert isinstance(listed, list) and isinstance(mapped, GroupTable)
+    assert isinstance(listed, list) and isinstance(mapped, CachedGroups)
     return listed, mapped
 
 
@@ -37,7 +37,7 @@ def model(vocab_size: int = 258) -> PreTrainedModel:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_same_weights_come_out(
     workers: int,
-    both: tuple[list[Group], GroupTable],
+    both: tuple[list[Group], CachedGroups],
     make_trainer: Callable[..., RankTrainer],
 ) -> None:
     weights, metrics = [], []
@@ -55,7 +55,7 @@ def test_the_same_weights_come_out(
     assert metrics[0] == metrics[1]
 
 
-def test_splits_and_samples_are_the_same(both: tuple[list[Group], GroupTable]) -> None:
+def test_splits_and_samples_are_the_same(both: tuple[list[Group], CachedGroups]) -> None:
     listed, mapped = ([part for part in split_by_prompt(g, 0.3, seed=5)] for g in both)
     for a, b in zip(listed, mapped, strict=True):
         assert [g.name for g in a] == [g.name for g in b]
@@ -69,7 +69,7 @@ def test_splits_and_samples_are_the_same(both: tuple[list[Group], GroupTable]) -
 
 
 def test_checks_name_the_group_without_touching_the_others(
-    both: tuple[list[Group], GroupTable],
+    both: tuple[list[Group], CachedGroups],
     make_trainer: Callable[..., RankTrainer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,17 +1,20 @@
-"""The mapped table of groups behaves as the list of them does."""
+"""Groups in mapped files behave as the list of them does."""
 
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from datasets.arrow_writer import ArrowWriter
 from torch.utils.data import DataLoader
 
 from fastrank import Group
+from fastrank.data.cached_groups import CachedGroups, as_row, features
 from fastrank.data.columns import (
     group_sizes,
     largest_ids,
@@ -20,8 +23,7 @@ from fastrank.data.columns import (
     select,
     tokens_digest,
 )
-from fastrank.data.table import SCHEMA, GroupTable, record_batch
-from fastrank.data.tokenized import TokenizedGroups
+from fastrank.data.records import Record
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +41,18 @@ def encoded() -> list[tuple[list[int], list[list[int]], list[float], int]]:
     return out
 
 
+def write(path: Path, encoded: list) -> None:
+    with ArrowWriter(path=str(path), features=features(), writer_batch_size=10) as writer:
+        for prompt, responses, rewards, line in encoded:
+            writer.write(as_row(Record("", [], rewards, line), (prompt, responses)))
+        writer.finalize()
+
+
 @pytest.fixture
-def table(encoded, tmp_path: Path) -> GroupTable:
-    path = tmp_path / "groups.arrow"
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        for start in range(0, len(encoded), 10):  # the last batch is a short one
-            prompts, responses, rewards, lines = zip(*encoded[start : start + 10], strict=True)
-            pairs = list(zip(prompts, responses, strict=True))
-            writer.write_batch(
-                record_batch(TokenizedGroups.from_encoded(pairs, rewards, lines))  # type: ignore[arg-type]
-            )
-    return GroupTable.open(path, "file")
+def table(encoded, tmp_path: Path) -> CachedGroups:
+    for number, rows in enumerate((encoded[:34], encoded[34:])):  # the last batches are short ones
+        write(tmp_path / f"groups-{number}.arrow", rows)
+    return CachedGroups(tmp_path, "file")
 
 
 @pytest.fixture
@@ -67,7 +70,7 @@ def same(a: Group, b: Group) -> bool:
     )
 
 
-def test_items_slices_and_iteration(table: GroupTable, plain: list[Group]) -> None:
+def test_items_slices_and_iteration(table: CachedGroups, plain: list[Group]) -> None:
     assert len(table) == len(plain) == 57
     assert all(map(same, table, plain))
     for i in (0, 9, 10, 56, -1, -57):
@@ -81,27 +84,27 @@ def test_items_slices_and_iteration(table: GroupTable, plain: list[Group]) -> No
     assert same(table[np.int64(4)], plain[4])  # type: ignore[call-overload]
 
 
-def test_a_group_owns_its_numbers(table: GroupTable, plain: list[Group]) -> None:
+def test_a_group_owns_its_numbers(table: CachedGroups, plain: list[Group]) -> None:
     table[2].prompt_ids.zero_()
     table[2].rewards.zero_()
     assert same(table[2], plain[2])
 
 
-def test_views_of_views(table: GroupTable, plain: list[Group]) -> None:
+def test_views_of_views(table: CachedGroups, plain: list[Group]) -> None:
     first = table.select([40, 3, 3, 50, 11])
     second = first.select(np.array([3, 0]))
     assert [g.name for g in second] == [plain[50].name, plain[40].name]
-    assert second.file is table.file
+    assert second.dataset is table.dataset
     assert len(table.select([])) == 0 and list(table.select(range(0))) == []
     for wrong in ([5], [-1]):
         with pytest.raises(IndexError, match=r"must lie in \[0, 5\)"):
             first.select(wrong)
 
 
-def test_columns_are_those_of_the_groups(table: GroupTable, plain: list[Group]) -> None:
+def test_columns_are_those_of_the_groups(table: CachedGroups, plain: list[Group]) -> None:
     for chosen in (range(57), [50, 3, 7, 7]):
         mapped, listed = select(table, chosen), select(plain, chosen)
-        assert isinstance(mapped, GroupTable) and isinstance(listed, list)
+        assert isinstance(mapped, CachedGroups) and isinstance(listed, list)
         a, b = group_sizes(mapped), group_sizes(listed)
         for name in ("num_candidates", "num_tokens", "longest_sequence"):
             assert getattr(a, name).tolist() == getattr(b, name).tolist()
@@ -115,13 +118,13 @@ def test_columns_are_those_of_the_groups(table: GroupTable, plain: list[Group]) 
     assert prompt_key(np.array([1, 2])) != prompt_key(np.array([2, 1]))
 
 
-def test_nothing_is_a_table_too(table: GroupTable) -> None:
+def test_nothing_is_a_table_too(table: CachedGroups) -> None:
     none = table.select([])
     assert len(group_sizes(none)) == len(group_sizes([])) == 0
     assert len(largest_ids(none)) == len(largest_ids([])) == len(prompt_keys([])) == 0
 
 
-def test_other_processes_open_the_file(table: GroupTable, plain: list[Group]) -> None:
+def test_other_processes_open_the_file(table: CachedGroups, plain: list[Group]) -> None:
     view = table.select([8, 2])
     assert len(pickle.dumps(view)) < 1000
     assert [g.name for g in pickle.loads(pickle.dumps(view))] == [plain[8].name, plain[2].name]
@@ -129,15 +132,17 @@ def test_other_processes_open_the_file(table: GroupTable, plain: list[Group]) ->
     assert all(map(same, loader, plain))
 
 
-def test_a_file_that_is_not_whole_is_no_table(table: GroupTable, tmp_path: Path) -> None:
-    raw = table.file.path.read_bytes()
-    path = tmp_path / "cut.arrow"
+def test_a_file_that_is_not_whole_is_no_table(table: CachedGroups, tmp_path: Path) -> None:
+    path = tmp_path / "groups-1.arrow"
+    raw = path.read_bytes()
     path.write_bytes(raw[: len(raw) * 2 // 3])
     with pytest.raises((OSError, pa.ArrowInvalid)):
-        GroupTable.open(path, "file")
+        CachedGroups(tmp_path, "file")
 
 
-def test_the_digest_tells_tokens_and_their_order(table: GroupTable, plain: list[Group]) -> None:
+def test_the_digest_tells_tokens_and_their_order(
+    table: CachedGroups, plain: list[Group], tmp_path: Path
+) -> None:
     for groups in (table, plain):
         backwards = range(len(groups))[::-1]
         digests = [tokens_digest(select(groups, index)) for index in (range(56), backwards)]
@@ -145,12 +150,11 @@ def test_the_digest_tells_tokens_and_their_order(table: GroupTable, plain: list[
         assert tokens_digest(select(groups, backwards)) == digests[1]
     assert tokens_digest(pickle.loads(pickle.dumps(table))) == tokens_digest(table)
     # Another cache entry, and the same one with other content.
-    raw = table.file.path.read_bytes()
-    moved = table.file.path.parent / "another entry" / "groups.arrow"
-    moved.parent.mkdir()
-    moved.write_bytes(raw)
-    first = tokens_digest(GroupTable.open(moved, "file"))
-    with pa.OSFile(str(moved), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-        writer.write_batch(record_batch(TokenizedGroups.from_encoded([([1], [[2]])], [[1.0]], [1])))
-    second = tokens_digest(GroupTable.open(moved, "file"))
+    moved = tmp_path / "another entry"
+    moved.mkdir()
+    for file in tmp_path.glob("*.arrow"):
+        shutil.copy(file, moved)
+    first = tokens_digest(CachedGroups(moved, "file"))
+    write(moved / "groups-1.arrow", [([1], [[2]], [1.0], 1)])
+    second = tokens_digest(CachedGroups(moved, "file"))
     assert len({tokens_digest(table), first, second}) == 3

@@ -1,0 +1,190 @@
+"""Groups in memory-mapped Arrow files, written and opened by `datasets`.
+
+Tokens stay in the files and in the system's page cache, which gives them up when memory is short;
+a `Group` is made when its index is asked for. Sizes, largest ids and prompt keys, 40 bytes per
+group, are stored beside the tokens and held once they were asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastrank.data.columns import GroupSizes, prompt_key
+from fastrank.data.files import content_hash
+from fastrank.data.records import Record
+from fastrank.data.tokenize import Encoded
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features
+
+    from fastrank.data.group import Group
+
+#: Types of the columns; "prompt_key" holds the bits of an unsigned number.
+COLUMNS = {
+    "prompt_ids": ["int32"],
+    "response_ids": [["int32"]],
+    "rewards": ["float32"],
+    "line": "int64",
+    "prompt_key": "int64",
+    "num_candidates": "int32",
+    "num_tokens": "int32",
+    "longest_sequence": "int32",
+    "largest_id": "int32",
+}
+
+
+def features() -> Features:
+    """The columns as `datasets` describes them."""
+    from datasets import Features, List, Value
+
+    def feature(kind: Any) -> Any:
+        return Value(kind) if isinstance(kind, str) else List(feature(kind[0]))
+
+    return Features({name: feature(kind) for name, kind in COLUMNS.items()})
+
+
+def as_row(record: Record, encoded: Encoded) -> dict[str, Any]:
+    """A tokenised record as a row of the files."""
+    prompt, responses = encoded
+    lengths = [len(ids) for ids in responses]
+    key = np.uint64(prompt_key(np.array(prompt))).astype(np.int64)
+    return {
+        "prompt_ids": prompt,
+        "response_ids": responses,
+        "rewards": record.scores,
+        "line": record.line,
+        "prompt_key": int(key),
+        "num_candidates": len(responses),
+        "num_tokens": len(prompt) + sum(lengths),
+        "longest_sequence": len(prompt) + max(lengths),
+        "largest_id": max(max(prompt), *map(max, responses)),
+    }
+
+
+class CachedGroups(Sequence["Group"]):
+    """The groups of a cache entry, or some of them.
+
+    A copy sent to another process opens the files again.
+
+    Args:
+        folder: holds ``*.arrow`` files of `as_row`s, in the order of their names.
+        source: the name of the records' file, for the names of the groups.
+        index: positions in the files of the groups to show, in this order; None for all.
+        dataset: the files, if they are open already.
+
+    Raises:
+        OSError, ValueError, pyarrow.ArrowException: a file is not there or not whole.
+
+    Attributes:
+        dataset: all rows, as a `datasets.Dataset`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        source: str,
+        index: NDArray[np.int64] | None = None,
+        *,
+        dataset: Dataset | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.source = source
+        self.dataset = _open(self.folder) if dataset is None else dataset
+        self._index = index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CachedGroups, (self.folder, self.source, self._index)
+
+    def __len__(self) -> int:
+        return len(self.dataset) if self._index is None else len(self._index)
+
+    @overload
+    def __getitem__(self, item: int) -> Group: ...
+    @overload
+    def __getitem__(self, item: slice) -> CachedGroups: ...
+    def __getitem__(self, item: int | slice) -> Group | CachedGroups:
+        if isinstance(item, slice):
+            return self.select(range(*item.indices(len(self))))
+        position = range(len(self))[item]  # negative ones, and the IndexError
+        return self._group(position if self._index is None else int(self._index[position]))
+
+    def __iter__(self) -> Iterator[Group]:
+        return (self[i] for i in range(len(self)))
+
+    def select(self, index: Iterable[int]) -> CachedGroups:
+        """The groups at these positions, in this order, over the same mapped files."""
+        chosen = np.fromiter(index, dtype=np.int64)
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self):
+            raise IndexError(
+                f"index must lie in [0, {len(self)}), got {chosen.min()} to {chosen.max()}"
+            )
+        rows = chosen if self._index is None else self._index[chosen]
+        return CachedGroups(self.folder, self.source, rows, dataset=self.dataset)
+
+    @cached_property
+    def _texts(self) -> list[Any]:
+        return [self.dataset.data.column(name) for name in list(COLUMNS)[:4]]
+
+    def _group(self, row: int) -> Group:
+        """One group, with copies of its numbers."""
+        import torch
+
+        from fastrank.data.group import Group
+
+        prompt, responses, rewards, line = (column[row] for column in self._texts)
+        ids = torch.from_numpy(responses.values.flatten().to_numpy().astype(np.int64))
+        return Group(
+            torch.from_numpy(prompt.values.to_numpy().astype(np.int64)),
+            ids.split(responses.values.value_lengths().to_pylist()),
+            torch.from_numpy(rewards.values.to_numpy().copy()),
+            name=f"{self.source}:{line}",
+        )
+
+    @cached_property
+    def sizes(self) -> GroupSizes:
+        """See `fastrank.data.columns.group_sizes`."""
+        names = ("num_candidates", "num_tokens", "longest_sequence")
+        return GroupSizes(*(self._column(name) for name in names))
+
+    @cached_property
+    def largest_ids(self) -> NDArray[np.int64]:
+        """See `fastrank.data.columns.largest_ids`."""
+        return self._column("largest_id")
+
+    @cached_property
+    def prompt_keys(self) -> NDArray[np.uint64]:
+        """See `fastrank.data.columns.prompt_keys`."""
+        return self._column("prompt_key").view(np.uint64)
+
+    @cached_property
+    def tokens_digest(self) -> str:
+        """See `fastrank.data.columns.tokens_digest`. Of the name of the cache entry, which stands
+        for all that its tokens were made from, samples of the files, and the chosen positions."""
+        digest = blake2b(self.folder.absolute().name.encode(), digest_size=16)
+        for file in _files(self.folder):
+            digest.update(content_hash(file).encode())
+        if self._index is not None:
+            digest.update(self._index.tobytes())
+        return digest.hexdigest()
+
+    def _column(self, name: str) -> NDArray[np.int64]:
+        values: NDArray[Any] = self.dataset.data.column(name).to_numpy()
+        chosen = values if self._index is None else values[self._index]
+        return chosen.astype(np.int64)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.arrow"))
+
+
+def _open(folder: Path) -> Dataset:
+    from datasets import Dataset, concatenate_datasets
+
+    return concatenate_datasets([Dataset.from_file(str(file)) for file in _files(folder)])
