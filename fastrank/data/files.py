@@ -39,10 +39,16 @@ LONGEST_LINE = 256 << 20
 LONGEST_DOCUMENT = 1 << 30
 
 _HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+){0,2}$")
+#: A text that looks like a number or a missing value is a text.
+_CSV = {
+    "converters": dict.fromkeys(("prompt", "response", "chosen", "rejected"), str),
+    "keep_default_na": False,
+    "na_values": [""],
+}
 #: Files that `datasets` reads: the name of its loader and the loader's options.
 _LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    ".csv": ("csv", _CSV),
+    ".tsv": ("csv", _CSV | {"sep": "\t"}),
     ".arrow": ("arrow", {}),
 }
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}

@@ -17,7 +17,10 @@ import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from fastrank.data.fields import Message
 from fastrank.data.files import Place
@@ -174,12 +177,11 @@ def as_group(record: Record, encoded: Encoded, file: str) -> Group:
     from fastrank.data.group import Group
 
     prompt, responses = encoded
-    return Group(
-        torch.tensor(prompt),
-        tuple(torch.tensor(response) for response in responses),
-        torch.tensor(record.scores, dtype=torch.float32),
-        name=f"{file}:{record.line}",
-    )
+    texts = [prompt, *responses]
+    ids = torch.from_numpy(np.array([*chain.from_iterable(texts)]))
+    own, *rest = ids.split([len(text) for text in texts])
+    rewards = torch.tensor(record.scores, dtype=torch.float32)
+    return Group(own, tuple(rest), rewards, name=f"{file}:{record.line}")
 
 
 def encode_prompt(
