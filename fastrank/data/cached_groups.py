@@ -1,8 +1,8 @@
 """Groups in memory-mapped Arrow files, written and opened by `datasets`.
 
 Tokens stay in the files and in the system's page cache, which gives them up when memory is short;
-a `Group` is made when its index is asked for. Sizes, largest ids and prompt keys, 40 bytes per
-group, are stored beside the tokens and held once they were asked for.
+a `Group` is made when its index is asked for. Sizes come from the files' offsets, largest ids and
+prompt keys are stored; all of them, 40 bytes per group, are held once they were asked for.
 """
 
 from __future__ import annotations
@@ -33,9 +33,6 @@ COLUMNS = {
     "rewards": ["float32"],
     "line": "int64",
     "prompt_key": "int64",
-    "num_candidates": "int32",
-    "num_tokens": "int32",
-    "longest_sequence": "int32",
     "largest_id": "int32",
 }
 
@@ -53,17 +50,13 @@ def features() -> Features:
 def as_row(record: Record, encoded: Encoded) -> dict[str, Any]:
     """A tokenised record as a row of the files."""
     prompt, responses = encoded
-    lengths = [len(ids) for ids in responses]
-    key = np.uint64(prompt_key(np.array(prompt))).astype(np.int64)
+    key = prompt_key(np.array(prompt))
     return {
         "prompt_ids": prompt,
         "response_ids": responses,
         "rewards": record.scores,
         "line": record.line,
-        "prompt_key": int(key),
-        "num_candidates": len(responses),
-        "num_tokens": len(prompt) + sum(lengths),
-        "longest_sequence": len(prompt) + max(lengths),
+        "prompt_key": key - (1 << 64) if key >> 63 else key,
         "largest_id": max(max(prompt), *map(max, responses)),
     }
 
@@ -150,8 +143,19 @@ class CachedGroups(Sequence["Group"]):
     @cached_property
     def sizes(self) -> GroupSizes:
         """See `fastrank.data.columns.group_sizes`."""
-        names = ("num_candidates", "num_tokens", "longest_sequence")
-        return GroupSizes(*(self._column(name) for name in names))
+        import pyarrow.compute as pc
+
+        prompts, responses, _, _ = self._texts
+        prompt_tokens = pc.list_value_length(prompts).to_numpy().astype(np.int64)
+        count = pc.list_value_length(responses).to_numpy().astype(np.int64)
+        tokens = pc.list_value_length(pc.list_flatten(responses)).to_numpy().astype(np.int64)
+        first = np.cumsum(count) - count
+        sums, longest = (
+            function.reduceat(tokens, first) if len(first) else tokens
+            for function in (np.add, np.maximum)
+        )
+        columns = (count, prompt_tokens + sums, prompt_tokens + longest)
+        return GroupSizes(*(self._chosen(column) for column in columns))
 
     @cached_property
     def largest_ids(self) -> NDArray[np.int64]:
@@ -175,9 +179,10 @@ class CachedGroups(Sequence["Group"]):
         return digest.hexdigest()
 
     def _column(self, name: str) -> NDArray[np.int64]:
-        values: NDArray[Any] = self.dataset.data.column(name).to_numpy()
-        chosen = values if self._index is None else values[self._index]
-        return chosen.astype(np.int64)
+        return self._chosen(self.dataset.data.column(name).to_numpy()).astype(np.int64)
+
+    def _chosen(self, values: NDArray[Any]) -> NDArray[Any]:
+        return values if self._index is None else values[self._index]
 
 
 def _files(folder: Path) -> list[Path]:

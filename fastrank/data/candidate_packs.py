@@ -58,7 +58,7 @@ class Candidates(NamedTuple):
     group_index: tuple[int, ...]
     """The groups' positions, by default in the list given."""
     sequence_lengths: tuple[int, ...]
-    """Tokens of every [prompt; response], one a candidate."""
+    """Tokens of every [prompt; response], one per candidate."""
     num_tokens: int
     """Tokens of all groups in packs that split none, without padding."""
 
@@ -109,7 +109,7 @@ def candidate_packs(
         groups: may be none, which gives no pack.
         max_tokens: the budget of a pack, as for `fastrank.pack`.
         shared_prompts: as for `fastrank.pack`.
-        live: which candidates to hold, one value a candidate through all groups; None for all.
+        live: which candidates to hold, one value per candidate through all groups; None for all.
         vocab_size: if given, every token id must lie below it.
 
     Raises:

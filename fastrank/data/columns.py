@@ -2,8 +2,8 @@
 
 Checks, splits and packing plans look at all groups of a data set before the first step. For a list
 of `Group`s that means every one of them; cached groups (`fastrank.data.cached_groups`) have the
-numbers stored beside the tokens and answer for a million groups in milliseconds. Callers need not
-know which of the two they have.
+numbers beside the tokens and answer for a million groups in milliseconds. Callers need not know
+which of the two they have.
 """
 
 from __future__ import annotations

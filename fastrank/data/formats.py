@@ -43,27 +43,31 @@ def _identity(row: Row) -> str | None:
     return None if value is None else one_line(value)
 
 
+def _prompt(row: Row, key: str, place: Place) -> Prompt | None:
+    return fields.prompt(field_of(row, key, place), place, key)
+
+
 def _responses(row: Row, key: str, place: Place) -> list[str | None]:
     items = listed(field_of(row, key, place), place, key)
     return [response(item, place, f"{key}[{i}]") for i, item in enumerate(items)]
 
 
+def _lists(asked: str, responses: str, scores: str) -> Reader:
+    """Reader of rows with a prompt, a list of responses and a list of scores under these names."""
+
+    def read(row: Row, place: Place, score_key: str | None) -> ParsedRow:
+        said = _responses(row, responses, place)
+        key = score_key or scores
+        values = numbers(row.get(key), len(said), place, key, responses)
+        return ParsedRow(_prompt(row, asked, place), said, values, _identity(row))
+
+    return read
+
+
 def _canonical(row: Row, place: Place, score_key: str | None) -> ParsedRow:
-    responses = _responses(row, "responses", place)
     key = score_key or ("ranks" if row.get("scores") is None and "ranks" in row else "scores")
-    scores = numbers(row.get(key), len(responses), place, key, "responses")
-    if key == "ranks":
-        scores = from_ranks(scores)
-    asked = fields.prompt(field_of(row, "prompt", place), place, "prompt")
-    return ParsedRow(asked, responses, scores, _identity(row))
-
-
-def _rrhf(row: Row, place: Place, score_key: str | None) -> ParsedRow:
-    responses = _responses(row, "responses", place)
-    key = score_key or "scores"
-    scores = numbers(row.get(key), len(responses), place, key, "responses")
-    asked = fields.prompt(field_of(row, "query", place), place, "query")
-    return ParsedRow(asked, responses, scores, _identity(row))
+    found = _lists("prompt", "responses", key)(row, place, None)
+    return found._replace(scores=from_ranks(found.scores)) if key == "ranks" else found
 
 
 def _pro(row: Row, place: Place, score_key: str | None) -> ParsedRow:
@@ -90,15 +94,9 @@ def _pro_prompt(value: Any, num_responses: int, place: Place) -> Prompt | None:
         raise InputError(f"{place}: prefix has different prompts, expected one for all candidates")
     if not items:
         return None
-    return (
-        _pro_turns(items[0], place)
-        if isinstance(items[0], list)
-        else _pro_prompt_text(items[0], place)
-    )
-
-
-def _pro_prompt_text(value: Any, place: Place) -> Prompt:
-    return fields.text(value, place, "prefix[0]")
+    if isinstance(items[0], list):
+        return _pro_turns(items[0], place)
+    return fields.text(items[0], place, "prefix[0]")
 
 
 def _is_turns(items: Sequence[str]) -> bool:
@@ -138,23 +136,13 @@ def _nested(
             raise InputError(f"{place}: {outer}[{i}] is {got}, expected an object")
         responses.append(response(item.get(inner), place, f"{outer}[{i}].{inner}"))
         scores.append(number(item.get(key), place, f"{outer}[{i}].{key}"))
-    prompt = fields.prompt(field_of(row, asked, place), place, asked)
-    return ParsedRow(prompt, responses, scores, _identity(row))
-
-
-def _all_rm_scores(row: Row, place: Place, score_key: str | None) -> ParsedRow:
-    responses = _responses(row, "all_generated_responses", place)
-    key = score_key or "all_rm_scores"
-    scores = numbers(row.get(key), len(responses), place, key, "all_generated_responses")
-    asked = fields.prompt(field_of(row, "prompt", place), place, "prompt")
-    return ParsedRow(asked, responses, scores, _identity(row))
+    return ParsedRow(_prompt(row, asked, place), responses, scores, _identity(row))
 
 
 def _best_first(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     responses = _responses(row, "responses", place)
     scores: list[float | None] = [float(len(responses) - 1 - i) for i in range(len(responses))]
-    asked = fields.prompt(field_of(row, "prompt", place), place, "prompt")
-    return ParsedRow(asked, responses, scores, _identity(row))
+    return ParsedRow(_prompt(row, "prompt", place), responses, scores, _identity(row))
 
 
 def _unscored(row: Row, place: Place, score_key: str | None) -> ParsedRow:
@@ -176,7 +164,7 @@ def _flat(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     if key is None:
         expected = ", ".join(FLAT_SCORES)
         raise InputError(f"{place}: no score field; expected one of {expected}, or score_key")
-    asked = fields.prompt(field_of(row, "prompt", place), place, "prompt")
+    asked = _prompt(row, "prompt", place)
     said = response(field_of(row, "response", place), place, "response")
     return ParsedRow(asked, [said], [number(row.get(key), place, key)], _identity(row))
 
@@ -191,11 +179,14 @@ class Format(NamedTuple):
 
 #: In the order in which they are tried on the first row.
 FORMATS: dict[str, Format] = {
-    "all_rm_scores": Format(("prompt", "all_generated_responses"), _all_rm_scores),
+    "all_rm_scores": Format(
+        ("prompt", "all_generated_responses"),
+        _lists("prompt", "all_generated_responses", "all_rm_scores"),
+    ),
     "ultrafeedback": Format(("instruction", "completions"), _ultrafeedback),
     "nectar": Format(("prompt", "answers"), _nectar),
     "pro": Format(("prefix", "suffix"), _pro),
-    "rrhf": Format(("query", "responses"), _rrhf),
+    "rrhf": Format(("query", "responses"), _lists("query", "responses", "scores")),
     "canonical": Format(("prompt", "responses"), _canonical),
     "best_first": Format(("prompt", "responses"), _best_first, has_scores=False),
     "unscored": Format(("prompt", "responses"), _unscored, has_scores=False),

@@ -45,7 +45,7 @@ def load_groups(
     cache_dir: str | Path | None = None,
     num_proc: int | None = None,
 ) -> tuple[Sequence[Group], Report]:
-    """All usable groups of a file or data set, in order, and the report of every record's fate.
+    """All usable groups of a file or data set, in order, and the report of all records.
 
     Args:
         source, format, score_key, max_candidates, normalize_rewards, min_candidates: see

@@ -46,7 +46,7 @@ class Pack:
         cu_responses_device, cu_groups_device: copies beside input_ids.
         group_index: the positions of the groups in the list given to `pack`.
         segments: which token belongs to which prompt and response; None without shared prompts.
-        sequence_lengths: tokens of every [prompt; response], one a candidate.
+        sequence_lengths: tokens of every [prompt; response], one per candidate.
         longest_sequence, shortest_sequence: their extremes, as plain numbers: a compiled model
             checks them in every forward and would be bound to a whole tuple.
         names: the groups' names, for messages.
@@ -123,7 +123,7 @@ def pack(
 ) -> list[Pack]:
     """Fill packs of at most ``max_tokens`` tokens with whole groups, best fit by tokens.
 
-    ``max_tokens`` counts what the model computes: with shared prompts P + sum of R_i a group,
+    ``max_tokens`` counts what the model computes: with shared prompts P + sum of R_i per group,
     otherwise the padded rows, candidates x longest [prompt; response] of the pack. Packs come in
     the order in which they were opened, the largest group first; ``Pack.group_index`` leads back to
     the given order. The result depends on nothing but the arguments.
@@ -131,7 +131,7 @@ def pack(
     Args:
         groups: at least one; none gives no pack.
         max_tokens: the budget of a pack, in tokens.
-        shared_prompts: encode every prompt once (one row a pack), or once a response (padded
+        shared_prompts: encode every prompt once (one row per pack), or once per response (padded
             rows); ``"auto"`` decides for all groups by `sharing_pays`.
         vocab_size: if given, every token id must lie below it.
 

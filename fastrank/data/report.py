@@ -1,4 +1,4 @@
-"""What became of every record.
+"""Counts of the records read, kept, dropped and truncated.
 
 One `Report` travels with a file through reading and tokenising, and each stage counts in it. It
 keeps counters and line numbers, never the records, so that it stays small beside a large file; the

@@ -2,7 +2,7 @@
 
 The reference model is only needed for the scores of candidates that never change, so it is loaded,
 asked once, and gone before training begins. The alternative, a second model beside the one that is
-trained, costs its memory and a forward pass a step.
+trained, costs its memory and a forward pass per step.
 
 In a distributed run every process scores its share of the groups.
 """
