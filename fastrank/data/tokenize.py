@@ -329,7 +329,9 @@ def _split(
         eos = tokenizer.eos_token_id
         if eos is None:
             raise InputError("the tokenizer has no EOS token, so the end of a response is unknown")
-        whole = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in whole]
+        for ids in whole:  # in place: the tokenizer made them for this record
+            if ids[-1:] != [eos]:
+                ids.append(eos)
     shared = len(os.path.commonprefix([prompt, *whole]))  # works on any sequences
     # A response keeps at least one token, also when it adds nothing to the prompt's.
     shared = max(0, min(shared, *(len(ids) - 1 for ids in whole)))
@@ -372,7 +374,8 @@ def truncate(
     for ids in responses:
         if len(ids) > response_limit:
             report.truncate("response", line)
-        cut.append(ids[:response_limit])
+            ids = ids[:response_limit]
+        cut.append(ids)
     return prompt, cut
 
 
