@@ -8,8 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "fastrank": ROOT / "fastrank",
@@ -83,7 +81,6 @@ def test_dependencies_point_one_way() -> None:
     assert not upwards
 
 
-@pytest.mark.xfail(strict=True, reason="fastrank.data: files and parquet import each other")
 def test_imports_form_no_circle() -> None:
     graph = {module: imported_modules(module, typing=False) for module in TREES}
     try:
@@ -100,7 +97,6 @@ def _repeated(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return {name: modules for name, modules in homes.items() if len(modules) > 1}
 
 
-@pytest.mark.xfail(strict=True, reason="Candidates: data.candidate_packs, data.formats")
 def test_every_public_class_has_a_name_of_its_own() -> None:
     assert not _repeated(
         (node.name, module)
@@ -115,6 +111,5 @@ def test_every_module_has_a_name_of_its_own() -> None:
     assert not _repeated((module.rpartition(".")[2], module) for module in modules)
 
 
-@pytest.mark.xfail(strict=True, reason="data has files to merge")
 def test_the_package_stays_small() -> None:
     assert len(list(PACKAGES["fastrank"].rglob("*.py"))) <= 120
