@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from fastrank.data.cache import cached_groups, default_num_proc
 from fastrank.data.files import open_source
@@ -39,7 +39,7 @@ def load_groups(
     format: str | None = None,
     score_key: str | None = None,
     max_candidates: int | None = None,
-    normalize_rewards: str = "none",
+    normalize_rewards: NormalizeRewards = "none",
     min_candidates: int = 2,
     cache: bool | None = None,
     cache_dir: str | Path | None = None,
@@ -71,8 +71,7 @@ def load_groups(
     if cache is False and cache_dir is not None:
         raise InputError("cache_dir has no use without a cache")
     options = fit_context(options or TokenizeOptions(), context_length)
-    normalize = cast(NormalizeRewards, normalize_rewards)  # checked by `Reading`
-    reading = Reading(format, score_key, max_candidates, normalize, min_candidates)
+    reading = Reading(format, score_key, max_candidates, normalize_rewards, min_candidates)
     opened = open_source(source)
     large = opened.num_bytes >= CACHE_FROM
     if num_proc is None:
