@@ -48,9 +48,9 @@ def test_opcheck_linear_logprobs(need_head, memory) -> None:
     call = head_call(make_problem(0), (True, need_head, need_head), memory)
     with torch.no_grad():
         opcheck(ops.linear_logprobs, **call)
-        logp, lse, saved = ops.linear_logprobs(**call)
+        logp, norm, saved = ops.linear_logprobs(**call)
         opcheck(
-            ops.linear_logprobs_backward, **call, grad=torch.randn_like(logp), logp=logp, lse=lse,
+            ops.linear_logprobs_backward, **call, grad=torch.randn_like(logp), logp=logp, norm=norm,
             saved=saved,
         )  # fmt: skip
 

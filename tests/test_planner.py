@@ -9,9 +9,10 @@ from fastrank_kernels.planner import (
     default_logits_memory,
     group_chunks,
     plan_ranking,
+    row_pitch,
 )
 
-SIZES = {"rows": 4000, "largest_group": 900, "vocab": 1000, "logits_itemsize": 4}
+SIZES = {"rows": 4000, "largest_group": 900, "vocab": 1024, "logits_itemsize": 4}
 
 
 @pytest.mark.parametrize(
@@ -21,9 +22,9 @@ SIZES = {"rows": 4000, "largest_group": 900, "vocab": 1000, "logits_itemsize": 4
         (True, True, 10**9, "group", 3),
         (True, False, 10**9, "group", 2),
         (False, True, 10**9, "group", 2),
-        (True, True, 4000 * 899, "recompute", 4),
-        (False, True, 4000 * 899, "recompute", 3),
-        (True, False, 4000 * 899, "unit", 2),
+        (True, True, 4096 * 899, "recompute", 4),
+        (False, True, 4096 * 899, "recompute", 3),
+        (True, False, 4096 * 899, "unit", 2),
     ],
 )
 def test_strategy(hidden, head, budget, strategy, products) -> None:
@@ -39,9 +40,9 @@ def test_strategy(hidden, head, budget, strategy, products) -> None:
     [
         ("cpu", 4, 10**9, CPU_CHUNK_ROWS),
         ("cpu", 2, 10**9, 4000),
-        ("cpu", 4, 4000 * 100, 100),
+        ("cpu", 4, 4096 * 100, 100),
         ("cuda", 4, 10**9, 4000),
-        ("cuda", 4, 4000 * 1500, 1500),
+        ("cuda", 4, 4096 * 1500, 1500),
         ("cuda", 4, 1, 1),
     ],
 )
@@ -51,6 +52,14 @@ def test_chunks_are_as_large_as_pays_within_the_budget(device, itemsize, budget,
         **sizes, hidden_grad=True, head_grad=True, budget=budget, device_type=device
     )
     assert plan.chunk_rows == rows
+
+
+def test_rows_are_counted_with_their_pitch() -> None:
+    """A vocabulary that 64 does not divide takes as much memory as the next that it does."""
+    assert [row_pitch(vocab) for vocab in (1, 64, 32001, 50257)] == [64, 64, 32064, 50304]
+    sizes = {"hidden_grad": True, "head_grad": True, "budget": 4096 * 900, "device_type": "cuda"}
+    assert plan_ranking(**{**SIZES, "vocab": 961}, **sizes).strategy == "group"
+    assert plan_ranking(**{**SIZES, "vocab": 1025}, **sizes).strategy == "recompute"
 
 
 def test_groups_are_never_cut() -> None:

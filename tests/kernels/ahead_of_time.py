@@ -33,8 +33,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "torch-ext"))
 from fastrank_kernels import RankSpec  # noqa: E402
 from fastrank_kernels.compact import plan_segment_sum  # noqa: E402
 from fastrank_kernels.dlogits import plan_dlogits  # noqa: E402
-from fastrank_kernels.launch import Launch, row_pitch  # noqa: E402
+from fastrank_kernels.launch import Launch  # noqa: E402
+from fastrank_kernels.planner import row_pitch  # noqa: E402
 from fastrank_kernels.rank import plan_rank  # noqa: E402
+from fastrank_kernels.rescale import plan_rescale  # noqa: E402
 from fastrank_kernels.row_stats import plan_row_stats  # noqa: E402
 from fastrank_kernels.unit_dlogits import plan_unit_dlogits  # noqa: E402
 
@@ -179,7 +181,10 @@ def unit_cases(few: bool) -> Iterator[Case]:
 
 
 def rank_cases(few: bool) -> Iterator[Case]:
-    """The rank kernel: forms, blocks, from tokens or from scores; and segment sums."""
+    """The rank kernel: forms, blocks, from tokens or from scores; segment sums; rescaling."""
+    for dtype in (torch.bfloat16,) if few else FLOATS:
+        launch = plan_rescale(torch.empty(32, 128, dtype=dtype), torch.empty(()))
+        yield f"rescale {dtype}", launch, TARGETS
     values, offsets = torch.empty(9), torch.tensor([0, 9], dtype=torch.int32)
     for dtype in FLOATS if few else (*FLOATS, torch.float64):
         sums = torch.empty(1, dtype=torch.promote_types(dtype, torch.float32))

@@ -56,9 +56,11 @@ def test_contracts(paths: list[Path]) -> None:
 
 
 @pytest.mark.slow
-def test_slow_contracts() -> None:
-    assert number_passed(interpret(RANK, "slow and not gpu")) >= 3
+@pytest.mark.parametrize(("subject", "count"), [("rank", 3), ("narrow", 1)])
+def test_slow_contracts(subject: str, count: int) -> None:
+    paths = [path for path in CONTRACTS if subject in path.stem]
+    assert number_passed(interpret(paths, "slow and not gpu")) >= count
 
 
 def test_no_contract_is_left_out() -> None:
-    assert len(CONTRACTS) == 6
+    assert len(CONTRACTS) == 7

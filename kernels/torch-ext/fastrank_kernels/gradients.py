@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from . import host_memory
+from .products import product
 from .projection import Projection
 from .reference import accumulation_dtype
-
-# Rows of the head whose partial product is added to a wider sum at a time (CPU).
-_HEAD_BLOCK = 4096
 
 
 class Gradients(NamedTuple):
@@ -46,20 +44,28 @@ class GradientSums:
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
 
-    def add(self, at: slice | Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-        """Add what the labels ``at`` contribute, given their logits' gradient and hidden rows."""
+    def add(
+        self, at: slice | Tensor, dlogits: Tensor, hidden: Tensor, factor: Tensor | None = None
+    ) -> None:
+        """Add what the labels ``at`` contribute, given their logits' gradient and hidden rows.
+
+        The gradient's rows are still to be multiplied by ``factor`` [rows], if there is one: it is
+        applied to what they are multiplied with, and to what comes out.
+        """
         if self._hidden is not None:
-            set_rows(self._hidden, at, dlogits, self._call.weight)
+            set_rows(self._hidden, at, dlogits, self._call.weight, factor)
         _, need_weight, need_bias = self._call.needs
         if need_bias:
-            part = dlogits.sum(0, dtype=accumulation_dtype(dlogits.dtype))
+            part = _column_sums(dlogits, factor)
             self._bias = part if self._bias is None else self._bias.add_(part)
-        if need_weight and self._weight is None:
+        if not need_weight:
+            return
+        if factor is not None:
+            hidden = torch.mul(hidden, factor[:, None], out=torch.empty_like(hidden))
+        if first := self._weight is None:
             shape = (dlogits.shape[1], hidden.shape[1])
             self._weight = host_memory.empty(shape, self._sum_dtype, dlogits.device)
-            _add_product(self._weight, dlogits, hidden, first=True)
-        elif self._weight is not None:
-            _add_product(self._weight, dlogits, hidden, first=False)
+        product(dlogits.t(), hidden, self._weight, add=not first)
 
     def finish(self, lift: float | Tensor | None = None) -> Gradients:
         """The sums, divided by ``lift``; zeros where nothing was added."""
@@ -90,14 +96,20 @@ def hidden_gradient(call: Projection, *, sparse: bool) -> Tensor:
     return make(shape, dtype=call.gradient_dtype, device=call.hidden.device)
 
 
-def set_rows(grad: Tensor, at: slice | Tensor, dlogits: Tensor, weight: Tensor) -> None:
-    """Rows ``at`` of the hidden rows' gradient: ``dlogits @ weight``."""
-    if grad.dtype != dlogits.dtype:
-        grad[at] = torch.ops.aten.mm.dtype(dlogits, weight, grad.dtype)
-    elif isinstance(at, slice):
-        torch.mm(dlogits, weight, out=grad[at])
-    else:
-        grad[at] = torch.mm(dlogits, weight)
+def set_rows(
+    grad: Tensor, at: slice | Tensor, dlogits: Tensor, weight: Tensor, factor: Tensor | None = None
+) -> None:
+    """Rows ``at`` of the hidden rows' gradient: ``dlogits @ weight``, times ``factor`` [rows]."""
+    if factor is None and isinstance(at, slice):
+        product(dlogits, weight, grad[at])
+        return
+    shape = (dlogits.shape[0], grad.shape[1])
+    if factor is None:
+        grad[at] = product(dlogits, weight, grad.new_empty(shape))
+        return
+    # Not rounded before it meets its factor.
+    made = product(dlogits, weight, grad.new_empty(shape, dtype=accumulation_dtype(grad.dtype)))
+    torch.mul(made, factor[:, None], out=grad[at])
 
 
 def scatter_rows(grad: Tensor, rows: Tensor | None, num_hidden: int) -> Tensor:
@@ -121,23 +133,15 @@ def scatter_rows(grad: Tensor, rows: Tensor | None, num_hidden: int) -> Tensor:
     return summed.to(grad.dtype)
 
 
-def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
-    """Set ``total`` to (``first``), or add to it, ``dlogitsᵀ @ hidden``."""
-    if total.dtype != dlogits.dtype and dlogits.device.type == "cuda":
-        if first:
-            torch.ops.aten.mm.dtype_out(dlogits.t(), hidden, total.dtype, out=total)
-        else:
-            torch.ops.aten.addmm.dtype_out(total, dlogits.t(), hidden, total.dtype, out=total)
-        return
-    # A CPU rounds a narrow product's result to its own dtype, which several chunks would pay
-    # several times over: blocks of the head are multiplied in the sum's dtype instead.
-    hidden = hidden.to(total.dtype)
-    rows = total.shape[0]
-    step = rows if total.dtype == dlogits.dtype else _HEAD_BLOCK
-    for start in range(0, rows, step):
-        part = total[start : start + step]
-        columns = dlogits[:, start : start + step].to(total.dtype)
-        if first:
-            torch.mm(columns.t(), hidden, out=part)
-        else:
-            part.addmm_(columns.t(), hidden)
+def _column_sums(dlogits: Tensor, factor: Tensor | None) -> Tensor:
+    """``Σ_t factor_t · dlogits_t``, [V], in float32 at least."""
+    wide = accumulation_dtype(dlogits.dtype)
+    if factor is None:
+        return dlogits.sum(0, dtype=wide)
+    # The factors as two narrow numbers each, which hold them to float32's accuracy nearly, so that
+    # a product reads the matrix as it is; eight columns keep that product's rows aligned.
+    parts = dlogits.new_zeros(dlogits.shape[0], 8)
+    parts[:, 0] = factor
+    parts[:, 1] = factor - parts[:, 0]
+    sums = product(dlogits.t(), parts, dlogits.new_empty(dlogits.shape[1], 8, dtype=wide))
+    return sums[:, 0] + sums[:, 1]

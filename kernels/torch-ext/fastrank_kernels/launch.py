@@ -109,18 +109,6 @@ def require_separate_rows(**tensors: Tensor) -> None:
 # Elements of a row up to which masks and pitches are rounded: 16 make any mask as wide as the
 # widest access (eight 2-byte elements), and triton knows integers that 16 divides.
 _MASK_STEP = 16
-# A pitch of 64 elements begins each row on a 128-byte line even in 2-byte elements.
-_PITCH_STEP = 64
-
-
-def row_pitch(width: int) -> int:
-    """Elements from one row of logits to the next: ``width`` rounded up so that rows are aligned,
-    for the vendor's matrix products as for vectorised loads, whatever divides the vocabulary.
-
-    >>> row_pitch(128256), row_pitch(50257)
-    (128256, 50304)
-    """
-    return -(-width // _PITCH_STEP) * _PITCH_STEP
 
 
 def read_end(matrix: Tensor) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .gradients import Gradients, GradientSums, hidden_gradient, scatter_rows, set_rows
 from .planner import Plan, group_chunks
-from .projection import Logits, Projection
+from .projection import Logits, Projection, rows_over
 from .reference import RankResult, accumulation_dtype
 from .spec import RankSpec
 
@@ -65,31 +65,38 @@ class Ranking(NamedTuple):
 class Forward(NamedTuple):
     """Statistics of every label, and what the plan's backward needs beside them."""
 
-    lse: Tensor
-    """[T] log-sum-exp of the logits."""
+    norm: Tensor
+    """[T] log-sum-exp of the logits; the factors of ``saved``'s rows if it holds their gradient."""
     logp: Tensor
     """[T]."""
     saved: Tensor
-    """``keep``: the logits [T, V]. ``unit``: U [T, D] with ``U_t = ∂logp_t / ∂h_t``. Else empty."""
+    """``keep``: the logits [T, V], or over their memory the gradient of ``logp`` if that was made
+    in the same pass. ``unit``: U [T, D] with ``U_t = ∂logp_t / ∂h_t``. Else empty."""
 
 
 def forward(call: Projection, plan: Plan) -> Forward:
     """Log-probability of every label, by one product; two for ``unit``."""
     keep, unit = plan.strategy == "keep", None
-    lse, logp = _token_stats(call)
+    norm, logp = _token_stats(call)
     if plan.strategy == "unit":
         unit = hidden_gradient(call, sparse=False)
     chunk_rows = call.num_tokens if keep else plan.chunk_rows
     logits = Logits(call, chunk_rows)
     for at in _row_chunks(call.num_tokens, chunk_rows):
-        chunk = logits.make(call.take(at))
-        lse[at], logp[at] = logits.statistics(chunk, at)
+        chunk, factor = logits.make(call.take(at)), None
+        if call.one_pass and (keep or unit is not None):
+            logp[at], factor, dlogits = logits.unit_gradient(chunk, at)
+            norm[at] = factor
+        else:
+            norm[at], logp[at] = logits.statistics(chunk, at)
+            if unit is not None:
+                ones = torch.ones_like(logp[at])
+                dlogits = logits.gradient(chunk, at, norm[at], logp[at], ones)
         if unit is not None:
-            dlogits = logits.gradient(chunk, at, lse[at], logp[at], torch.ones_like(logp[at]))
-            set_rows(unit, at, dlogits, call.weight)
+            set_rows(unit, at, dlogits, call.weight, factor)
     if unit is not None:
-        return Forward(lse, logp, unit)
-    return Forward(lse, logp, logits.memory if keep else lse.new_empty(0))
+        return Forward(norm, logp, unit)
+    return Forward(norm, logp, chunk if keep else norm.new_empty(0))
 
 
 def backward(
@@ -101,6 +108,8 @@ def backward(
     if plan.strategy == "unit":
         scaled = (done.saved * coefficients[:, None]).to(done.saved.dtype)
         return Gradients(hidden=scatter_rows(scaled, call.rows, call.hidden.shape[0]))
+    if plan.strategy == "keep" and call.one_pass:
+        return _backward_of_kept_gradient(call, done, coefficients)
     live = _live_or_none(call, coefficients) if drop_dead_rows else None
     lift = None
     if call.hidden.dtype == torch.float16:
@@ -111,14 +120,27 @@ def backward(
     count = call.num_tokens if live is None else live.numel()
     chunks = _row_chunks(count, plan.chunk_rows)
     sums = GradientSums(call, chunks=len(chunks), sparse=live is not None)
-    logits = Logits(call, max(1, min(plan.chunk_rows, count)))
+    keep = plan.strategy == "keep"
+    logits = Logits(call, 0 if keep else max(1, min(plan.chunk_rows, count)))
     for chunk in chunks:
         at = chunk if live is None else live[chunk]
         hidden = call.take(at)
-        source = done.saved[at] if plan.strategy == "keep" else logits.make(hidden)
-        dlogits = logits.gradient(source, at, done.lse[at], done.logp[at], coefficients[at])
+        source = done.saved[at] if keep else logits.make(hidden)
+        dlogits = logits.gradient(
+            source, at, done.norm[at], done.logp[at], coefficients[at], keep_logits=keep
+        )
         sums.add(at, dlogits, hidden)
     return sums.finish(lift)
+
+
+def _backward_of_kept_gradient(call: Projection, done: Forward, coefficients: Tensor) -> Gradients:
+    """``keep`` after one pass: nothing is read or written but by the products."""
+    everything = slice(0, call.num_tokens)
+    hidden = call.take(everything)
+    dlogits = rows_over(done.saved, done.saved, hidden.dtype)
+    sums = GradientSums(call, chunks=1, sparse=False)
+    sums.add(everything, dlogits, hidden, coefficients * done.norm)
+    return sums.finish()
 
 
 def rank(
@@ -157,14 +179,20 @@ def _rank_by_group(
         ranking = ranking._replace(scale=ranking.scale * lift)
     logits = Logits(call, max((tokens[b] - tokens[a] for a, b in chunks), default=0))
     results = []
+    one_pass = call.one_pass and not ranking.drop_dead_rows
     for first, last in chunks:
         at = slice(tokens[first], tokens[last])
         hidden = call.take(at)
         chunk = logits.make(hidden)
+        part = ranking.part(first, last, groups, tokens)
+        if one_pass:
+            logp[at], factor, dlogits = logits.unit_gradient(chunk, at)
+            results.append(part.rank(call, logp[at]))
+            sums.add(at, dlogits, hidden, results[-1].coefficients * factor)
+            continue
         lse[at], logp[at] = logits.statistics(chunk, at)
-        result = ranking.part(first, last, groups, tokens).rank(call, logp[at])
-        results.append(result)
-        coefficients = result.coefficients
+        results.append(part.rank(call, logp[at]))
+        coefficients = results[-1].coefficients
         live = _live_or_none(call, coefficients) if ranking.drop_dead_rows else None
         if live is not None and not live.numel():
             continue

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import linear
+from . import dropping, linear
 from .checks import check_not_nan, check_offsets, check_range
 from .dispatch import backend_module
 from .gradients import Gradients
 from .linear import Forward, Ranking
-from .planner import Plan, default_logits_memory, plan_logprobs, plan_ranking
+from .planner import Plan, default_logits_memory, plan_logprobs, plan_ranking, row_pitch
 from .projection import Projection
 from .reference import RankResult, accumulation_dtype, group_scale, segment_index
 from .spec import RankSpec
@@ -43,7 +43,8 @@ def rank_scores(
         check_offsets("cu_groups", cu_groups, scores.shape[0], "scores", allow_empty=True)
     if rewards.device.type == "cpu":
         check_not_nan("rewards", rewards if valid is None else rewards[valid])
-    found: tuple[Tensor, Tensor] = backend_module(backend, scores.device).rank_scores(
+    module = backend_module(backend, scores.device, scores.dtype)
+    found: tuple[Tensor, Tensor] = module.rank_scores(
         scores, rewards, cu_groups, valid, RankSpec.decode(spec)
     )
     return found
@@ -69,7 +70,8 @@ def rank_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of a `reference.RankResult`; see `reference.rank_tokens`."""
     _check_groups(token_logprobs, "token_logprobs", rewards, cu_responses, cu_groups, validate)
-    found: RankResult = backend_module(backend, token_logprobs.device).rank_tokens(
+    module = backend_module(backend, token_logprobs.device, token_logprobs.dtype)
+    found: RankResult = module.rank_tokens(
         token_logprobs, rewards, cu_responses, cu_groups, reference_scores,
         RankSpec.decode(spec), scale,
     )  # fmt: skip
@@ -163,9 +165,13 @@ def linear_ranking(
         reference_scores=reference_scores,
         spec=decoded,
         scale=group_scale(scale, cu_groups),
-        drop_dead_rows=drop_dead_rows and decoded.leaves_rows_dead,
+        drop_dead_rows=drop_dead_rows
+        and decoded.leaves_rows_dead
+        and dropping.decide(hidden.device, hidden.shape[1]),
     )
     result, logp, gradients = linear.rank(call, ranking, plan, groups, tokens)
+    if decoded.leaves_rows_dead:
+        dropping.remember(result.coefficients)
     return result.rank_loss, result.sft_loss, result.scores, logp, *_or_empty(gradients, hidden)
 
 
@@ -197,7 +203,7 @@ def linear_logprobs(
     backend: str | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(logp [T], lse [T], saved)``, with what `linear.Forward` saves for the backward."""
+    """``(logp [T], norm [T], saved)``, with what `linear.Forward` saves for the backward."""
     call = Projection(
         hidden, weight, labels, rows, bias, logit_scale, softcap, compute_dtype, logits_memory,
         validate, backend, needs,
@@ -205,7 +211,7 @@ def linear_logprobs(
     _check_rows(call)
     call = call.cast()
     done = linear.forward(call, _logprobs_plan(call))
-    return done.logp, done.lse, done.saved
+    return done.logp, done.norm, done.saved
 
 
 @linear_logprobs.register_fake
@@ -218,7 +224,9 @@ def _(
     saved = stats.new_empty(0)
     strategy = _logprobs_plan(call).strategy
     if strategy == "keep":
-        saved = hidden.new_empty(call.num_tokens, weight.shape[0], dtype=call.logits_dtype)
+        vocab = weight.shape[0]
+        memory = hidden.new_empty(call.num_tokens, row_pitch(vocab), dtype=call.logits_dtype)
+        saved = memory[:, :vocab]
     elif strategy == "unit":
         saved = hidden.new_empty(call.num_tokens, hidden.shape[1], dtype=call.gradient_dtype)
     return stats, torch.empty_like(stats), saved
@@ -233,7 +241,7 @@ def linear_logprobs_backward(
     bias: Tensor | None,
     grad: Tensor,
     logp: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     saved: Tensor,
     *,
     logit_scale: float,
@@ -251,7 +259,7 @@ def linear_logprobs_backward(
     ).cast()  # fmt: skip
     # Finding dead rows waits for a GPU; on a CPU it is free.
     gradients = linear.backward(
-        call, _logprobs_plan(call), Forward(lse, logp, saved), grad,
+        call, _logprobs_plan(call), Forward(norm, logp, saved), grad,
         drop_dead_rows=hidden.device.type == "cpu",
     )  # fmt: skip
     return _or_empty(gradients, hidden)

@@ -15,7 +15,11 @@ import torch
 
 # On a CPU a chunk of this many rows keeps the products at full speed; more only costs memory.
 CPU_CHUNK_ROWS = 512
-_TOTAL_MEMORY_SHARE = 16
+# A GPU's memory holds the logits of larger models' steps beside little else; 128 k entries for
+# 16 k tokens should not need a second chunk.
+_TOTAL_MEMORY_SHARE = {"cuda": 8}
+# A pitch of 64 elements begins each row on a 128-byte line even in 2-byte elements.
+_PITCH_STEP = 64
 
 STRATEGIES = ("forward", "group", "keep", "recompute", "unit")
 
@@ -33,15 +37,25 @@ class Plan(NamedTuple):
     """Why, in one line."""
 
 
+def row_pitch(width: int) -> int:
+    """Elements from one row of logits to the next: ``width`` rounded up so that rows are aligned,
+    for the vendor's matrix products as for vectorised loads, whatever divides the vocabulary.
+
+    >>> row_pitch(128256), row_pitch(50257)
+    (128256, 50304)
+    """
+    return -(-width // _PITCH_STEP) * _PITCH_STEP
+
+
 @cache
 def default_logits_memory(device_type: str, index: int | None) -> int:
     """Bytes of logits that may exist at once on a device, when the caller names no budget:
-    a sixteenth of its total memory."""
+    an eighth of a GPU's total memory, a sixteenth of a host's."""
     if device_type == "cuda":
         total = torch.cuda.get_device_properties(index or 0).total_memory
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return total // _TOTAL_MEMORY_SHARE
+    return total // _TOTAL_MEMORY_SHARE.get(device_type, 16)
 
 
 def plan_ranking(
@@ -121,7 +135,7 @@ def group_chunks(token_offsets: list[int], chunk_rows: int) -> list[tuple[int, i
 
 
 def _rows_within(budget: int, vocab: int, itemsize: int) -> int:
-    return max(1, budget // max(1, vocab * itemsize))
+    return max(1, budget // max(1, row_pitch(vocab) * itemsize))
 
 
 def _chunk_rows(rows: int, limit: int, device_type: str, itemsize: int) -> int:

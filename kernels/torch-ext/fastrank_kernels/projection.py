@@ -11,6 +11,8 @@ from torch import Tensor
 
 from . import host_memory, reference
 from .dispatch import backend_module
+from .planner import row_pitch
+from .products import product, writes_wide
 
 
 class Projection(NamedTuple):
@@ -56,7 +58,7 @@ class Projection(NamedTuple):
 
     @property
     def module(self) -> ModuleType:
-        return backend_module(self.backend, self.hidden.device)
+        return backend_module(self.backend, self.hidden.device, self.hidden.dtype)
 
     @property
     def num_tokens(self) -> int:
@@ -75,7 +77,14 @@ class Projection(NamedTuple):
         """float32 from narrow inputs where the vendor's library can (CUDA), else their own."""
         compute, device = self.hidden.dtype, self.hidden.device
         narrow = compute in (torch.bfloat16, torch.float16)
-        return torch.float32 if narrow and device.type == "cuda" else compute
+        return torch.float32 if narrow and writes_wide(device) else compute
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether statistics and gradient are made in one pass over the logits (`unit_dlogits`): by
+        the kernels in bfloat16. A CPU's products take longer than a second pass, and its dead rows
+        are known before it."""
+        return self.hidden.dtype == torch.bfloat16 and self.module is not reference
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -86,22 +95,21 @@ class Projection(NamedTuple):
 
 
 class Logits:
-    """The one buffer in which every chunk of logits is made, and its gradient after it."""
+    """The one buffer in which every chunk of logits is made, and its gradient after it.
+
+    Its rows have an aligned pitch; a matrix is a view of their first V columns.
+    """
 
     def __init__(self, call: Projection, chunk_rows: int) -> None:
         self._call, self._module = call, call.module
-        shape = (chunk_rows, call.weight.shape[0])
+        shape = (chunk_rows, row_pitch(call.weight.shape[0]))
         self.memory = host_memory.empty(shape, call.logits_dtype, call.hidden.device)
+        self._separate: Tensor | None = None
 
     def make(self, hidden: Tensor) -> Tensor:
         """``hidden @ weightᵀ`` for a chunk, [rows, V]; overwrites the chunk before."""
-        logits = self.memory[: hidden.shape[0]]
-        weight = self._call.weight.t()
-        if logits.dtype == hidden.dtype:
-            torch.mm(hidden, weight, out=logits)
-        else:
-            torch.ops.aten.mm.dtype_out(hidden, weight, logits.dtype, out=logits)
-        return logits
+        weight = self._call.weight
+        return product(hidden, weight.t(), self.memory[: hidden.shape[0], : weight.shape[0]])
 
     def statistics(self, logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         """Log-sum-exp and log-probability of the labels ``at`` from their logits."""
@@ -111,6 +119,16 @@ class Logits:
         )
         return stats
 
+    def unit_gradient(self, logits: Tensor, at: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability of the labels ``at``, and its gradient by the logits as the rows of a
+        matrix, over this buffer, and their factors."""
+        call = self._call
+        out = rows_over(self.memory, logits, call.hidden.dtype)
+        logp, factor = self._module.unit_dlogits(
+            logits, call.labels[at], call.bias, call.logit_scale, call.softcap, out=out
+        )
+        return logp, factor, out
+
     def gradient(
         self,
         logits: Tensor,
@@ -119,20 +137,33 @@ class Logits:
         logp: Tensor,
         coefficients: Tensor,
         live: Tensor | None = None,
+        *,
+        keep_logits: bool = False,
     ) -> Tensor:
         """Gradient of a chunk's logits in the dtype of the products, over this buffer where that
         is safe; ``at`` are the labels' places, the other arguments are the chunk's own."""
         call = self._call
         compute = call.hidden.dtype
-        rows, vocab = logits.shape
         # A kernel's programs move the rows of a compaction all at once: they need a place of
         # their own. The reference moves them one block after the other.
-        if live is not None and self._module is not reference:
-            out = torch.empty(live.numel(), vocab, dtype=compute, device=logits.device)
+        if keep_logits or (live is not None and self._module is not reference):
+            out = self._apart(logits, logits.shape[0] if live is None else live.numel())
         else:
-            out = self.memory.view(compute)[:rows, :vocab]
+            out = rows_over(self.memory, logits, compute)
         gradient: Tensor = self._module.dlogits(
             logits, call.labels[at], lse, logp, coefficients,
             call.bias, call.logit_scale, call.softcap, out=out, live=live,
         )  # fmt: skip
         return gradient
+
+    def _apart(self, logits: Tensor, rows: int) -> Tensor:
+        """Memory for ``rows`` rows of a gradient beside the logits, used again for each chunk."""
+        if self._separate is None or self._separate.shape[0] < rows:
+            shape, dtype = (rows, self.memory.shape[1]), self._call.hidden.dtype
+            self._separate = host_memory.empty(shape, dtype, logits.device)
+        return self._separate[:rows, : logits.shape[1]]
+
+
+def rows_over(memory: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix of the logits' shape in a no wider dtype, over the rows of their memory."""
+    return memory.view(dtype)[: logits.shape[0], : logits.shape[1]]

@@ -47,7 +47,8 @@ def rank_tokens(
     so that nothing waits for the device. ValueError for a wrong device, dtype or shape.
     """
     require_device(token_logprobs=token_logprobs, reference_scores=reference_scores)
-    require_dtype(FLOATS, token_logprobs=token_logprobs, reference_scores=reference_scores)
+    require_dtype(FLOATS, token_logprobs=token_logprobs)
+    require_dtype((*FLOATS, torch.float64), reference_scores=reference_scores)
     num_tokens, num_candidates = token_logprobs.numel(), rewards.numel()
     num_groups = cu_groups.numel() - 1
     require_shape((num_tokens,), token_logprobs=token_logprobs)

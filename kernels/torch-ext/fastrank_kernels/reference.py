@@ -173,6 +173,14 @@ def unit_dlogits(
     return logp.masked_fill_(~valid, float("nan")), factor
 
 
+def rescale_(values: Tensor, factor: Tensor) -> Tensor:
+    """Multiply ``values`` in place by ``factor`` [], in float32 at least; by 1, nothing is done."""
+    if values.device.type != "cpu":
+        return values.mul_(factor)
+    number = float(factor)
+    return values if number == 1.0 else values.mul_(number)
+
+
 def live_rows(coefficients: Tensor) -> Tensor:
     """Indices (int64, rising) of the live rows: those with a coefficient that is not exactly zero.
     NaN is live."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .compact import live_rows, segment_sum
 from .dlogits import dlogits
 from .rank import rank_scores, rank_tokens
+from .rescale import rescale_
 from .row_stats import row_stats
 from .unit_dlogits import unit_dlogits
 
@@ -17,6 +18,7 @@ __all__ = [
     "live_rows",
     "rank_scores",
     "rank_tokens",
+    "rescale_",
     "row_stats",
     "segment_sum",
     "unit_dlogits",

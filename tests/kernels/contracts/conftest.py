@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,53 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter cuts float32 off where a GPU rounds it to the nearest bfloat16."""
+    if not INTERPRETED:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, rounding)
+        narrow = torch.from_numpy(values.copy()).to(torch.bfloat16)
+        return narrow.view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture
+def approximate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exponentials, logarithms and quotients are off by as much as a GPU's may be: two units in the
+    last place, and an exponential by its argument's rounding before that."""
+    if not INTERPRETED:
+        return
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def off(x: Any) -> Any:
+        x = np.asarray(x)
+        bits = x.view(np.uint32 if x.itemsize == 4 else np.uint64)
+        return (x * (1 + 2.0**-22 * np.sin(bits))).astype(x.dtype)
+
+    def exp(builder: Any, x: Any) -> Any:
+        scaled = lambda v: off(np.exp2((v * np.float32(np.log2(np.e))).astype(v.dtype)))  # noqa: E731
+        return builder.unary_op(x, scaled)
+
+    def log(builder: Any, x: Any) -> Any:
+        return builder.unary_op(x, lambda v: off(np.log(v)))
+
+    def divide(builder: Any, x: Any, y: Any) -> Any:
+        return builder.binary_op(x, y, lambda a, b: off(np.divide(a, b)))
+
+    for name, function in {"exp": exp, "log": log, "fdiv": divide}.items():
+        monkeypatch.setattr(InterpreterBuilder, f"create_{name}", function)
 
 
 @pytest.fixture(autouse=True)

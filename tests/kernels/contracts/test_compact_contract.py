@@ -1,4 +1,4 @@
-"""`live_rows` and `segment_sum` against the reference."""
+"""`live_rows`, `segment_sum` and `rescale_` against the reference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastrank_kernels import reference, triton_backend  # noqa: E402
+from fastrank_kernels import reference, rescale, triton_backend  # noqa: E402
 
 
 def test_live_rows_rise_and_nan_is_live(device) -> None:
@@ -70,3 +70,33 @@ def test_offsets_beyond_the_values_are_not_read(device) -> None:
 def test_what_is_wrong_is_named(device, values, offsets, message) -> None:
     with pytest.raises(ValueError, match=message):
         triton_backend.segment_sum(values.to(device), offsets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rescaled_in_place(device, monkeypatch, dtype) -> None:
+    """The product is made in float32 and rounded once; each program walks over its share."""
+    monkeypatch.setattr(rescale, "_PROGRAMS", 3)
+    values = torch.randn(4096 * 7 + 5, device=device).to(dtype)
+    factor = torch.tensor(-1 / 3, device=device)
+    expected = (values.float() * factor).to(dtype)
+    assert triton_backend.rescale_(values, factor) is values
+    assert torch.equal(values, expected)
+
+
+def test_a_factor_of_one_writes_nothing(device) -> None:
+    """What is not touched keeps even a NaN's bits, and a read-only mapping would not fault."""
+    values = torch.randn(5000, device=device)
+    values.view(torch.int32)[7] = 0x7FC12345
+    before = values.view(torch.int32).clone()
+    triton_backend.rescale_(values, torch.ones((), device=device))
+    assert torch.equal(values.view(torch.int32), before)
+    values = torch.ones(3, device=device)
+    assert triton_backend.rescale_(values, torch.tensor(float("nan"), device=device)).isnan().all()
+
+
+def test_what_rescale_cannot_take_is_named(device) -> None:
+    values, factor = torch.ones(4, 6, device=device), torch.ones((), device=device)
+    with pytest.raises(ValueError, match=r"values must be contiguous, got strides \(1, 6\)"):
+        triton_backend.rescale_(values.t(), factor)
+    with pytest.raises(ValueError, match=r"factor must have shape \(\), got \(1,\)"):
+        triton_backend.rescale_(values, factor[None])

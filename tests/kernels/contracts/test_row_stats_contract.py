@@ -36,7 +36,7 @@ def strided_rows(rows: int, vocab: int, dtype: torch.dtype, device: torch.device
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("vocab", [1, 7, 31, 32, 257, 1000, 2048, 4101])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_the_reference(device, poisoned, dtype, vocab, options) -> None:
+def test_equals_the_reference(device, poisoned, approximate, dtype, vocab, options) -> None:
     logits = strided_rows(3, vocab, dtype, device)
     labels = torch.randint(0, vocab, (3,), device=device)
     bias = torch.randn(vocab, device=device).to(dtype) if options["bias"] else None

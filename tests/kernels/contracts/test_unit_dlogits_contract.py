@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fastrank_kernels import reference, triton_backend  # noqa: E402
-from fastrank_kernels.launch import row_pitch  # noqa: E402
+from fastrank_kernels.planner import row_pitch  # noqa: E402
 from fastrank_kernels.unit_dlogits import SLACK  # noqa: E402
 
 OPTIONS = {
@@ -72,7 +72,7 @@ def random_case(device, rows: int, vocab: int, *, spread: float = 4.0, **options
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("vocab", [1, 7, 257, 4101])
-def test_equals_two_passes_in_float64(device, poisoned, vocab, options) -> None:
+def test_equals_two_passes_in_float64(device, poisoned, approximate, vocab, options) -> None:
     case = random_case(device, 5, vocab, **options)
     z, exact_logp, exact = case.exact()
     for over in (False, True):
@@ -84,8 +84,8 @@ def test_equals_two_passes_in_float64(device, poisoned, vocab, options) -> None:
     narrow = case.run(torch.bfloat16)
     over = case.run(torch.bfloat16, over=True)
     assert all(torch.equal(a, b) for a, b in zip(narrow, over, strict=True))
-    # A GPU rounds to nearest; the interpreter cuts bfloat16 off.
-    torch.testing.assert_close(narrow[2].float(), out, rtol=2.0**-7, atol=0)
+    rounded = (narrow[2].float() - out).abs()
+    assert (rounded <= out.abs() * (2.0**-8 + 2.0**-20)).all()
 
 
 def test_the_reference_is_the_same_operator(device) -> None:
@@ -195,8 +195,6 @@ def test_products_are_no_worse_than_plain_pytorch(device, spread) -> None:
     case = Case(hidden.float() @ weight.float().t(), labels)
     logp, factor, out = case.run(torch.bfloat16, over=True)
     assert (logp.exp() > 0.99).sum() >= 4
-    if device.type == "cpu":  # the interpreter cuts bfloat16 off; a GPU rounds to nearest
-        out = case.run(torch.float32)[2].bfloat16()
     rows = (upstream * factor)[:, None]
     ours = (
         ((out.float() @ weight.float()) * rows).bfloat16(),
