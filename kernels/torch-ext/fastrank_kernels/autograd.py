@@ -2,22 +2,49 @@
 """Autograd over the operators: gradients made in the forward, scaled by the upstream gradient.
 
 What needs a gradient is passed in as flags, because ``ctx.needs_input_grad`` is True under
-``no_grad`` as well and evaluation would pay for gradients. Upstream factors are applied out of
-place, so a second backward over a retained graph gives the same result.
+``no_grad`` as well and evaluation would pay for gradients. A factor from above is applied in place,
+unless the graph is retained: a second backward gives the same result.
+
+Such gradients are numbers to autograd. A backward that is to be differentiated again
+(``create_graph=True``) would take them for constants and be wrong in silence: it raises instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
+from .dispatch import backend_module
 from .projection import Projection
-from .reference import RankResult, group_scale, segment_index
+from .reference import RankResult, accumulation_dtype, group_scale, segment_index
 from .spec import RankSpec
+
+
+def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A `torch.autograd.Function`'s ``backward`` that refuses to be differentiated.
+
+    ``once_differentiable`` is not enough: it raises when something from above needs a gradient,
+    which the 1 above a scalar loss never does.
+
+    Raises:
+        RuntimeError: the backward runs with ``create_graph=True``.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "fastrank's gradients are made in the forward and cannot be differentiated again: "
+                "expected a backward without create_graph=True"
+            )
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def rank_scores(
@@ -60,7 +87,7 @@ class _RankScores(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads, cu_groups = ctx.saved_tensors
         if ctx.width is not None:
@@ -140,7 +167,7 @@ class _TokenRanking(torch.autograd.Function):
         return result.rank_loss + result.sft_loss, *result
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
         coefficients, tokens = ctx.saved_tensors
         if grad is None:
@@ -200,14 +227,13 @@ class _LinearRanking(torch.autograd.Function):
         return loss, *values
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 5
-        # The factor is a 0-d tensor: the product keeps the gradient's dtype and the host does not
-        # wait.
         made = zip(ctx.saved_tensors, ctx.needs, ctx.dtypes, strict=True)
-        return *[(saved * grad).to(d) if need else None for saved, need, d in made], None, None
+        grads = [_scaled(saved, grad).to(d) if need else None for saved, need, d in made]
+        return *grads, None, None
 
 
 def linear_logprobs(call: Projection) -> Tensor:
@@ -224,18 +250,18 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Projection
     ) -> Tensor:
         logp: Tensor
-        logp, lse, saved = ops.linear_logprobs(**call._asdict())
-        ctx.save_for_backward(*call[:5], logp, lse, saved)  # its tensors come first
+        logp, norm, saved = ops.linear_logprobs(**call._asdict())
+        ctx.save_for_backward(*call[:5], logp, norm, saved)  # its tensors come first
         ctx.options = call[5:]
         return logp
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, logp, lse, saved = ctx.saved_tensors
+        *tensors, logp, norm, saved = ctx.saved_tensors
         call = Projection(*tensors, *ctx.options)
         made = ops.linear_logprobs_backward(
-            **call._asdict(), grad=grad, logp=logp, lse=lse, saved=saved
+            **call._asdict(), grad=grad, logp=logp, norm=norm, saved=saved
         )
         grads = zip(made, call.needs, _dtypes(call), strict=True)
         return *[g.to(dtype) if need else None for g, need, dtype in grads], None
@@ -251,6 +277,27 @@ def _with_needs(call: Projection) -> Projection:
 def _dtypes(call: Projection) -> tuple[torch.dtype, ...]:
     bias = call.hidden if call.bias is None else call.bias
     return call.hidden.dtype, call.weight.dtype, bias.dtype
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """A saved gradient times a factor [] that the host need not see.
+
+    Whatever is not needed for another backward is scaled in place and handed over itself, and a
+    factor of 1, which is what a loss gets that is last, costs nothing.
+    """
+    if torch.compiler.is_compiling():
+        return gradient * factor
+    if _keeps_graph():
+        gradient = gradient.clone()
+    module = backend_module(None, gradient.device, gradient.dtype)
+    scaled: Tensor = module.rescale_(gradient, factor.to(accumulation_dtype(gradient.dtype)))
+    return scaled
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward that is running retains its graph; True if torch does not tell."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else bool(ask())
 
 
 def _scaled_by_segment(values: Tensor, factors: Tensor, offsets: Tensor) -> Tensor:
