@@ -1,0 +1,72 @@
+"""What a call costs on a GPU, by count: another pass, a copy or a wait does not come unseen."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_counts.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_counts", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_counts"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def counts(script) -> dict[tuple[str, str], object]:
+    return {(row.workload, row.way): row for row in script.all_counts()}
+
+
+@pytest.mark.parametrize("workload", ["K1", "K2", "K3", "K4"])
+def test_logits_are_read_once_and_their_gradient_is_written_once(counts, workload) -> None:
+    """4 bytes and 2, and what is made of hidden rows: less than a byte where the vocabulary is
+    large beside their width."""
+    one, two = counts[workload, "one pass"], counts[workload, "two passes"]
+    assert one.strategy == two.strategy == "group" and one.chunks == 1
+    assert (round(two.read), round(two.written)) == (8, 2)
+    assert 4 <= one.read < 4.8 and 2 <= one.written < 2.6
+    assert one.read + one.written < 0.75 * (two.read + two.written)
+    frozen = workload == "K2"
+    assert one.products == (2 if frozen else 3)
+    assert one.names.count("unit_dlogits_kernel") == 1 and "row_stats_kernel" not in one.names
+    assert one.names.count("rank_kernel") == one.chunks
+    assert one.kernels + one.operations <= 10
+
+
+def test_nothing_waits_for_the_device(counts) -> None:
+    assert all(row.waits == 0 and row.uploads == 0 for row in counts.values())
+
+
+def test_a_backward_of_kept_log_probabilities_is_products_alone(counts) -> None:
+    for workload in ("K1", "K3", "K4"):
+        row = counts[workload, "log-probabilities"]
+        assert row.strategy == "keep" and row.products == 3
+        assert row.names.count("unit_dlogits_kernel") == row.kernels == 1
+        assert row.read + row.written < 7.4
+
+
+def test_a_pass_too_many_is_counted(script, monkeypatch) -> None:
+    """The recorder sees what it is there for: one more operation over a matrix of logits' size."""
+    make = script.linear.Logits.make
+    monkeypatch.setattr(script.linear.Logits, "make", lambda *args: make(*args).mul_(2))
+    row = script.count(script.WORKLOADS["K4"], "one pass")
+    assert row.read >= 8 and row.written >= 6
+
+
+def test_a_wait_is_counted(script, monkeypatch) -> None:
+    counts = script.Counts("", "")
+    with script.FakeTensorMode(), script.Recorder(counts):
+        on_device = script.torch.empty(4, device="cuda")
+        script.torch.ops.aten._to_copy(on_device, device="cpu")
+    assert counts.waits == 1
