@@ -171,10 +171,22 @@ def _device(device: torch.device, options: DoctorOptions, vocab: int) -> dict[st
         "memory": memory,
         "compute_dtype": str(dtype).removeprefix("torch."),
         "loss_backend": {"name": backend, "reason": why},
+        "narrow_products": _narrow_products(device),
         "logits_memory": budget,
         "strategies": _strategies(device, options, vocab, budget),
         "attention": _attention(device, dtype),
     }
+
+
+def _narrow_products(device: torch.device) -> str:
+    """How products of bfloat16 and float16 matrices are made."""
+    import torch
+
+    from fastrank_kernels.products import narrow_products
+
+    if device.type != "cpu":
+        return "bfloat16 and float16 with float32 results"
+    return "; ".join(narrow_products(dtype)[1] for dtype in (torch.bfloat16, torch.float16))
 
 
 def _strategies(
@@ -255,6 +267,7 @@ def _device_text(device: dict[str, Any]) -> list[str]:
         f"Device {device['device']}: {device['description']}, {device['memory'] / gib:.1f} GiB, "
         f"computes in {device['compute_dtype']}",
         f"  loss backend  {backend['name']}: {backend['reason']}",
+        f"  products      {device['narrow_products']}",
         f"  logits        at most {device['logits_memory'] / gib:.2f} GiB at once (logits_memory)",
     ]
     for plan in device["strategies"]:

@@ -36,6 +36,7 @@ def test_backends_and_strategies_with_reasons(run_json) -> None:
     device = run_json("doctor")["devices"][0]
     name, reason = choose_backend(None, torch.device("cpu"))
     assert device["loss_backend"] == {"name": name, "reason": reason}
+    assert "bfloat16" in device["narrow_products"] and "float16" in device["narrow_products"]
     plans = {plan["call"]: plan for plan in device["strategies"]}
     assert plans["ranking loss"]["strategy"] == "group"
     assert plans["ranking loss"]["products"] == 3
@@ -44,7 +45,7 @@ def test_backends_and_strategies_with_reasons(run_json) -> None:
     assert all(layer["reason"] for layer in device["attention"])
 
     # 100 rows of logits fit: no group of 512 does.
-    small = run_json("doctor", "--vocab", "1000", "--logits_memory", 100 * 4 * 1000)
+    small = run_json("doctor", "--vocab", "1024", "--logits_memory", 100 * 4 * 1024)
     device = small["devices"][0]
     plans = {plan["call"]: plan for plan in device["strategies"]}
     assert plans["ranking loss"]["strategy"] == "recompute"
