@@ -1,12 +1,12 @@
 """Whether rows without a gradient are left out of the backward products.
 
 A host learns how many rows are live by waiting for the device. On a CPU that costs nothing. On a
-GPU the previous call's share decides instead: it was sent to the host as that call went on, and
-says within a few percent what the next one will find. The same sequence of calls therefore decides
-the same way, and the first call of a process drops nothing.
+GPU the previous call's share decides instead, which was sent to the host as that call went on. The
+same sequence of calls therefore decides the same way, and the first call of a process drops
+nothing.
 
-Leaving rows out saves their part of two products. Its price is a pass over the logits and a copy of
-the live rows, where otherwise one pass suffices (`unit_dlogits`).
+Leaving rows out saves their part of two products. Its price is a second pass over the logits, where
+otherwise one suffices (`unit_dlogits`).
 """
 
 from __future__ import annotations

@@ -8,6 +8,10 @@ over them.
 Memory beside the gradients themselves is one chunk of logits. Matrix products of logits size: 1 to
 evaluate, 3 for ``group`` (2 with a frozen head), 3 for ``keep``, 4 for ``recompute``, 2 for
 ``unit``.
+
+Each chunk's logits are read twice, for statistics and for their gradient, or once where one pass
+makes both (`Projection.one_pass`): all but a factor per row, which is known after the ranking and
+multiplied into the rows of the products.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def linear_ranking(
         and dropping.decide(hidden.device, hidden.shape[1]),
     )
     result, logp, gradients = linear.rank(call, ranking, plan, groups, tokens)
-    if decoded.leaves_rows_dead:
+    if decoded.leaves_rows_dead and plan.strategy != "forward":
         dropping.remember(result.coefficients)
     return result.rank_loss, result.sft_loss, result.scores, logp, *_or_empty(gradients, hidden)
 
