@@ -64,7 +64,7 @@ def test_a_pass_too_many_is_counted(script, monkeypatch) -> None:
     assert row.read >= 8 and row.written >= 6
 
 
-def test_a_wait_is_counted(script, monkeypatch) -> None:
+def test_a_wait_is_counted(script) -> None:
     counts = script.Counts("", "")
     with script.FakeTensorMode(), script.Recorder(counts):
         on_device = script.torch.empty(4, device="cuda")
