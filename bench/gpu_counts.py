@@ -1,15 +1,17 @@
-"""What a call of the fused losses costs on a GPU, by count and without one.
+"""What the fused losses, shared-prompt attention and a step cost on a GPU, by count, without one.
 
-    python bench/gpu_counts.py [--csv FILE]
+    python -m bench.gpu_counts [--csv FILE]
 
-The drivers themselves run, on fake CUDA tensors of the workloads' sizes (K1 to K4 of the loss
-suite): kernels are recorded where they would be launched, with their arguments, and every other
-operation where torch would dispatch it. So the numbers follow the code: another pass over the
-logits, a copy or a wait is seen at once, and ``tests/benchmarks/test_gpu_counts.py`` holds them.
+The drivers themselves run, on fake CUDA tensors of the workloads' sizes (K1 to K4 here; A1 and the
+model of S1 in `bench.model_counts`): kernels are recorded where they would be launched, with their
+arguments, and every other operation where torch would dispatch it. So the numbers follow the code:
+another pass over the logits, a copy or a wait is seen at once, and
+``tests/benchmarks/test_gpu_counts.py`` holds them.
 
 Counted are forward and backward with an upstream factor of 1. ``read`` and ``written`` are bytes
-per logit (T × V) by everything but the matrix products, which are listed by themselves. ``waits``
-are operations whose result the host needs, ``uploads`` copies from the host.
+per logit (T × V), for attention and models per element of a hidden state (N × D), by everything but
+the matrix products, which are listed by themselves. ``waits`` are operations whose result the host
+needs and blocking copies, ``uploads`` copies from the host.
 """
 
 from __future__ import annotations
@@ -21,119 +23,25 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrank
-from fastrank.benchmarks.workloads import WORKLOADS, Workload
+from bench.model_counts import count_attention, count_model
+from bench.recorder import Counts, Recorder
+from fastrank.benchmarks.workloads import MODEL_SHAPES, WORKLOADS, Workload
 from fastrank_kernels import compact, dlogits, linear, rank, rescale, row_stats, unit_dlogits
-from fastrank_kernels.launch import Launch
 from fastrank_kernels.linear import Ranking
 from fastrank_kernels.planner import plan_logprobs, plan_ranking
 from fastrank_kernels.projection import Projection
 
 H100_MEMORY = 85_017_755_648
 WAYS = ("one pass", "two passes", "log-probabilities")
-# What a kernel writes; it reads everything else, each row of `logits` and `out` that has a program.
-WRITTEN = {
-    "row_stats_kernel": ("lse", "logp"),
-    "dlogits_kernel": ("out",),
-    "unit_dlogits_kernel": ("out", "logp", "factor"),
-    "rank_kernel": ("scores", "rank_loss", "sft_loss", "coefficients"),
-    "rescale_kernel": (),
-    "segment_sum_kernel": ("sums",),
-}
-PRODUCTS = ("mm", "addmm", "addmm_")
-WAITS = ("_local_scalar_dense", "nonzero", "item", "equal", "is_nonzero")
-
-
-@dataclass
-class Counts:
-    """The counts of one call."""
-
-    workload: str
-    way: str
-    strategy: str = ""
-    chunks: int = 0
-    products: int = 0
-    kernels: int = 0
-    operations: int = 0
-    """Launches that are neither a kernel of ours nor a product."""
-    read: float = 0.0
-    written: float = 0.0
-    products_read: float = 0.0
-    products_written: float = 0.0
-    waits: int = 0
-    uploads: int = 0
-    names: list[str] = field(default_factory=list)
-
-
-def size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-class Recorder(TorchDispatchMode):
-    """Counts what would run on the device: operations as torch dispatches them, and kernels."""
-
-    def __init__(self, counts: Counts) -> None:
-        super().__init__()
-        self.counts = counts
-
-    def launch(self, launch: Launch, device: torch.device) -> None:
-        """In place of `launch.run`."""
-        counts, name = self.counts, launch.kernel.fn.__name__
-        counts.kernels += 1
-        counts.names.append(name)
-        for argument, value in launch.arguments.items():
-            if not isinstance(value, Tensor):
-                continue
-            moved = size(value)
-            if argument in ("logits", "out"):
-                moved = launch.grid[0] * value.shape[1] * value.element_size()
-            if name == "rescale_kernel" and argument == "values":
-                moved = 0  # a factor of 1: no program looks at them
-            if argument in WRITTEN[name]:
-                counts.written += moved
-            else:
-                counts.read += moved
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        given = [x for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)]
-        results = result if isinstance(result, (tuple, list)) else [result]
-        made = [x for x in results if isinstance(x, Tensor)]
-        name = function.name().split("::")[1].split(".")[0]
-        on_device = any(x.is_cuda for x in (*given, *made))
-        new_memory = name.startswith(("empty", "new_empty", "detach", "device"))
-        if not on_device or function.is_view or new_memory or name == "_unsafe_view":
-            return result
-        counts = self.counts
-        if name in WAITS or any(x.is_cuda for x in given) and any(not x.is_cuda for x in made):
-            counts.waits += 1
-        if any(not x.is_cuda and x.dim() for x in given):
-            counts.uploads += 1
-        out = [x for x in made if x.is_cuda]
-        written, read = sum(map(size, out)), sum(size(x) for x in given if x.is_cuda)
-        if name == "copy_" or (kwargs or {}).get("out") is not None:
-            read -= written  # what stood there is not looked at
-        if name in PRODUCTS:
-            counts.products += 1
-            counts.products_read += read
-            counts.products_written += written
-        else:
-            counts.operations += 1
-            counts.names.append(name)
-            counts.read += read
-            counts.written += written
-        return result
 
 
 def get_item(tensor: Tensor, index: Any) -> Tensor:
@@ -227,9 +135,29 @@ def inputs(workload: Workload) -> tuple[Projection, Ranking]:
     return call, ranking
 
 
+def head_of(workload: Workload) -> Workload:
+    """A step's loss over its model's head, as a workload of the loss suite."""
+    shape = MODEL_SHAPES[workload.model]
+    return replace(workload, suite="loss", model="", vocab=shape.vocab, hidden=shape.hidden)
+
+
+def kernel_bytes(workload: Workload) -> dict[str, int]:
+    """Bytes that each kernel of ours reads and writes in one run of fastrank's variant."""
+    if workload.suite == "step":
+        workload = head_of(workload)
+    return dict(count(workload, "one pass").moved) if workload.suite == "loss" else {}
+
+
 def all_counts() -> list[Counts]:
-    workloads = [w for w in WORKLOADS.values() if w.suite == "loss" and "cuda" in w.devices]
-    return [count(w, way) for w in workloads for way in WAYS]
+    """K1 to K4 by every way to their gradients, A1, and S1: its model, and its loss."""
+    gpu = [w for w in WORKLOADS.values() if "cuda" in w.devices]
+    plain = [w for w in gpu if w.suite == "loss" and not (w.autocast or w.softcap or w.accuracy)]
+    rows = [count(w, way) for w in plain for way in WAYS]
+    rows += [count_attention(w) for w in gpu if w.suite == "attention"]
+    for w in gpu:
+        if w.suite == "step":
+            rows += [count_model(w), count(head_of(w), "one pass")]
+    return rows
 
 
 def main() -> None:
@@ -238,7 +166,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = [asdict(counts) for counts in all_counts()]
     for row in rows:
-        row.pop("names")
+        row.pop("names"), row.pop("moved")
     print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(map(str, row.values())) + " |")

@@ -45,7 +45,29 @@ def test_logits_are_read_once_and_their_gradient_is_written_once(counts, workloa
 
 
 def test_nothing_waits_for_the_device(counts) -> None:
-    assert all(row.waits == 0 and row.uploads == 0 for row in counts.values())
+    assert all(row.waits == 0 for row in counts.values())
+    fused = [row for row in counts.values() if row.workload.startswith("K")]
+    assert len(fused) >= 12 and all(row.uploads == 0 for row in fused)
+
+
+def test_attention_takes_as_many_launches_whatever_the_pack(counts) -> None:
+    """Each layer's keys are read in place; four index tables go to the device once per pack."""
+    rows = [row for (name, _), row in counts.items() if name.startswith("A1")]
+    assert len(rows) == 3 and len({row.operations for row in rows}) == 1
+    assert rows[0].operations <= 21 and rows[0].kernels == 0
+    assert all(row.uploads <= 4 for row in rows)
+    assert all(row.read + row.written < 56 for row in rows)
+
+
+def test_a_model_takes_as_many_launches_whatever_the_candidates(script, counts) -> None:
+    """24 layers, forward and backward; tables are uploaded for the first layer alone."""
+    whole = counts["S1-qwen", "model"]
+    few = script.count_model(
+        script.replace(script.WORKLOADS["S1-qwen"], candidates=2, response=3, prompt=5)
+    )
+    assert (whole.operations, whole.products) == (few.operations, few.products)
+    assert whole.uploads == few.uploads <= 4 and whole.products == 24 * 7 * 3
+    assert counts["S1-qwen", "one pass"].products == 3  # of the head
 
 
 def test_a_backward_of_kept_log_probabilities_is_products_alone(counts) -> None:
