@@ -67,10 +67,15 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "r1": ("rank_cpu", partial(_suite_table, "R1-64x8", "R1-64x8-pro")),
     "a1": ("attention_cpu", partial(_suite_table, "A1-512-cpu", "A1-256-cpu")),
     "s2": ("step_cpu", partial(_suite_table, "S2", "S2-1024", "S2-256")),
-    "gpu-loss": ("loss_cuda", partial(_suite_table, "K1", "K2", "K3", "K4")),
+    "gpu-loss": (
+        "loss_cuda",
+        partial(
+            _suite_table, "K1", "K2", "K3", "K4", "K1-85", "K1-autocast", "K3-softcap", "K4-odd"
+        ),
+    ),
     "gpu-rank": (
         "rank_cuda",
-        partial(_suite_table, "R1-64x8", "R1-512x16", "R1-16x64", "R1-64x8-pro"),
+        partial(_suite_table, "R1-64x8", "R1-512x16", "R1-16x64", "R1-64x8-pro", "R1-64x8x128"),
     ),
     "gpu-attention": ("attention_cuda", partial(_suite_table, "A1-2048", "A1-512", "A1-256")),
     "gpu-step": ("step_cuda", partial(_suite_table, "S1-qwen", "S1-llama")),

@@ -122,6 +122,27 @@ def _make_dense(problem: AttentionProblem) -> Step:
     return step
 
 
+def _make_flex(problem: AttentionProblem) -> Step:
+    """Sharing by FlexAttention as its documentation shows it: the mask as a function, its blocks
+    found once outside."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    segments, device = problem.segments, problem.device
+    ids, positions = segments.segment_ids.to(device), segments.position_ids.to(device)
+    parents = segments.parents.long().to(device)
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        related = (ids[query] == ids[key]) | (parents[ids[query]] == ids[key])
+        return related & (positions[query] >= positions[key])
+
+    tokens = segments.num_tokens
+    mask = create_block_mask(seen, None, None, tokens, tokens, device=str(device))
+    attention: Any = torch.compile(flex_attention, dynamic=False)
+    inputs = (problem.query, problem.key, problem.value)
+    options: dict[str, Any] = {"block_mask": mask, "enable_gqa": _grouped(problem)}
+    return lambda: problem.gradients(attention(*inputs, **options).transpose(1, 2))
+
+
 def _make_rows(problem: AttentionProblem) -> Step:
     """No sharing: n rows of [prompt; response], causal. They are equally long, so that padding-free
     packing would compute the same."""
@@ -170,5 +191,10 @@ VARIANTS = [
         for n in BACKENDS
     ),
     Variant("dense mask", _make_dense),
+    Variant(
+        "FlexAttention",
+        _make_flex,
+        missing=lambda problem: None if problem.device.type == "cuda" else "needs CUDA",
+    ),
     Variant("no sharing", _make_rows, present=_present_rows),
 ]

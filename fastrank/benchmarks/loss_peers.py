@@ -28,27 +28,49 @@ Logprobs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _make_from_logprobs(problem: LossProblem, find: Callable[[], Logprobs]) -> Step:
+    """Under autocast the head is cast by hand: a peer's own functions look at the dtypes given."""
     token_logprobs = find()
+    return _from_logprobs(
+        problem,
+        lambda: token_logprobs(problem.hidden, problem.weight.to(problem.dtype), problem.labels),
+    )
 
+
+def _from_logprobs(problem: LossProblem, token_logprobs: Callable[[], Tensor]) -> Step:
     def step() -> Outputs:
-        logprobs = token_logprobs(problem.hidden, problem.weight, problem.labels)
-        shaped = logprobs.view(problem.shape)
-        return problem.gradients(loss_from_logprobs(shaped, problem.rewards, problem.workload.loss))
+        with problem.autocast():
+            logprobs = token_logprobs().view(problem.shape)
+            loss = loss_from_logprobs(logprobs, problem.rewards, problem.workload.loss)
+        return problem.gradients(loss)
 
     return step
 
 
-def _make_fused(problem: LossProblem) -> Step:
+def _make_own_logprobs(problem: LossProblem) -> Step:
+    inputs = (problem.hidden, problem.weight, problem.labels)
+    head: dict[str, Any] = {"bias": problem.bias, "softcap": problem.softcap}
+    return _from_logprobs(problem, lambda: fastrank.token_logprobs(*inputs, **head))
+
+
+def _make_fused(problem: LossProblem, recompute: bool = False) -> Step:
+    """With ``recompute`` no group's logits fit into the memory allowed: one more product."""
+    w = problem.workload
+    group_logits = w.candidates * w.response * w.vocab * problem.dtype.itemsize
+
     def step() -> Outputs:
-        out = fastrank.linear_ranking_loss(
-            problem.hidden,
-            problem.weight,
-            problem.labels,
-            problem.rewards.view(-1),
-            cu_responses=problem.cu_responses,
-            cu_groups=problem.cu_groups,
-            loss=problem.loss,
-        )
+        with problem.autocast():
+            out = fastrank.linear_ranking_loss(
+                problem.hidden,
+                problem.weight,
+                problem.labels,
+                problem.rewards.view(-1),
+                cu_responses=problem.cu_responses,
+                cu_groups=problem.cu_groups,
+                loss=problem.loss,
+                bias=problem.bias,
+                softcap=problem.softcap,
+                logits_memory=group_logits // 2 if recompute else None,
+            )
         return problem.gradients(out.loss)
 
     return step
@@ -72,20 +94,58 @@ def _make_every_row(problem: LossProblem) -> Step:
     return step
 
 
-def _make_compiled(problem: LossProblem) -> Step:
+def _make_plain(problem: LossProblem, compiled: bool = False) -> Step:
     shape, loss = problem.shape, problem.workload.loss
 
-    def forward(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor) -> Tensor:
-        logprobs = _plain(hidden, weight, labels).view(shape)
-        return loss_from_logprobs(logprobs, rewards, loss)
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, rewards: Tensor) -> Tensor:
+        logits = problem.logits(hidden, weight, bias)
+        return loss_from_logprobs(label_logprobs(logits, problem.labels).view(shape), rewards, loss)
+
+    if compiled:
+        forward = torch.compile(forward, dynamic=False)
+
+    def step() -> Outputs:
+        with problem.autocast():
+            made = forward(problem.hidden, problem.weight, problem.bias, problem.rewards)
+        return problem.gradients(made)
+
+    return step
+
+
+def _make_compiled_chunks(problem: LossProblem) -> Step:
+    """The plain computation compiled for a fourth of the groups, each part back-propagated before
+    the next is made: what PyTorch alone gives at a fourth of the logits' memory."""
+    w = problem.workload
+    parts = min(4, w.groups)
+
+    def forward(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rewards: Tensor
+    ) -> Tensor:
+        logprobs = label_logprobs(problem.logits(hidden, weight, bias), labels)
+        shape = (rewards.shape[0], w.candidates, w.response)
+        return loss_from_logprobs(logprobs.view(shape), rewards, w.loss)
 
     compiled = torch.compile(forward, dynamic=False)
-    inputs = (problem.hidden, problem.weight, problem.labels, problem.rewards)
-    return lambda: problem.gradients(compiled(*inputs))
+    rows = torch.arange(w.tokens).view(w.groups, -1).tensor_split(parts)
+    spans = [slice(int(part[0, 0]), int(part[-1, -1]) + 1) for part in rows]
+    rewards = problem.rewards.tensor_split(parts)
 
+    def step() -> Outputs:
+        total: Outputs = {}
+        hidden_grads = []
+        for span, given in zip(spans, rewards, strict=True):
+            hidden = problem.hidden[span].detach().requires_grad_()
+            with problem.autocast():
+                labels = problem.labels[span]
+                loss = compiled(hidden, problem.weight, problem.bias, labels, given)
+                loss = loss * (len(given) / w.groups)
+            made = problem.gradients(loss, hidden)
+            hidden_grads.append(made.pop("dhidden"))
+            for name, value in made.items():
+                total[name] = total[name].add_(value) if name in total else value
+        return {**total, "dhidden": torch.cat(hidden_grads)}
 
-def _plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return label_logprobs(F.linear(hidden, weight), labels)
+    return step
 
 
 def _torch(**options: Any) -> Logprobs:
@@ -130,6 +190,13 @@ def _trl() -> Logprobs:
     return lambda h, w, y: ChunkedLogProbFunction.apply(h, w, None, y, 1.0, chunk, None, 1.0, ())[0]
 
 
+def _quack() -> Logprobs:
+    # Its chunked functions reduce to one number; only this one tells the tokens apart.
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    return lambda h, w, y: -linear_cross_entropy_func(h, w, None, y, reduction="none")
+
+
 def _make_published(problem: LossProblem) -> Step:
     """The paper's loop over the padded rows of one prompt at a time, gradients accumulated."""
     hidden, labels = problem.padded()
@@ -140,6 +207,8 @@ def _needs(*packages: str, cuda: bool = False) -> Callable[[LossProblem], str | 
     """Give the reason if a package or a CUDA device is missing, as `Variant.missing` wants it."""
 
     def missing(problem: LossProblem) -> str | None:
+        if problem.bias is not None:
+            return "called without a bias and softcap"
         if cuda and problem.device.type != "cuda":
             return "needs CUDA"
         for package in packages:
@@ -151,22 +220,33 @@ def _needs(*packages: str, cuda: bool = False) -> Callable[[LossProblem], str | 
 
 
 def _needs_torch_function(problem: LossProblem) -> str | None:
-    return None if hasattr(F, "linear_cross_entropy") else "torch before 2.13 has none"
+    if not hasattr(F, "linear_cross_entropy"):
+        return "torch before 2.13 has none"
+    return _needs()(problem)
+
+
+def _needs_plain_head(problem: LossProblem) -> str | None:
+    w = problem.workload
+    return "takes no autocast, bias or softcap" if w.autocast or w.softcap else None
 
 
 def _needs_dead_rows(problem: LossProblem) -> str | None:
     if problem.workload.accuracy and problem.workload.loss == "rrhf":
-        return None
+        return _needs_plain_head(problem)
     return "no row is dead here (RRHF with --accuracy leaves some)"
 
 
-def _needs_hopper(problem: LossProblem) -> str | None:
-    reason = _needs("liger_kernel", cuda=True)(problem)
-    if reason is None and torch.cuda.get_device_capability(problem.device) != (9, 0):
-        return "needs a Hopper GPU"
-    if reason is None and find_spec("cutlass") is None:
-        return "package nvidia-cutlass-dsl is not installed"
-    return reason
+def _needs_cutlass(package: str, hopper: bool = False) -> Callable[[LossProblem], str | None]:
+    def missing(problem: LossProblem) -> str | None:
+        reason = _needs(package, cuda=True)(problem)
+        if reason is None and hopper:
+            if torch.cuda.get_device_capability(problem.device) != (9, 0):
+                return "needs a Hopper GPU"
+        if reason is None and find_spec("cutlass") is None:
+            return "package nvidia-cutlass-dsl is not installed"
+        return reason
+
+    return missing
 
 
 def _peer(name: str, find: Callable[[], Logprobs], missing: Callable[[Any], str | None]) -> Variant:
@@ -178,21 +258,20 @@ PROBLEM = LossProblem
 VARIANTS = [
     Variant("fastrank", _make_fused, ours=True),
     Variant("fastrank, every row", _make_every_row, ours=True, missing=_needs_dead_rows),
-    Variant(
-        "fastrank.token_logprobs",
-        partial(_make_from_logprobs, find=lambda: fastrank.token_logprobs),
-        ours=True,
-    ),
-    _peer("plain PyTorch", lambda: _plain, lambda problem: None),
-    Variant("torch.compile of plain", _make_compiled),
+    Variant("fastrank, recompute", partial(_make_fused, recompute=True), ours=True),
+    Variant("fastrank.token_logprobs", _make_own_logprobs, ours=True),
+    Variant("plain PyTorch", _make_plain),
+    Variant("torch.compile of plain", partial(_make_plain, compiled=True)),
+    Variant("torch.compile of plain, 4 chunks", _make_compiled_chunks),
     _peer("F.linear_cross_entropy", _torch_chunked, _needs_torch_function),
     _peer("F.linear_cross_entropy, whole logits", _torch, _needs_torch_function),
     _peer("TRL ChunkedLogProb", _trl, _needs("trl")),
     _peer("liger scaled CE, generic", _liger_scaled_generic, _needs("liger_kernel")),
-    _peer("liger scaled CE, Hopper", _liger_scaled, _needs_hopper),
+    _peer("liger scaled CE, Hopper", _liger_scaled, _needs_cutlass("liger_kernel", hopper=True)),
     _peer("liger fused CE", _liger_fused, _needs("liger_kernel", cuda=True)),
-    Variant("published loop", _make_published, target="published"),
-    # Last, because they tune or compile for longest: a run with a deadline loses these.
+    _peer("QuACK CE, whole logits", _quack, _needs_cutlass("quack")),
+    Variant("published loop", _make_published, target="published", missing=_needs_plain_head),
+    # Last, because they tune or compile for longest: a run with a deadline loses these first.
     _peer("cut-cross-entropy", _cut, _needs("cut_cross_entropy", cuda=True)),
     _peer(
         "cut-cross-entropy, no filter",
@@ -210,6 +289,7 @@ HOLDS_ALL_LOGITS = (
     "torch.compile of plain",
     "F.linear_cross_entropy, whole logits",
     "cut-cross-entropy, torch_compile",
+    "QuACK CE, whole logits",
     "published loop",
 )
 """Peers for which the logits of all tokens (of one prompt, for the loop) exist at once."""

@@ -8,8 +8,11 @@ apart that no dtype's rounding decides a ranking.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastrank
@@ -23,8 +26,9 @@ _WEAKEST, _STRONGEST = 0.4, 1.1
 
 
 class LossProblem(Problem):
-    """Inputs of the loss suite: ``hidden`` [T, D], ``weight`` [V, D] (both require gradients,
-    unless the head is frozen), ``labels`` [T], ``rewards`` [G, n], host offsets."""
+    """Inputs of the loss suite: ``hidden`` [T, D], ``weight`` [V, D] and possibly ``bias`` [V] (all
+    require gradients, unless the head is frozen), ``labels`` [T], ``rewards`` [G, n], host
+    offsets."""
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
         super().__init__(workload, device)
@@ -45,7 +49,14 @@ class LossProblem(Problem):
         for rows in torch.arange(w.tokens, device=device).split(1024):
             hidden[rows] += per_token[rows, None] * weight[self.labels[rows]]
         self.hidden = hidden.to(self.dtype).requires_grad_()
-        self.weight = weight.to(self.dtype).requires_grad_(not w.frozen_head)
+        head_dtype = torch.float32 if w.autocast else self.dtype
+        # Representable in the workload's dtype, so that rounding the head is no error of anybody's.
+        weight = weight.to(self.dtype).to(head_dtype)
+        self.weight = weight.requires_grad_(not w.frozen_head)
+        self.bias: Tensor | None = None
+        if w.softcap:
+            bias = torch.randn(w.vocab, generator=place, device=device).to(self.dtype)
+            self.bias = bias.to(head_dtype).requires_grad_(not w.frozen_head)
         responses = torch.arange(w.groups * w.candidates + 1, dtype=torch.int32) * w.response
         self.cu_responses = responses
         self.cu_groups = torch.arange(w.groups + 1, dtype=torch.int32) * w.candidates
@@ -54,12 +65,32 @@ class LossProblem(Problem):
     @property
     def inputs(self) -> list[Tensor]:
         """The differentiated inputs."""
-        return [self.hidden] if self.workload.frozen_head else [self.hidden, self.weight]
+        given = (self.hidden, self.weight, self.bias)
+        return [x for x in given if x is not None and x.requires_grad]
 
-    def gradients(self, loss: Tensor) -> Outputs:
-        """The results of a run: the loss and its gradients."""
-        grads = torch.autograd.grad(loss, self.inputs)
-        return {"loss": loss.detach(), **dict(zip(("dhidden", "dweight"), grads, strict=False))}
+    @property
+    def softcap(self) -> float | None:
+        return self.workload.softcap or None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of the forward pass."""
+        if not self.workload.autocast:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The logits by plain operations."""
+        logits = F.linear(hidden, weight, bias)
+        cap = self.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def gradients(self, loss: Tensor, hidden: Tensor | None = None) -> Outputs:
+        """The results of a run: the loss and its gradients; ``hidden`` if it stands for the
+        problem's own."""
+        inputs = self.inputs if hidden is None else [hidden, *self.inputs[1:]]
+        grads = torch.autograd.grad(loss, inputs)
+        names = ("dhidden", "dweight", "dbias")
+        return {"loss": loss.detach(), **dict(zip(names, grads, strict=False))}
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Hidden rows [C, P + R, D] and labels [C, P + R] as the published loops have them.
@@ -88,8 +119,11 @@ class LossProblem(Problem):
         per group, gradients accumulated. The inputs are as `padded` gives them, or without padding
         [T, D] and [T]."""
         groups, n, length = self.shape
-        trainable = not self.workload.frozen_head
-        weight = self.weight.detach().to(hidden.dtype).requires_grad_(trainable)
+        weight, bias = (
+            None if x is None else x.detach().to(hidden.dtype).requires_grad_(x.requires_grad)
+            for x in (self.weight, self.bias)
+        )
+        assert weight is not None
         rewards = self.rewards.to(torch.promote_types(hidden.dtype, torch.float32))
         losses, hidden_grads = [], []
         for group in range(groups):
@@ -97,18 +131,21 @@ class LossProblem(Problem):
             targets = labels.chunk(groups)[group]
             if published:
                 loss = published_loss(
-                    lambda x: x @ weight.t(), rows, targets, rewards[group], self.workload.loss
-                )
+                    lambda x: self.logits(x, weight, bias), rows, targets, rewards[group],
+                    self.workload.loss,
+                )  # fmt: skip
             else:
-                logprobs = label_logprobs(rows @ weight.t(), targets).view(1, n, length)
+                logits = self.logits(rows, weight, bias)
+                logprobs = label_logprobs(logits, targets).view(1, n, length)
                 loss = loss_from_logprobs(logprobs, rewards[None, group], self.workload.loss)
             (loss / groups).backward()
             losses.append(loss.detach() / groups)
             assert rows.grad is not None
             hidden_grads.append(rows.grad)
         results = {"loss": torch.stack(losses).sum(), "dhidden": torch.cat(hidden_grads)}
-        if weight.grad is not None:
-            results["dweight"] = weight.grad
+        for name, parameter in (("dweight", weight), ("dbias", bias)):
+            if parameter is not None and parameter.grad is not None:
+                results[name] = parameter.grad
         return results
 
     def floor(self) -> Floor:
@@ -116,7 +153,7 @@ class LossProblem(Problem):
         the workload's dtype; besides, the logits read once for the statistics, read and written
         once for the gradient."""
         w = self.workload
-        hidden, weight = self.hidden.detach(), self.weight.detach()
+        hidden, weight = self.hidden.detach(), self.weight.detach().to(self.dtype)
         logits = torch.empty(w.tokens, w.vocab, dtype=self.dtype, device=self.device)
         logits.normal_(generator=torch.Generator(self.device).manual_seed(1))
         hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)

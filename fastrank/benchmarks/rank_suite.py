@@ -2,13 +2,16 @@
 
 The work is tiny; the kernels, allocations and Python steps around it decide the time. The published
 scripts loop over prompts (they hold one per batch); on scores alone their ranking terms are the
-same function as fastrank's, so all are held against one reference.
+same function as fastrank's, so all are held against one reference. `response` tokens per candidate
+matter to `fastrank_kernels.rank_tokens` alone, which begins at the tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +62,31 @@ class RankProblem(Problem):
 def _make_fused(problem: RankProblem) -> Step:
     ranking_loss = partial(fastrank.ranking_loss, loss=problem.loss)
     return lambda: problem.gradients(ranking_loss(problem.scores, problem.rewards))
+
+
+def _make_rank_tokens(problem: RankProblem) -> Step:
+    """From token log-probabilities whose means are the scores, for callers with passes of their
+    own: loss and coefficients by one call, nothing for autograd."""
+    w = problem.workload
+    logprobs = problem.scores.detach().reshape(-1).repeat_interleave(w.response)
+    candidates = torch.arange(w.groups * w.candidates + 1, dtype=torch.int32)
+    options: dict[str, Any] = {
+        "cu_responses": candidates * w.response,
+        "cu_groups": candidates[: w.groups + 1] * w.candidates,
+        "spec": dataclasses.replace(problem.loss, sft_weight=0.0).spec(),
+        "scale": 1.0 / w.groups,
+    }
+
+    def step() -> Outputs:
+        found = fastrank_kernels.rank_tokens(logprobs, problem.rewards.reshape(-1), **options)
+        return {"loss": found.rank_loss.mean(), "dscores": found.coefficients}
+
+    return step
+
+
+def _present_tokens(problem: RankProblem, outputs: Outputs) -> Outputs:
+    grads = outputs["dscores"].view(*problem.scores.shape, -1).sum(-1)
+    return {"loss": outputs["loss"], "dscores": grads}
 
 
 def _make_graph(problem: RankProblem) -> Step:
@@ -123,6 +151,7 @@ PROBLEM = RankProblem
 
 VARIANTS = [
     Variant("fastrank", _make_fused, ours=True),
+    Variant("fastrank.rank_tokens", _make_rank_tokens, present=_present_tokens, ours=True),
     Variant(
         "fastrank kernel, replayed graph",
         _make_graph,

@@ -44,6 +44,9 @@ class Measurement:
     errors: str = ""
     median_ms: float | None = None
     spread: float | None = None
+    queued_ms: float | None = None
+    """fastrank on a GPU: median while the device is still busy when the run begins, so that the
+    host's work is hidden; the others begin on an idle device."""
     ratio: float | None = None
     """Median over fastrank's median, in the same run."""
     peak_mib: float | None = None
@@ -92,11 +95,11 @@ def write_csv(rows: Iterable[Any], path: Path, about: Mapping[str, Any] | None =
 
 def read_csv(path: Path, kind: type[Record]) -> list[Record]:
     """The rows of a file that `write_csv` wrote from dataclasses of this kind; columns that are no
-    field of it are left out."""
+    field of it are left out, and fields that are no column yet have their defaults."""
     kinds = get_type_hints(kind)
     with path.open(newline="", encoding="utf-8") as file:
         return [
-            kind(**{name: _parse(line[name], kinds[name]) for name in kinds})
+            kind(**{name: _parse(line[name], kinds[name]) for name in kinds if name in line})
             for line in csv.DictReader(file)
         ]
 
@@ -116,6 +119,7 @@ def columns(rows: Sequence[Measurement], comparable: bool) -> dict[str, list[str
     cells = {
         "variant": [row.variant for row in rows],
         "ms": [_number(row.median_ms) for row in rows],
+        "ms, queued": [_number(row.queued_ms) for row in rows],
         "spread": [_formatted(row.spread, ".0%") for row in rows],
         "time / fastrank's": [_formatted(row.ratio if comparable else None, ".2f") for row in rows],
         "peak MiB": [_number(row.peak_mib) for row in rows],

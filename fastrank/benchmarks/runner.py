@@ -38,7 +38,7 @@ class RunPlan:
     products: bool = True
     """Also count matrix products (one more run of each variant)."""
     deadline: float | None = None
-    """A time of `time.monotonic` after which no new variant is started."""
+    """A time of `time.monotonic` after which no peer is started; fastrank's own always are."""
 
 
 def run_workloads(
@@ -96,7 +96,8 @@ def run_workload(
         row = _empty_row(workload, device, variant, where)
         rows.append(row)
         reason = variant.missing(problem)
-        if reason is None and plan.deadline is not None and time.monotonic() > plan.deadline:
+        late = plan.deadline is not None and time.monotonic() > plan.deadline
+        if reason is None and late and not variant.ours:
             reason = "no time left"
         if reason is not None:
             row.status, row.reason = MISSING, reason
@@ -129,7 +130,32 @@ def run_workload(
         tick=tick,
     )
     _enter(rows, timings, floor, device)
+    if device.type == "cuda":
+        _enter_queued(rows, steps, problem, plan, repeats)
     return rows
+
+
+def _enter_queued(
+    rows: Sequence[Measurement],
+    steps: dict[str, Step],
+    problem: Problem,
+    plan: RunPlan,
+    repeats: dict[str, int],
+) -> None:
+    """The times of fastrank's own variants while the device has still other work."""
+    own = {row.variant: steps[row.variant] for row in rows if row.ours and row.variant in steps}
+    timings = timing.interleave(
+        own,
+        problem.device,
+        seconds=plan.seconds / 4,
+        min_rounds=plan.min_rounds,
+        inner=problem.inner,
+        repeats=repeats,
+        queued=True,
+    )
+    for row in rows:
+        if row.variant in timings:
+            row.queued_ms = timings[row.variant].median
 
 
 def _empty_row(

@@ -221,6 +221,20 @@ def _make_fastrank(problem: StepProblem, shared_prompts: bool | Literal["auto"] 
     return lambda: problem.gradients(model(pack=pack, loss=problem.loss).loss)
 
 
+def _make_two_phase(problem: StepProblem) -> Step:
+    """Exact gradients in the memory of half of a group's candidates."""
+    model = fastrank.prepare_model(problem.model)
+    groups = problem.groups()
+    w = problem.workload
+    half = w.prompt + -(-w.candidates // 2) * w.response
+
+    def step() -> Outputs:
+        out = fastrank.two_phase_backward(model, groups, loss=problem.loss, max_tokens=half)
+        return problem.take_gradients(out.loss)
+
+    return step
+
+
 def _gradients_from_logprobs(problem: StepProblem, logprobs: Tensor) -> Outputs:
     """Results by plain operations, from token log-probabilities [G * n * R]."""
     shaped = logprobs.view(problem.responses.shape)
@@ -319,6 +333,7 @@ VARIANTS = [
     _ours("fastrank", _make_fastrank),
     _ours("fastrank, padded rows", partial(_make_fastrank, shared_prompts=False)),
     _ours("fastrank, layout by auto", partial(_make_fastrank, shared_prompts="auto")),
+    _ours("fastrank, two phases", _make_two_phase),
     _ours("no sharing, padding-free", _make_repeated),
     _variant("dense mask", _make_dense),
     _variant("padded, responses projected", _make_padded),

@@ -11,9 +11,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+
+_CYCLES_PER_SECOND = 2e9  # at least the clock of today's chips
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ def interleave(
     repeats: Mapping[str, int] | None = None,
     min_rounds: int = 5,
     max_rounds: int = 200,
+    queued: bool = False,
     tick: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Timing]:
     """Time every step, round after round, for about ``seconds`` (``min_rounds`` at least).
@@ -52,9 +56,12 @@ def interleave(
         steps: variants by name; each has run before.
         inner: calls per sample.
         repeats: runs of the work per call, where that is not 1.
+        queued: on a GPU, keep the device busy until the host has queued the sample.
         tick: progress callback.
     """
-    sample = _sample_cuda if device.type == "cuda" else _sample_cpu
+    sample: Callable[[Callable[[], Any], int], float] = _sample_cpu
+    if device.type == "cuda":
+        sample = partial(_sample_cuda, queued=queued)
     repeats = repeats or {}
     samples: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
@@ -82,30 +89,49 @@ def interleave(
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a large copy on the device, counting both reads and writes."""
+    """Bytes per second of a large copy of random data on the device, counting reads and writes."""
     size = (1 << 30) if device.type == "cuda" else (1 << 28)
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     timing = interleave({"copy": lambda: target.copy_(source)}, device, seconds=0.2)["copy"]
     return 2 * size / (timing.median / 1e3)
 
 
+def product_rate(device: torch.device, size: int = 8192) -> float:
+    """Operations per second of a product of random square bfloat16 matrices on the device. Zeros
+    would be faster: a chip's clock follows its power."""
+    left, right, out = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(3))
+    timing = interleave({"mm": lambda: torch.mm(left, right, out=out)}, device, seconds=0.2)["mm"]
+    return 2 * size**3 / (timing.median / 1e3)
+
+
 def _sample_cpu(step: Callable[[], Any], inner: int) -> float:
     start = time.perf_counter()
-    for _ in range(inner):
-        result = step()
+    result = _run(step, inner)
     elapsed = time.perf_counter() - start
     del result
     return elapsed * 1e3
 
 
-def _sample_cuda(step: Callable[[], Any], inner: int) -> float:
+def _sample_cuda(step: Callable[[], Any], inner: int, queued: bool) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    if queued:
+        # As long as the host needs for the sample, measured by one, and a half more.
+        begun = time.perf_counter()
+        _run(step, inner)
+        busy = 1.5 * (time.perf_counter() - begun)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(busy * _CYCLES_PER_SECOND))
     start.record()
-    for _ in range(inner):
-        result = step()
+    result = _run(step, inner)
     end.record()
     torch.cuda.synchronize()
     del result
     return float(start.elapsed_time(end))
+
+
+def _run(step: Callable[[], Any], inner: int) -> Any:
+    for _ in range(inner):
+        result = step()
+    return result

@@ -60,6 +60,10 @@ class Workload:
     dtype: str = "float32"
     loss: Literal["rrhf", "pro"] = "rrhf"
     frozen_head: bool = False
+    autocast: bool = False
+    """Loss suite: as in mixed-precision training, a float32 head multiplied in ``dtype``."""
+    softcap: float = 0.0
+    """Loss suite: of the logits, beside a bias for every vocabulary entry; 0 for neither."""
     accuracy: float = 0.0
     """Pairwise accuracy of the scores before the step. At 0, every pair the wrong way round, RRHF
     leaves no row without a gradient (n even): the hardest case for a library that drops them."""
@@ -91,6 +95,10 @@ class Workload:
             parts.append(f"V {self.vocab}, D {self.hidden}")
         if self.frozen_head:
             parts.append("frozen head")
+        if self.autocast:
+            parts.append("float32 head under autocast")
+        if self.softcap:
+            parts.append(f"bias, softcap {self.softcap:g}")
         if self.accuracy:
             parts.append(f"accuracy {self.accuracy:g}")
         return ", ".join([*parts, self.dtype])
@@ -115,6 +123,27 @@ _ALL = [
     ),
     Workload("K3", "loss", _CUDA, 8, 6, 128, vocab=32000, hidden=4096, dtype=_BF16),
     Workload("K4", "loss", _CUDA, 16, 8, 128, vocab=151936, hidden=896, dtype=_BF16),
+    # Late in training: rows without a gradient.
+    Workload(
+        "K1-85", "loss", _CUDA, 4, 8, 256, vocab=128256, hidden=4096, dtype=_BF16, accuracy=0.85
+    ),
+    Workload(
+        "K1-autocast",
+        "loss",
+        _CUDA,
+        4,
+        8,
+        256,
+        vocab=128256,
+        hidden=4096,
+        dtype=_BF16,
+        autocast=True,
+    ),  # fmt: skip
+    Workload(
+        "K3-softcap", "loss", _CUDA, 8, 6, 128, vocab=32000, hidden=4096, dtype=_BF16, softcap=30.0
+    ),
+    # GPT-2's odd vocabulary.
+    Workload("K4-odd", "loss", _CUDA, 16, 8, 128, vocab=50257, hidden=768, dtype=_BF16),
     Workload("K5", "loss", _CPU, 4, 4, 128, vocab=32000, hidden=512),
     Workload("K5-bf16", "loss", _CPU, 4, 4, 128, vocab=32000, hidden=512, dtype=_BF16),
     # As K5 with the paper's n = 6, late in training: RRHF leaves rows without a gradient.
@@ -123,6 +152,7 @@ _ALL = [
     Workload("R1-512x16", "rank", _BOTH, 512, 16, accuracy=0.5),
     Workload("R1-16x64", "rank", _BOTH, 16, 64, accuracy=0.5),
     Workload("R1-64x8-pro", "rank", _BOTH, 64, 8, loss="pro", accuracy=0.5),
+    Workload("R1-64x8x128", "rank", _CUDA, 64, 8, 128, accuracy=0.5),
     Workload("A1-2048", "attention", _CUDA, 1, 8, 256, 2048, **_GPU_HEADS),
     Workload("A1-512", "attention", _CUDA, 1, 8, 128, 512, **_GPU_HEADS),
     Workload("A1-256", "attention", _CUDA, 1, 4, 1024, 256, **_GPU_HEADS),

@@ -31,7 +31,7 @@ class BenchOptions(shared.DeviceOptions, shared.OutputOptions, shared.JsonOption
     output: str | None = change("Folder for SUITE_DEVICE.csv and a plot.")
     seconds: float = option("Time for the rounds of a workload, about.", default=20.0)
     time_limit: float | None = option(
-        "Stop starting new variants after this many seconds; the rest is listed.", default=None
+        "Stop starting peers after this many seconds; the rest is listed.", default=None
     )
     memory: bool = option("Also measure peak memory.", default=True)
     threads: int | None = option("CPU threads (default: torch's).", default=None)

@@ -100,7 +100,10 @@ def test_the_workloads_of_the_design():
     assert WORKLOADS["K4"].tokens == 16384
     assert WORKLOADS["K5"].tokens == WORKLOADS["K5-bf16"].tokens == 2048
     assert WORKLOADS["K2"].frozen_head and not WORKLOADS["K1"].frozen_head
-    assert [w.vocab for w in choose_workloads("loss", "cuda")] == [128256, 128256, 32000, 151936]
+    assert [w.name for w in choose_workloads("loss", "cuda")] == [
+        "K1", "K2", "K3", "K4", "K1-85", "K1-autocast", "K3-softcap", "K4-odd",
+    ]  # fmt: skip
+    assert [WORKLOADS[f"K{i}"].vocab for i in range(1, 5)] == [128256, 128256, 32000, 151936]
     assert [w.name for w in choose_workloads("step", "cpu")] == ["S2", "S2-1024", "S2-256"]
     assert {w.suite for w in WORKLOADS.values()} == set(SUITES)
 
@@ -138,6 +141,9 @@ def test_the_csv_gives_back_its_rows(tmp_path, a_row):
     write_csv(rows, path, {"note": "in every row"})
     assert read_csv(path, Measurement) == rows
     assert path.read_text().count("in every row") == 2
+    older = path.read_text().replace("queued_ms", "of_old")  # recorded before a column came
+    path.write_text(older)
+    assert read_csv(path, Measurement) == rows
     assert not list(tmp_path.glob("*.partial"))
 
 
