@@ -5,7 +5,7 @@ Five lines replace the loss of a training step:
 >>> import fastrank
 >>> loss = fastrank.loss_from_name("rrhf")
 >>> loss
-RRHF(sft_weight=1.0, sft_reduction='mean', normalize='mean', pairs='all', margin=0.0)
+RRHF()
 
 `linear_ranking_loss` is the fused loss on hidden rows and a head; `ranking_loss` works on
 scores; `pack` and `prepare_model` share prompts inside a transformers model; `RankTrainer` and
@@ -23,8 +23,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "losses": [
-        "DPO", "IPO", "PRO", "RRHF", "LambdaRank", "ListMLE", "ListNet", "Loss", "RankNet",
-        "SLiC", "SimPO", "loss_from_name",
+        "DPO", "IPO", "LIRE", "NCA", "PRO", "REBEL", "RRHF", "ApproxNDCG", "LambdaRank", "ListMLE",
+        "ListNet", "Loss", "RankNet", "SLiC", "SimPO", "loss_from_name",
     ],
     "outputs": ["RankingOutput"],
     "ranking": ["ranking_loss"],
@@ -57,8 +57,12 @@ if TYPE_CHECKING:
     from .logprobs import token_logprobs as token_logprobs
     from .losses import DPO as DPO
     from .losses import IPO as IPO
+    from .losses import LIRE as LIRE
+    from .losses import NCA as NCA
     from .losses import PRO as PRO
+    from .losses import REBEL as REBEL
     from .losses import RRHF as RRHF
+    from .losses import ApproxNDCG as ApproxNDCG
     from .losses import LambdaRank as LambdaRank
     from .losses import ListMLE as ListMLE
     from .losses import ListNet as ListNet

@@ -5,13 +5,17 @@ Values (offsets, labels) are checked inside the operators, where a compiled step
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Reduction = Literal["mean", "sum", "none"]
-Normalize = Literal["mean", "sum"]
+Pooling = Literal["mean", "sum"]
+Normalize = Pooling | float
+"""How token log-probabilities become a score: their mean, their sum, or for a number α their sum
+over ``|y|^α``."""
 
 _INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -58,3 +62,19 @@ def check_choice(name: str, value: object, choices: object) -> None:
     if value not in get_args(choices):
         expected = ", ".join(repr(choice) for choice in get_args(choices))
         raise ValueError(f"{name} must be one of {expected}, got {value!r}")
+
+
+def check_normalize(name: str, value: object) -> None:
+    """``value`` must be a `Normalize`, else ValueError."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        good = math.isfinite(value) and value >= 0
+    else:
+        good = value in get_args(Pooling)
+    if good:
+        return
+    raise ValueError(f"{name} must be 'mean', 'sum' or a number >= 0, got {value!r}")
+
+
+def length_exponent(normalize: Normalize) -> float:
+    """α of a `Normalize`: 1 for the mean, 0 for the sum."""
+    return {"mean": 1.0, "sum": 0.0}[normalize] if isinstance(normalize, str) else float(normalize)

@@ -55,8 +55,8 @@ def linear_ranking_loss(
         rows: int64 [T], the hidden row that predicts each label; a prompt's last row serves every
             one of its responses.
         bias: [V]. softcap: κ > 0. logit_scale: σ, in ``z = κ tanh(σ (W h + b) / κ)``.
-        reference_scores: [C], the reference model's scores, normalised as the loss says; for the
-            losses that use them (DPO, IPO), which are reference-free without.
+        reference_scores: [C], the reference model's scores, normalised as the loss says; for a
+            loss with ``uses_reference`` (DPO, IPO, ...), which is reference-free without.
         reduction: ``"mean"`` over groups, ``"sum"`` (to normalise by a global count), or ``"none"``
             for one value per group.
         logits_memory: bytes of logits that may exist at once; None for the device's default. A
@@ -81,7 +81,9 @@ def linear_ranking_loss(
     check_tensor("rewards", rewards, (candidates,), device=hidden.device)
     if reference_scores is not None:
         if not loss.uses_reference:
-            raise ValueError(f"reference_scores goes with DPO or IPO, got {type(loss).__name__}")
+            raise ValueError(
+                f"reference_scores needs a loss with uses_reference=True, got {loss!r}"
+            )
         check_tensor("reference_scores", reference_scores, (candidates,), device=hidden.device)
     if reduction == "none":
         return ranking_from_logprobs(

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastrank_kernels
 from fastrank_kernels import Backend, Projection
 
-from .arguments import Normalize, check_choice, check_tensor
+from .arguments import Normalize, check_normalize, check_tensor, length_exponent
 
 
 def token_logprobs(
@@ -70,14 +70,14 @@ def token_logprobs(
 def sequence_scores(
     token_logprobs: Tensor, cu_responses: Tensor, *, normalize: Normalize = "mean"
 ) -> Tensor:
-    """Score of each response: the mean (or sum) of its tokens' log-probabilities.
+    """Score of each response: the mean of its tokens' log-probabilities, their sum, or between.
 
     Args:
         token_logprobs: [T].
         cu_responses: int32 [C + 1], rising from 0 to T: response i is
             ``token_logprobs[cu_responses[i]:cu_responses[i + 1]]``. The mean of an empty one is
             NaN.
-        normalize: ``"mean"`` or ``"sum"``.
+        normalize: ``"mean"``, ``"sum"``, or α >= 0: the sum over ``|y|^α``.
 
     Returns:
         float32 [C] (float64 for float64), differentiable.
@@ -88,14 +88,15 @@ def sequence_scores(
     """
     check_tensor("token_logprobs", token_logprobs, ("T",))
     check_tensor("cu_responses", cu_responses, ("C + 1",), kind="offsets")
-    check_choice("normalize", normalize, Normalize)
+    check_normalize("normalize", normalize)
     sums: Tensor = fastrank_kernels.segment_sum(token_logprobs, cu_responses)
-    if normalize == "sum":
+    exponent = length_exponent(normalize)
+    if exponent == 0.0:
         return sums
     lengths = cu_responses[1:] - cu_responses[:-1]
     lengths = lengths.to(device=sums.device, dtype=sums.dtype, non_blocking=True)
     # An empty response has no mean: 0 / 0 says so.
-    return sums / lengths
+    return sums / fastrank_kernels.length_divisor(lengths, exponent)
 
 
 def flatten(

@@ -32,8 +32,8 @@ def ranking_loss(
         scores: [C] with ``cu_groups`` (without: one group), or [G, n]. Any float dtype; computed in
             float32, or in float64 for float64 scores.
         rewards: of the same shape; higher is better. Compared in the dtype of the computation.
-        loss: e.g. ``fastrank.RRHF()``; its ``sft_weight`` plays no part here. For DPO and IPO
-            subtract the reference model's scores first.
+        loss: e.g. ``fastrank.RRHF()``; its ``sft_weight`` plays no part here. For a loss that uses
+            a reference (DPO, IPO, ...) subtract the reference model's scores first.
         cu_groups: int32 [G + 1], group g being ``scores[cu_groups[g]:cu_groups[g + 1]]``. On the
             host; a CUDA tensor is taken as it is, unchecked.
         where: bool [G, n], False for places that hold no candidate (only with [G, n]).

@@ -92,13 +92,14 @@ def test_nothing_is_saved_when_nothing_needs_a_gradient() -> None:
     torch.testing.assert_close(value, problem.logprobs().detach())
 
 
-@pytest.mark.parametrize("normalize", ["mean", "sum"])
+@pytest.mark.parametrize("normalize", ["mean", "sum", 0, 1, 0.6, 1.5])
 def test_sequence_scores(normalize) -> None:
     g = torch.Generator().manual_seed(0)
     values = torch.randn(11, dtype=torch.float64, generator=g).requires_grad_()
     offsets = torch.tensor([0, 1, 5, 6, 11], dtype=torch.int32)
     parts = values.split([1, 4, 1, 5])
-    want = torch.stack([p.mean() if normalize == "mean" else p.sum() for p in parts])
+    exponent = {"mean": 1, "sum": 0}.get(normalize, normalize)
+    want = torch.stack([p.sum() / len(p) ** exponent for p in parts])
     got = fastrank.sequence_scores(values, offsets, normalize=normalize)
     torch.testing.assert_close(got, want)
     upstream = torch.tensor([1.0, -2.0, 3.0, 0.25], dtype=torch.float64)
@@ -165,7 +166,7 @@ def test_flatten_refuses(labels, text) -> None:
 def test_sequence_scores_refuses_offsets_that_do_not_cover() -> None:
     with pytest.raises(ValueError, match=r"end at 3 \(number of values\), got 2"):
         fastrank.sequence_scores(torch.zeros(3), torch.tensor([0, 2], dtype=torch.int32))
-    with pytest.raises(ValueError, match="normalize must be one of 'mean', 'sum', got 'max'"):
+    with pytest.raises(ValueError, match="normalize must be 'mean', 'sum' or a number >= 0, got"):
         fastrank.sequence_scores(
             torch.zeros(3), torch.tensor([0, 3], dtype=torch.int32), normalize="max"
         )

@@ -12,14 +12,17 @@ from fastrank.losses import LOSSES
 
 def test_every_loss_of_the_contract_is_there_with_its_defaults() -> None:
     assert sorted(LOSSES) == sorted(
-        "rrhf pro ranknet slic simpo ipo dpo lambdarank listmle listnet".split()
+        "rrhf pro ranknet slic simpo ipo dpo rebel lambdarank".split()
+        + "listmle listnet nca lire approxndcg".split()
     )
     assert fastrank.RRHF() == fastrank.RRHF(margin=0.0, sft_weight=1.0, sft_reduction="mean")
     assert fastrank.PRO() == fastrank.PRO(sft_weight=0.05, sft_reduction="sum")
     assert fastrank.DPO().normalize == "sum" and fastrank.DPO().uses_reference
     for name, cls in LOSSES.items():
         loss = cls()
-        assert loss.normalize == ("sum" if name == "dpo" else "mean")
+        of_sums = name in ("dpo", "rebel", "nca", "lire")
+        assert loss.normalize == ("sum" if of_sums else "mean")
+        assert loss.uses_reference == (name in ("dpo", "ipo", "rebel", "nca"))
         assert loss.sft_weight == {"rrhf": 1.0, "pro": 0.05}.get(name, 0.0)
 
 
@@ -46,6 +49,24 @@ def test_losses_are_frozen_hashable_and_found_by_name(name) -> None:
         (lambda: fastrank.IPO(beta=0), "IPO: beta must be positive, got 0"),
         (lambda: fastrank.ListMLE(top_k=1.5), "top_k must be an integer, got 1.5"),
         (lambda: fastrank.ListMLE(top_k=0), "top_k must be positive, got 0"),
+        (
+            lambda: fastrank.RRHF(margin_by="reward"),
+            "RRHF: margin_by='reward' needs a margin other",
+        ),
+        (
+            lambda: fastrank.RRHF(margin=1, margin_by="x"),
+            "margin_by must be 'constant' or 'reward'",
+        ),
+        (lambda: fastrank.DPO(robust=True), "robust=True needs a label_smoothing other than 0"),
+        (lambda: fastrank.DPO(label_smoothing=0.5), r"label_smoothing must lie in \[0, 0.5\), got"),
+        (lambda: fastrank.DPO(uses_reference=1), "uses_reference must be True or False, got 1"),
+        (lambda: fastrank.RRHF(rank_weight=-1), "rank_weight must not be negative, got -1"),
+        (lambda: fastrank.RRHF(normalize=-0.5), "normalize must be 'mean', 'sum' or a number >= 0"),
+        (
+            lambda: fastrank.RRHF(normalize="max"),
+            "normalize must be 'mean', 'sum' or a number >= 0",
+        ),
+        (lambda: fastrank.REBEL(eta=0), "REBEL: eta must be positive, got 0"),
         (lambda: fastrank.ListNet(temperature=True), "temperature must be a finite number"),
     ],
 )

@@ -124,7 +124,7 @@ def with_reference_scores(
         groups: tokenised candidates, by the reference model's tokenizer.
         model: the reference model, a folder or a Hub name; or a loaded one, whose scores are not
             kept, and which is left on ``device``.
-        normalize: "sum" or "mean" of a response's token log-probabilities; the loss's own.
+        normalize: how a response's token log-probabilities become a score, as the loss has it.
         cache_dir: where scores are kept, in a file named after the groups' tokens and the model's
             content; None keeps none.
         max_tokens: of a pack; larger groups are scored in parts; a longer prompt

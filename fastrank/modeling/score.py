@@ -32,7 +32,8 @@ def score(
         model: a transformers causal language model, prepared or not; a prepared one may be wrapped.
         groups: tokenised candidates.
         max_tokens: maximum tokens per pack, see `fastrank.pack`; larger groups are split.
-        normalize: ``"mean"`` or ``"sum"`` of a response's token log-probabilities.
+        normalize: ``"mean"`` or ``"sum"`` of a response's token log-probabilities, or α >= 0 for
+            their sum over ``|y|^α``.
 
     Returns:
         One float32 [n] per group, on the host, in the given order.

@@ -142,7 +142,8 @@ class LossOptions(Options):
     """Loss."""
 
     loss: str = option(
-        "Ranking loss: rrhf, pro, ranknet, slic, simpo, ipo, dpo, lambdarank, listmle or listnet.",
+        "Ranking loss: rrhf, pro, ranknet, slic, simpo, ipo, dpo, rebel, lambdarank, listmle, "
+        "listnet, nca, lire or approxndcg.",
         default="rrhf",
     )
 

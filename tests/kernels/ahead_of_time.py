@@ -49,13 +49,27 @@ POINTERS = {
     torch.int64: "i64", torch.int32: "i32", torch.bool: "i1",
 }  # fmt: skip
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HINGE = RankSpec("pairwise")
+LAMBDA = RankSpec("pairwise", "logistic", "best_worst", "lambda")
+PRO = RankSpec("staged", stage_scale="reward_gap")
+SOFTMAX = RankSpec("softmax")
+# What takes most registers among margins and label smoothing, and among the forms without pairs.
+EXTREMES = (
+    RankSpec("pairwise", "logistic", "all", "lambda", margin_by="rank", wrong=0.1),
+    RankSpec("positions"),
+)
 FORMS = [
     *(RankSpec("pairwise", *x) for x in product(
         ("hinge", "logistic", "square"), ("all", "best_worst"), ("one", "lambda")
     )),
+    RankSpec("pairwise", "square", margin_by="reward"),
     RankSpec("staged"),
-    RankSpec("staged", stage_scale="reward_gap"),
-    RankSpec("softmax"),
+    PRO,
+    SOFTMAX,
+    RankSpec("expected"),
+    RankSpec("expected", target="reward"),
+    RankSpec("pointwise"),
+    *EXTREMES,
 ]  # fmt: skip
 Case = tuple[str, Launch, list[GPUTarget]]
 
@@ -192,17 +206,17 @@ def rank_cases(few: bool) -> Iterator[Case]:
         yield f"segment_sum {dtype}", launch, PAIR if few else TARGETS
     if few:
         # PRO in the largest block takes most registers; every form and block is in the slow test.
-        for spec in (FORMS[0], FORMS[7], FORMS[-1]):
+        for spec in (HINGE, LAMBDA, SOFTMAX, *EXTREMES):
             yield *rank_from_tokens(spec, 64), PAIR
-        yield *rank_from_tokens(FORMS[-2], 8), PAIR
-        yield *rank_from_tokens(FORMS[-2], 64), TARGETS
-        yield *rank_from_scores(FORMS[-2], 64, valid=True), PAIR
+        yield *rank_from_tokens(PRO, 8), PAIR
+        yield *rank_from_tokens(PRO, 64), TARGETS
+        yield *rank_from_scores(PRO, 64, valid=True), PAIR
         return
     for tile, spec in product((8, 16, 32, 64), FORMS):
         targets = TARGETS if tile in (8, 64) else NVIDIA
         yield *rank_from_tokens(spec, tile), targets
         yield *rank_from_scores(spec, tile), targets
-    for tile, spec in product((8, 16, 32, 64), (FORMS[0], FORMS[7], *FORMS[-2:])):
+    for tile, spec in product((8, 16, 32, 64), (HINGE, LAMBDA, PRO, SOFTMAX)):
         yield *rank_from_tokens(spec, tile, reference=True, integer=torch.int64), NVIDIA
         yield *rank_from_scores(spec, tile, valid=True), NVIDIA
         yield *rank_from_tokens(spec, tile, dtype=torch.bfloat16, reward=torch.float64), NVIDIA

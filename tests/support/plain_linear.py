@@ -139,8 +139,8 @@ class Problem:
             if not tokens:
                 per_group.append(logp.sum() * 0)
                 continue
-            pool = torch.mean if loss.normalize == "mean" else torch.sum
-            scores = torch.stack([pool(t) for t in tokens])
+            exponent = {"mean": 1.0, "sum": 0.0}.get(loss.normalize, loss.normalize)
+            scores = torch.stack([t.sum() / len(t) ** exponent for t in tokens])
             if loss.uses_reference and self.reference_scores is not None:
                 scores = scores - self.reference_scores[first:last]
             rewards = self.rewards[first:last].to(scores.dtype)

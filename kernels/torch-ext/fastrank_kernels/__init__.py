@@ -12,14 +12,17 @@ from .autograd import linear_logprobs, linear_ranking, rank_scores, rank_tokens,
 from .dispatch import Backend, choose_backend
 from .ops import segment_sum
 from .projection import Projection
-from .reference import live_candidates, sft_weights
-from .spec import RankSpec
+from .reference import length_divisor, live_candidates, sft_weights
+from .spec import Form, MarginBy, RankSpec
 
 __all__ = [
     "Backend",
+    "Form",
+    "MarginBy",
     "Projection",
     "RankSpec",
     "choose_backend",
+    "length_divisor",
     "linear_logprobs",
     "linear_ranking",
     "live_candidates",

@@ -128,10 +128,16 @@ def plan_rank(
     """The launch that `rank_tokens` (with ``token_logprobs``) or `rank_scores` does."""
     device = scores.device
     tile = tile_of_groups(cu_groups, scores.numel())
-    needs_scratch = spec.form == "staged" or spec.pair_weight == "lambda"
+    pairwise = spec.form == "pairwise"
+    by_score, by_reward = spec.pair_weight == "lambda", spec.margin_by == "rank"
+    # What each candidate has to know of the others; places by score and by reward are two numbers.
+    if pairwise:
+        numbers = int(by_score) + int(by_reward)
+    else:
+        numbers = int(spec.form in ("staged", "positions"))
     scratch = None
-    if needs_scratch:
-        scratch = torch.empty(scores.numel(), dtype=torch.float32, device=device)
+    if numbers:
+        scratch = torch.empty(numbers * scores.numel(), dtype=torch.float32, device=device)
     if not rewards.is_floating_point():
         rewards = rewards.to(torch.float32)
     arguments = {
@@ -152,17 +158,23 @@ def plan_rank(
         "scale": float(scale),
         "score_scale": float(spec.score_scale),
         "margin": float(spec.margin),
+        "right": float(spec.right),
+        "wrong": float(spec.wrong),
         "temperature": float(spec.temperature),
+        "rank_weight": float(spec.rank_weight),
         "top_k": spec.top_k or _ALL_STAGES,
         "sft_weight": float(spec.sft_weight),
-        "mean_scores": int(spec.normalize == "mean"),
+        "length_exponent": float(spec.length_exponent),
         "sft_mean": int(spec.sft_reduction == "mean"),
         "sft_square": int(spec.sft_growth == "square"),
         "FORM": spec.form,
-        "PHI": spec.phi if spec.form == "pairwise" else "none",
-        "BEST_WORST": spec.form == "pairwise" and spec.pairs == "best_worst",
-        "LAMBDA": spec.form == "pairwise" and spec.pair_weight == "lambda",
+        "PHI": spec.phi if pairwise else "none",
+        "BEST_WORST": pairwise and spec.pairs == "best_worst",
+        "LAMBDA": pairwise and by_score,
+        "MARGIN_BY": spec.margin_by if pairwise else "constant",
+        "SMOOTHED": pairwise and spec.phi == "logistic" and spec.wrong != 0.0,
         "REWARD_GAP": spec.form == "staged" and spec.stage_scale == "reward_gap",
+        "TARGET": spec.target if spec.form == "expected" else "softmax",
         "ROWS": tile,
         "COLUMNS": min(tile, 32),
         "BLOCK_T": 2048 // tile,

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""The three forms of a ranking loss as device functions over blocks of a group.
+"""The forms of a ranking loss as device functions over blocks of a group.
 
 Each form is `prepare_*`, which leaves one number per candidate about all the others in global
 scratch memory, and `*_rows`, which takes a block of rows against
@@ -51,19 +51,27 @@ def stands_before(r_row, r_column, place_row, place_column):
 
 
 @triton.jit
-def prepare_pairwise(size, group, scratch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """LambdaRank's discount 1 / log(1 + τ) of each candidate, τ its rank by the current scores."""
+def prepare_places(
+    size,
+    group,
+    places,
+    BY_REWARD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """How many candidates stand before each, by falling reward or by falling score."""
     for row in range(0, size, ROWS):
         place, present, u, r = load_block(row, size, group, ROWS)
         ahead = tl.zeros((ROWS,), tl.int32)
         for column in range(0, size, COLUMNS):
             other, here, v, s = load_block(column, size, group, COLUMNS)
-            before = (v[None, :] > u[:, None]) | (
-                (v[None, :] == u[:, None]) & (other[None, :] < place[:, None])
-            )
+            if BY_REWARD:
+                own, theirs = r[:, None], s[None, :]
+            else:
+                own, theirs = u[:, None], v[None, :]
+            before = (theirs > own) | ((theirs == own) & (other[None, :] < place[:, None]))
             ahead += tl.sum((before & here[None, :]).to(tl.int32), 1)
-        discount = 1.0 / log1p(1.0 + ahead.to(tl.float32))
-        tl.store(scratch + group[0] + place, discount, mask=present)
+        tl.store(places + group[0] + place, ahead.to(tl.float32), mask=present)
 
 
 @triton.jit
@@ -74,8 +82,11 @@ def pairwise_rows(
     r,
     size,
     group,
-    scratch,
+    score_places,
+    reward_places,
     margin,
+    right,
+    wrong,
     low,
     spread,
     best,
@@ -83,10 +94,12 @@ def pairwise_rows(
     PHI: tl.constexpr,
     BEST_WORST: tl.constexpr,
     LAMBDA: tl.constexpr,
+    MARGIN_BY: tl.constexpr,
+    SMOOTHED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Form A: Σ_{r_i > r_j} w_ij φ(u_i - u_j - m) and g_i = Σ_j w_ij φ' - Σ_j w_ji φ'.
+    """Form A: Σ_{r_i > r_j} w_ij φ(u_i - u_j - m_ij) and g_i = Σ_j w_ij φ' - Σ_j w_ji φ'.
 
     Of i and j at most one is the better, so φ is evaluated once for both of their gradients.
     """
@@ -94,7 +107,11 @@ def pairwise_rows(
     grad = tl.zeros((ROWS,), tl.float32)
     if LAMBDA:
         gain = tl.exp2((r - low) / spread) - 1.0
-        discount = tl.load(scratch + group[0] + place, mask=present, other=0.0)
+        # LambdaRank's discount 1 / log(1 + τ), τ the rank by the current scores.
+        ahead = tl.load(score_places + group[0] + place, mask=present, other=0.0)
+        discount = 1.0 / log1p(1.0 + ahead)
+    if MARGIN_BY == "rank":
+        rank = tl.load(reward_places + group[0] + place, mask=present, other=0.0)
     for column in range(0, size, COLUMNS):
         other, here, v, s = load_block(column, size, group, COLUMNS)
         better = r[:, None] > s[None, :]
@@ -105,20 +122,32 @@ def pairwise_rows(
                 | ((place == worst)[:, None] & (other == best)[None, :])
             )
         difference = u[:, None] - v[None, :]
-        z = tl.where(better, difference, -difference) - margin
+        z = tl.where(better, difference, -difference)
+        if MARGIN_BY == "reward":
+            z -= margin * tl.abs(r[:, None] - s[None, :])
+        elif MARGIN_BY == "rank":
+            other_rank = tl.load(reward_places + group[0] + other, mask=here, other=0.0)
+            z -= margin * tl.abs(rank[:, None] - other_rank[None, :])
+        else:
+            z -= margin
         if PHI == "hinge":
             value = tl.where(z >= 0.0, 0.0, -z)
             # NaN is neither below nor above zero; its slope has to be NaN, not 0.
             slope = tl.where(z < 0.0, -1.0, tl.where(z >= 0.0, 0.0, z))
         elif PHI == "logistic":
-            value = tl.where(z < 0.0, -z, 0.0) + log1p(tl.exp(-tl.abs(z)))
+            tail = log1p(tl.exp(-tl.abs(z)))
+            value = tl.where(z < 0.0, -z, 0.0) + tail
             slope = -1.0 / (1.0 + tl.exp(z))
+            if SMOOTHED:
+                value = right * value + wrong * (tl.where(z < 0.0, 0.0, z) + tail)
+                slope = right * slope + wrong / (1.0 + tl.exp(-z))
         else:
             value = z * z
             slope = 2.0 * z
         if LAMBDA:
             other_gain = tl.exp2((s - low) / spread) - 1.0
-            other_discount = tl.load(scratch + group[0] + other, mask=here, other=0.0)
+            other_ahead = tl.load(score_places + group[0] + other, mask=here, other=0.0)
+            other_discount = 1.0 / log1p(1.0 + other_ahead)
             weight = tl.abs(gain[:, None] - other_gain[None, :])
             weight *= tl.abs(discount[:, None] - other_discount[None, :])
             value *= weight
@@ -245,3 +274,82 @@ def softmax_rows(present, u, r, lse, peak, mass, temperature):
     loss = tl.where(present, -q * logp, 0.0)
     grad = tl.where(present, tl.exp(logp) - q, 0.0)
     return loss, grad
+
+
+@triton.jit
+def expected_terms(present, u, r, lse, peak, mass, temperature, TARGET: tl.constexpr):
+    """Share p_i of each candidate in softmax(u), and its value v_i."""
+    p = tl.where(present, tl.exp(u - lse), 0.0)
+    value = r
+    if TARGET == "softmax":
+        value = tl.exp(r / temperature - peak) / mass
+    return p, tl.where(present, value, 0.0)
+
+
+@triton.jit
+def prepare_expected(
+    size, group, lse, peak, mass, temperature, TARGET: tl.constexpr, ROWS: tl.constexpr
+):
+    """Form D: the expected value Σ p_i v_i, of which the loss is the negative."""
+    mean = 0.0
+    for row in range(0, size, ROWS):
+        place, present, u, r = load_block(row, size, group, ROWS)
+        p, value = expected_terms(present, u, r, lse, peak, mass, temperature, TARGET)
+        mean += tl.sum(p * value, 0)
+    return mean
+
+
+@triton.jit
+def pointwise_rows(present, u, r, count, peak, mass, temperature):
+    """Form E: -Σ [q_i log σ(u_i) + log σ(-u_i) / n], g_i = σ(u_i) / n - q_i σ(-u_i)."""
+    q = tl.exp(r / temperature - peak) / mass
+    share = 1.0 / count.to(tl.float32)
+    tail = log1p(tl.exp(-tl.abs(u)))
+    loss = q * (tl.where(u < 0.0, -u, 0.0) + tail) + share * (tl.where(u < 0.0, 0.0, u) + tail)
+    grad = share / (1.0 + tl.exp(-u)) - q / (1.0 + tl.exp(u))
+    return tl.where(present, loss, 0.0), tl.where(present, grad, 0.0)
+
+
+@triton.jit
+def prepare_positions(size, group, scratch, low, spread, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Derivative of the smooth DCG's loss by each smooth place, not yet divided by the ideal DCG;
+    returns the smooth and the ideal DCG, both without their common factor log 2."""
+    total = 0.0
+    ideal = 0.0
+    for row in range(0, size, ROWS):
+        place, present, u, r = load_block(row, size, group, ROWS)
+        smooth = tl.zeros((ROWS,), tl.float32)
+        ahead = tl.zeros((ROWS,), tl.int32)
+        for column in range(0, size, COLUMNS):
+            other, here, v, s = load_block(column, size, group, COLUMNS)
+            pair = here[None, :] & (place[:, None] != other[None, :])
+            passing = 1.0 / (1.0 + tl.exp(u[:, None] - v[None, :]))
+            smooth += tl.sum(tl.where(pair, passing, 0.0), 1)
+            before = (s[None, :] > r[:, None]) | (
+                (s[None, :] == r[:, None]) & (other[None, :] < place[:, None])
+            )
+            ahead += tl.sum((before & here[None, :]).to(tl.int32), 1)
+        gain = tl.where(present, tl.exp2((r - low) / spread) - 1.0, 0.0)
+        log_place = tl.log(2.0 + smooth)
+        total += tl.sum(tl.where(present, gain / log_place, 0.0), 0)
+        ideal += tl.sum(gain / tl.log(2.0 + ahead.to(tl.float32)), 0)
+        weight = gain / ((2.0 + smooth) * log_place * log_place)
+        tl.store(scratch + group[0] + place, weight, mask=present)
+    return total, ideal
+
+
+@triton.jit
+def positions_rows(
+    place, present, u, size, group, scratch, ideal, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Form F: 1 - DCG / ideal with smooth places; g_i = Σ_{j ≠ i} (w_j - w_i) σ'(u_i - u_j)."""
+    grad = tl.zeros((ROWS,), tl.float32)
+    own = tl.load(scratch + group[0] + place, mask=present & (place < size), other=0.0)
+    for column in range(0, size, COLUMNS):
+        other, here, v, s = load_block(column, size, group, COLUMNS)
+        theirs = tl.load(scratch + group[0] + other, mask=here, other=0.0)
+        pair = present[:, None] & here[None, :] & (place[:, None] != other[None, :])
+        decay = tl.exp(-tl.abs(u[:, None] - v[None, :]))
+        slope = decay / ((1.0 + decay) * (1.0 + decay))
+        grad += tl.sum(tl.where(pair, slope * (theirs[None, :] - own[:, None]), 0.0), 1)
+    return grad / ideal

@@ -17,9 +17,14 @@ import triton
 import triton.language as tl
 
 from .rank_forms import (
+    expected_terms,
     load_block,
     pairwise_rows,
-    prepare_pairwise,
+    pointwise_rows,
+    positions_rows,
+    prepare_expected,
+    prepare_places,
+    prepare_positions,
     prepare_softmax,
     prepare_staged,
     softmax_rows,
@@ -42,7 +47,6 @@ RUN_TIME_ARGUMENTS = (
     "num_tokens",
     "num_candidates",
     "top_k",
-    "mean_scores",
     "sft_mean",
     "sft_square",
 )
@@ -58,6 +62,13 @@ def load_segments(index, present, cu_responses, num_tokens):
 
 
 @triton.jit
+def length_divisor(length, exponent):
+    """``|y|^α``, exactly 1 and ``|y|`` where a score is a sum (α of 0) or a mean (1)."""
+    power = tl.exp2(exponent * tl.log2(length))
+    return tl.where(exponent == 1.0, length, tl.where(exponent == 0.0, 1.0, power))
+
+
+@triton.jit
 def write_scores(
     first,
     size,
@@ -65,11 +76,12 @@ def write_scores(
     scores,
     cu_responses,
     num_tokens,
-    mean_scores,
+    length_exponent,
     ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Sum or mean of each response's token log-probabilities, accumulated in float64."""
+    """Score of each response: the sum of its token log-probabilities, accumulated in float64, over
+    ``|y|^α``."""
     for row in range(0, size, ROWS):
         place = row + tl.arange(0, ROWS)
         present = place < size
@@ -82,8 +94,7 @@ def write_scores(
             total += tl.load(token_logprobs + token, mask=inside, other=0.0).to(tl.float64)
         score = tl.sum(total, 1).to(tl.float32)
         length = (stop - start).to(tl.float32)
-        if mean_scores != 0:
-            score = tl.div_rn(score, length)
+        score = tl.div_rn(score, length_divisor(length, length_exponent))
         tl.store(scores + first + place, score, mask=present)
 
 
@@ -144,7 +155,7 @@ def write_coefficients(
     num_tokens,
     scale,
     sft_weight,
-    mean_scores,
+    length_exponent,
     sft_mean,
     ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -155,13 +166,10 @@ def write_coefficients(
     length = (stop - start).to(tl.float32)
     score = tl.load(scores + first + place, mask=present, other=0.0)
     weight = tl.where(place == best, sft_weight, 0.0)
-    if mean_scores != 0:
-        grad = tl.div_rn(grad, length)
-        mean = score
-        total = tl.where(length > 0.0, score * length, 0.0)
-    else:
-        mean = tl.div_rn(score, length)
-        total = score
+    divisor = length_divisor(length, length_exponent)
+    grad = tl.div_rn(grad, divisor)
+    total = tl.where(length > 0.0, score * divisor, 0.0)
+    mean = tl.where(length_exponent == 1.0, score, tl.div_rn(total, length))
     if sft_mean != 0:
         term = mean
         pull = tl.div_rn(weight, length)
@@ -200,17 +208,23 @@ def rank_kernel(
     scale,
     score_scale,
     margin,
+    right,
+    wrong,
     temperature,
+    rank_weight,
     top_k,
     sft_weight,
-    mean_scores,
+    length_exponent,
     sft_mean,
     sft_square,
     FORM: tl.constexpr,
     PHI: tl.constexpr,
     BEST_WORST: tl.constexpr,
     LAMBDA: tl.constexpr,
+    MARGIN_BY: tl.constexpr,
+    SMOOTHED: tl.constexpr,
     REWARD_GAP: tl.constexpr,
+    TARGET: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -229,27 +243,41 @@ def rank_kernel(
             scores,
             cu_responses,
             num_tokens,
-            mean_scores,
+            length_exponent,
             ROWS,
             BLOCK_T,
         )
     count, high, low, ranked, best, worst, first_best = group_stats(
         first, size, rewards, valid, ROWS
     )
+    # A term of weight 0 is left out, not multiplied by it: it may be infinite.
+    ranked = ranked & (rank_weight != 0.0)
     # A group without a strict pair has ranking term and gradient 0: no column is looked at.
     columns = tl.where(ranked, size, 0)
     if token_logprobs is not None:
         tl.debug_barrier()
 
     loss = 0.0
+    reward_places = scratch
     if LAMBDA:
-        prepare_pairwise(columns, group, scratch, ROWS, COLUMNS)
+        prepare_places(columns, group, scratch, False, ROWS, COLUMNS)
+        reward_places = scratch + num_candidates
+    if MARGIN_BY == "rank":
+        prepare_places(columns, group, reward_places, True, ROWS, COLUMNS)
+    if LAMBDA or MARGIN_BY == "rank":
         tl.debug_barrier()
     if FORM == "staged":
         loss = prepare_staged(columns, group, scratch, count, low, top_k, REWARD_GAP, ROWS, COLUMNS)
         tl.debug_barrier()
-    if FORM == "softmax":
+    if FORM == "positions":
+        total, ideal = prepare_positions(columns, group, scratch, low, high - low, ROWS, COLUMNS)
+        loss = 1.0 - total / ideal
+        tl.debug_barrier()
+    if (FORM == "softmax") or (FORM == "expected") or (FORM == "pointwise"):
         lse, peak, mass = prepare_softmax(columns, group, temperature, ROWS)
+    if FORM == "expected":
+        mean = prepare_expected(columns, group, lse, peak, mass, temperature, TARGET, ROWS)
+        loss = -mean
 
     supervised = 0.0
     weight = sft_weight
@@ -266,7 +294,10 @@ def rank_kernel(
                 columns,
                 group,
                 scratch,
+                reward_places,
                 margin,
+                right,
+                wrong,
                 low,
                 high - low,
                 best,
@@ -274,6 +305,8 @@ def rank_kernel(
                 PHI,
                 BEST_WORST,
                 LAMBDA,
+                MARGIN_BY,
+                SMOOTHED,
                 ROWS,
                 COLUMNS,
             )
@@ -282,10 +315,18 @@ def rank_kernel(
             grad = staged_rows(
                 place, present, u, r, columns, group, scratch, low, REWARD_GAP, ROWS, COLUMNS
             )
+        elif FORM == "positions":
+            grad = positions_rows(place, present, u, columns, group, scratch, ideal, ROWS, COLUMNS)
+        elif FORM == "expected":
+            p, value = expected_terms(present, u, r, lse, peak, mass, temperature, TARGET)
+            grad = -p * (value - mean)
+        elif FORM == "pointwise":
+            terms, grad = pointwise_rows(present, u, r, count, peak, mass, temperature)
+            loss += tl.sum(terms, 0)
         else:
             terms, grad = softmax_rows(present, u, r, lse, peak, mass, temperature)
             loss += tl.sum(terms, 0)
-        grad = tl.where(ranked, grad * score_scale, 0.0)
+        grad = tl.where(ranked, grad * (score_scale * rank_weight), 0.0)
         if score_grads is not None:
             tl.store(score_grads + first + place, grad, mask=place < size)
         if token_logprobs is not None:
@@ -301,11 +342,11 @@ def rank_kernel(
                 num_tokens,
                 scale,
                 weight,
-                mean_scores,
+                length_exponent,
                 sft_mean,
                 ROWS,
                 BLOCK_T,
             )
-    tl.store(rank_loss + program, tl.where(ranked, loss, 0.0))
+    tl.store(rank_loss + program, tl.where(ranked, loss * rank_weight, 0.0))
     if token_logprobs is not None:
         tl.store(sft_loss + program, supervised)

@@ -10,6 +10,7 @@ Shapes: T response tokens, C candidates, G groups, V vocabulary entries. Offsets
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -216,6 +217,13 @@ def segment_index(offsets: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(segments, lengths, output_size=total)
 
 
+def length_divisor(lengths: Tensor, exponent: float) -> Tensor:
+    """``|y|^α`` of responses of these lengths; exact for a mean (1) and a sum (0)."""
+    if exponent == 1.0:
+        return lengths
+    return torch.ones_like(lengths) if exponent == 0.0 else lengths**exponent
+
+
 def rank_tokens(
     token_logprobs: Tensor,
     rewards: Tensor,
@@ -229,8 +237,8 @@ def rank_tokens(
 
     Three steps, which a GPU kernel does in one launch: segmented sums to scores, the loss and its
     score gradients (`rank_scores`), and the coefficients
-    ``c_t = scale * (g_i / |y_i| - [i best] * weight * (1 or 1 / |y_i|))`` (``|y_i|`` only where a
-    mean is taken).
+    ``c_t = scale * (g_i / |y_i|^α - [i best] * weight * (1 or 1 / |y_i|))``, α the exponent of the
+    length (1 where a score is a mean, 0 where it is a sum).
     """
     dtype = accumulation_dtype(token_logprobs.dtype)
     device = token_logprobs.device
@@ -238,10 +246,11 @@ def rank_tokens(
     lengths = (cu_responses[1:] - cu_responses[:-1]).to(device=device, dtype=dtype)
     sums = segment_sum(token_logprobs, cu_responses).to(dtype)
     means = sums / lengths
-    scores = means if spec.normalize == "mean" else sums
+    divisor = length_divisor(lengths, spec.length_exponent)
+    scores = sums / divisor
     ranked = scores if reference_scores is None else scores - reference_scores.to(dtype)
     rank_loss, score_grads = rank_scores(ranked, rewards, cu_groups, None, spec)
-    per_candidate = score_grads / lengths if spec.normalize == "mean" else score_grads
+    per_candidate = score_grads / divisor
 
     weight = sft_weights(rewards.to(device), cu_groups, spec, dtype)
     best_term = means if spec.sft_reduction == "mean" else sums
@@ -304,6 +313,11 @@ def _rank_padded(
     u = scores * spec.score_scale if spec.score_scale != 1.0 else scores
     loss, grads = _FORMS[spec.form](u, rewards, present, spec)
     ranked = _has_strict_pair(rewards, present)
+    if spec.rank_weight == 0:
+        # Left out, not multiplied: a term that is infinite must not turn into NaN.
+        ranked = torch.zeros_like(ranked)
+    elif spec.rank_weight != 1.0:
+        loss, grads = loss * spec.rank_weight, grads * spec.rank_weight
     if spec.score_scale != 1.0:
         grads = grads * spec.score_scale
     return torch.where(ranked, loss, 0.0), torch.where(ranked[:, None], grads, 0.0)
@@ -328,13 +342,13 @@ def _has_strict_pair(rewards: Tensor, present: Tensor) -> Tensor:
 
 
 def _pairwise(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Tensor, Tensor]:
-    """Form A: Σ_{r_i > r_j} w_ij φ(u_i − u_j − m); g_i = Σ_j w_ij φ' − Σ_j w_ji φ'."""
+    """Form A: Σ_{r_i > r_j} w_ij φ(u_i − u_j − m_ij); g_i = Σ_j w_ij φ' − Σ_j w_ji φ'."""
     pair = (r[:, :, None] > r[:, None, :]) & present[:, :, None] & present[:, None, :]
     if spec.pairs == "best_worst":
         place = _places(r, present)
         last = present.sum(-1)[:, None] - 1
         pair = pair & (place == 0)[:, :, None] & (place == last)[:, None, :]
-    z = u[:, :, None] - u[:, None, :] - spec.margin
+    z = u[:, :, None] - u[:, None, :] - _margins(r, present, spec)
     if spec.phi == "hinge":
         value, slope = torch.relu(-z), -(z < 0).to(z.dtype)
         # NaN is neither below nor above zero: without this a NaN score would get a gradient of 0.
@@ -342,6 +356,10 @@ def _pairwise(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Te
     elif spec.phi == "logistic":
         # softplus(-z); torch's own softplus switches to the identity at a threshold.
         value, slope = -torch.nn.functional.logsigmoid(z), -torch.sigmoid(-z)
+        if spec.wrong:
+            flipped = -torch.nn.functional.logsigmoid(-z)
+            value = spec.right * value + spec.wrong * flipped
+            slope = spec.right * slope + spec.wrong * torch.sigmoid(z)
     else:
         value, slope = z * z, 2.0 * z
     if spec.pair_weight == "lambda":
@@ -351,18 +369,33 @@ def _pairwise(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Te
     return value.sum((1, 2)), slope.sum(2) - slope.sum(1)
 
 
+def _margins(r: Tensor, present: Tensor, spec: RankSpec) -> Tensor | float:
+    """m_ij of each pair, i the better one."""
+    if spec.margin_by == "reward":
+        return spec.margin * (r[:, :, None] - r[:, None, :])
+    if spec.margin_by == "rank":
+        place = _places(r, present).to(r.dtype)
+        return spec.margin * (place[:, None, :] - place[:, :, None])
+    return spec.margin
+
+
 def _lambda_weights(u: Tensor, r: Tensor, present: Tensor) -> Tensor:
     """LiPO-λ (arXiv:2402.01878): |G_i − G_j| · |1/D(τ_i) − 1/D(τ_j)| with gain 2^ψ − 1, ψ the
     reward scaled to [0, 1] in its group, discount log(1 + τ), τ the rank by the current scores."""
-    high = torch.where(present, r, float("-inf")).amax(-1, keepdim=True)
-    low = torch.where(present, r, float("inf")).amin(-1, keepdim=True)
-    spread = torch.where(high > low, high - low, 1.0)
-    gain = torch.exp2((r - low) / spread) - 1.0
+    gain = _gains(r, present)
     rank = 1.0 + _places(u, present).to(u.dtype)
     discount = 1.0 / torch.log1p(rank)
     return (gain[:, :, None] - gain[:, None, :]).abs() * (
         discount[:, :, None] - discount[:, None, :]
     ).abs()
+
+
+def _gains(r: Tensor, present: Tensor) -> Tensor:
+    """2^ψ − 1, ψ the reward scaled to [0, 1] in its group."""
+    high = torch.where(present, r, float("-inf")).amax(-1, keepdim=True)
+    low = torch.where(present, r, float("inf")).amin(-1, keepdim=True)
+    spread = torch.where(high > low, high - low, 1.0)
+    return torch.exp2((r - low) / spread) - 1.0
 
 
 def _staged(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Tensor, Tensor]:
@@ -404,12 +437,61 @@ def _staged(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Tens
 def _softmax(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Tensor, Tensor]:
     """Form C: −Σ q_i log softmax(u)_i with q = softmax(r / temperature); g = softmax(u) − q."""
     logp = torch.log_softmax(u.masked_fill(~present, float("-inf")), dim=-1)
-    q = torch.softmax((r / spec.temperature).masked_fill(~present, float("-inf")), dim=-1)
-    logp, q = torch.where(present, logp, 0.0), torch.where(present, q, 0.0)
+    q = _target(r, present, spec)
+    logp = torch.where(present, logp, 0.0)
     return -(q * logp).sum(-1), torch.where(present, torch.exp(logp), 0.0) - q
 
 
-_FORMS = {"pairwise": _pairwise, "staged": _staged, "softmax": _softmax}
+def _expected(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Tensor, Tensor]:
+    """Form D: −Σ p_i v_i with p = softmax(u); g_i = −p_i (v_i − Σ p v)."""
+    p = torch.softmax(u.masked_fill(~present, float("-inf")), dim=-1)
+    value = _target(r, present, spec) if spec.target == "softmax" else r
+    mean = (p * value).sum(-1, keepdim=True)
+    return -mean.squeeze(-1), -p * (value - mean)
+
+
+def _pointwise(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Tensor, Tensor]:
+    """Form E: −Σ [q_i log σ(u_i) + log σ(−u_i) / n]; g_i = σ(u_i) / n − q_i σ(−u_i)."""
+    q, share = _target(r, present, spec), 1.0 / present.sum(-1, keepdim=True).to(u.dtype)
+    log_sigmoid = torch.nn.functional.logsigmoid
+    value = -(q * log_sigmoid(u) + share * log_sigmoid(-u))
+    slope = share * torch.sigmoid(u) - q * torch.sigmoid(-u)
+    return torch.where(present, value, 0.0).sum(-1), torch.where(present, slope, 0.0)
+
+
+def _positions(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Tensor, Tensor]:
+    """Form F: 1 − Σ_k G_k / log2(1 + π_k) / ideal, π_k = 1 + Σ_{j ≠ k} σ(u_j − u_k);
+    g_i = Σ_{j ≠ i} (w_j − w_i) σ'(u_i − u_j), w_k the derivative by π_k."""
+    width = u.shape[1]
+    others = present[:, :, None] & present[:, None, :]
+    others = others & ~torch.eye(width, dtype=torch.bool, device=u.device)
+    difference = u[:, None, :] - u[:, :, None]
+    ahead = torch.where(others, torch.sigmoid(difference), 0.0)
+    reach = 2.0 + ahead.sum(-1)
+    log_place = torch.log(reach)
+    log_ideal_place = torch.log1p(1.0 + _places(r, present).to(u.dtype))
+    gain = torch.where(present, _gains(r, present), 0.0) * math.log(2)
+    ideal = (gain / log_ideal_place).sum(-1, keepdim=True)
+    weight = gain / (reach * log_place.square() * ideal)
+    slope = torch.where(others, torch.sigmoid(difference) * torch.sigmoid(-difference), 0.0)
+    grads = (slope * (weight[:, None, :] - weight[:, :, None])).sum(-1)
+    return 1.0 - (gain / log_place / ideal).sum(-1), grads
+
+
+def _target(r: Tensor, present: Tensor, spec: RankSpec) -> Tensor:
+    """The target distribution q = softmax(r / temperature), 0 at places that are not present."""
+    q = torch.softmax((r / spec.temperature).masked_fill(~present, float("-inf")), dim=-1)
+    return torch.where(present, q, 0.0)
+
+
+_FORMS = {
+    "pairwise": _pairwise,
+    "staged": _staged,
+    "softmax": _softmax,
+    "expected": _expected,
+    "pointwise": _pointwise,
+    "positions": _positions,
+}
 
 
 def sft_weights(rewards: Tensor, cu_groups: Tensor, spec: RankSpec, dtype: torch.dtype) -> Tensor:

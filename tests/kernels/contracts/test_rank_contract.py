@@ -20,18 +20,33 @@ FORMS = {
             ("hinge", "logistic", "square"), ("all", "best_worst"), ("one", "lambda")
         )
     },
+    "reward margin": RankSpec("pairwise", margin=0.3, margin_by="reward", rank_weight=0.6),
+    "rank margin": RankSpec("pairwise", "logistic", margin=0.2, margin_by="rank"),
+    "rank margin lambda": RankSpec(
+        "pairwise", "logistic", "best_worst", "lambda", margin=0.2, margin_by="rank"
+    ),
+    "smoothed": RankSpec("pairwise", "logistic", margin=0.2, right=0.9, wrong=0.1),
+    "robust": RankSpec(
+        "pairwise", "logistic", margin=0.1, margin_by="reward", right=1.125, wrong=-0.125
+    ),
     "listmle": RankSpec("staged"),
     "listmle top 3": RankSpec("staged", top_k=3, score_scale=0.7),
     "pro": RankSpec("staged", stage_scale="reward_gap"),
     "pro top 2": RankSpec("staged", stage_scale="reward_gap", top_k=2, score_scale=2.0),
     "listnet": RankSpec("softmax", temperature=0.6, score_scale=1.1),
+    "expected reward": RankSpec("expected", target="reward", score_scale=0.5, rank_weight=1.7),
+    "expected target": RankSpec("expected", temperature=0.8),
+    "nca": RankSpec("pointwise", temperature=0.7, score_scale=0.3),
+    "approx ndcg": RankSpec("positions", score_scale=1.4),
 }
 TERMS = {
     "no sft": {},
     "mean": {"sft_weight": 0.7},
     "sum": {"sft_weight": 0.3, "sft_reduction": "sum"},
     "square": {"sft_weight": 0.05, "sft_growth": "square", "sft_reduction": "sum"},
-    "sums": {"normalize": "sum", "sft_weight": 0.4},
+    "sums": {"length_exponent": 0.0, "sft_weight": 0.4},
+    "exponent": {"length_exponent": 0.7, "sft_weight": 0.4, "sft_reduction": "sum"},
+    "exponent mean": {"length_exponent": 1.3, "sft_weight": 0.4},
 }
 SIZES = {
     "small": [3, 0, 1, 8, 2, 5],
@@ -127,8 +142,11 @@ AROUND_BLOCKS = [*range(18), 31, 32, 33, 63, 64, 65, 96, 97, 129]
         pytest.param("pro", EVERY_SIZE, marks=pytest.mark.slow),
         pytest.param("logistic all lambda", EVERY_SIZE, marks=pytest.mark.slow),
         pytest.param("listnet", EVERY_SIZE, marks=pytest.mark.slow),
+        pytest.param("rank margin lambda", EVERY_SIZE, marks=pytest.mark.slow),
+        pytest.param("approx ndcg", EVERY_SIZE, marks=pytest.mark.slow),
+        pytest.param("expected target", EVERY_SIZE, marks=pytest.mark.slow),
     ],
-    ids=["pro around blocks", "pro", "lambda", "listnet"],
+    ids=["pro around blocks", "pro", "lambda", "listnet", "margin", "ndcg", "expected"],
 )
 def test_every_group_size_from_1_to_130(device, poisoned, form, sizes) -> None:
     groups = Groups(sizes, device, longest=2, levels=9)
@@ -258,8 +276,8 @@ def test_an_empty_response_has_no_mean(device, poisoned) -> None:
     groups.cu_responses = offsets([2, 0, 3, 1, 2], "cpu")
     groups.logp = groups.logp[:8]
     groups.rewards = torch.tensor([1.0, 0, 2, 1, 0], device=device)
-    for normalize in ("mean", "sum"):
-        spec = RankSpec("pairwise", "logistic", normalize=normalize)
+    for exponent in (1.0, 0.0, 0.5):
+        spec = RankSpec("pairwise", "logistic", length_exponent=exponent)
         assert_close(groups.tokens(triton_backend, spec), groups.tokens(reference, spec, wide=True))
 
 
