@@ -26,6 +26,7 @@ _HOMES = {
         "DPO", "IPO", "LIRE", "NCA", "PRO", "REBEL", "RRHF", "ApproxNDCG", "LambdaRank", "ListMLE",
         "ListNet", "Loss", "RankNet", "SLiC", "SimPO", "loss_from_name",
     ],
+    "function_loss": ["FunctionLoss"],
     "outputs": ["RankingOutput"],
     "ranking": ["ranking_loss"],
     "logprobs": ["flatten", "sequence_scores", "token_logprobs"],
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from .data.packing import Pack as Pack
     from .data.packing import pack as pack
     from .errors import InputError as InputError
+    from .function_loss import FunctionLoss as FunctionLoss
     from .linear_loss import linear_ranking_loss as linear_ranking_loss
     from .logprobs import flatten as flatten
     from .logprobs import sequence_scores as sequence_scores

@@ -9,16 +9,20 @@ therefore goes through `fastrank.token_logprobs`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 import fastrank_kernels
 from fastrank_kernels import Backend
 
 from .arguments import Reduction, check_choice, check_tensor
+from .function_loss import as_loss
 from .logprobs import checked_projection
-from .losses import Loss
+from .loss import Loss
 from .outputs import RankingOutput
-from .ranking import check_loss, ranking_from_logprobs, reduce_groups
+from .ranking import ranking_from_logprobs, reduce_groups
 
 
 def linear_ranking_loss(
@@ -29,7 +33,7 @@ def linear_ranking_loss(
     *,
     cu_responses: Tensor,
     cu_groups: Tensor,
-    loss: Loss,
+    loss: Loss | Callable[..., Any],
     rows: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
@@ -51,7 +55,8 @@ def linear_ranking_loss(
             ``cu_responses[i + 1]``; none may be empty. On the host, best; a CUDA tensor costs one
             synchronisation and is checked only with ``validate``.
         cu_groups: int32 [G + 1], group g's candidates, likewise.
-        loss: e.g. ``fastrank.RRHF()``.
+        loss: e.g. ``fastrank.RRHF()``, or a function, see `fastrank.FunctionLoss`, whose gradient
+            goes through `fastrank.token_logprobs`.
         rows: int64 [T], the hidden row that predicts each label; a prompt's last row serves every
             one of its responses.
         bias: [V]. softcap: κ > 0. logit_scale: σ, in ``z = κ tanh(σ (W h + b) / κ)``.
@@ -70,7 +75,7 @@ def linear_ranking_loss(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
-    check_loss(loss)
+    loss = as_loss(loss)
     check_choice("reduction", reduction, Reduction)
     call = checked_projection(
         hidden, weight, labels, rows, bias, softcap, logit_scale, logits_memory, validate, backend
@@ -85,7 +90,7 @@ def linear_ranking_loss(
                 f"reference_scores needs a loss with uses_reference=True, got {loss!r}"
             )
         check_tensor("reference_scores", reference_scores, (candidates,), device=hidden.device)
-    if reduction == "none":
+    if reduction == "none" or loss.own_term is not None:
         return ranking_from_logprobs(
             fastrank_kernels.linear_logprobs(call),
             rewards,

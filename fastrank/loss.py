@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, get_args
 
 from fastrank_kernels import Form, RankSpec
@@ -38,17 +40,30 @@ class Loss:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check(type(self).__name__, field, getattr(self, field.name))
+        if self.own_term is not None and "reference_scores" in parameters(self.own_term):
+            object.__setattr__(self, "uses_reference", True)
         spec = self._build_spec()
         object.__setattr__(self, "_code", None if spec is None else spec.encode())
 
     def __repr__(self) -> str:
         """The call that makes it, with the options that are not at their defaults."""
-        given = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
-        ]
+        given = [f"{name}={value!r}" for name, value in self.changed().items()]
         return f"{type(self).__name__}({', '.join(given)})"
+
+    def changed(self) -> dict[str, Any]:
+        """The options that are not at their defaults."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.default is not dataclasses.MISSING
+            and getattr(self, field.name) != field.default
+        }
+
+    @property
+    def own_term(self) -> Callable[..., Any] | None:
+        """The ranking term of a loss that is written in Python: the method ``rank_term`` of a
+        subclass, see `FunctionLoss`. None for a loss that the operators compute."""
+        return getattr(self, "rank_term", None)
 
     def spec(self) -> RankSpec:
         """The same loss as the operators take it."""
@@ -80,6 +95,14 @@ def choice(default: str, choices: Any, **options: Any) -> Any:
     return dataclasses.field(default=default, kw_only=True, metadata=metadata, **options)
 
 
+def parameters(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of a function's parameters; none if it does not tell them."""
+    try:
+        return frozenset(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return frozenset()
+
+
 _CHOICES = {"sft_reduction": get_args(Pooling)}
 _POSITIVE = ("beta", "eta", "temperature", "top_k")
 _NOT_NEGATIVE = ("sft_weight", "rank_weight")
@@ -102,6 +125,8 @@ def _check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
         return
     if value is None and field.default is None:
         return
+    if not isinstance(field.default, (int, float)) and name not in _POSITIVE:
+        return  # an option of somebody's own loss
     whole = name == "top_k"
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not (number and math.isfinite(value)):

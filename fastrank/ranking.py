@@ -6,14 +6,18 @@ kept for the backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 import fastrank_kernels
-from fastrank_kernels import Backend
+from fastrank_kernels import Backend, RankResult
 
 from .arguments import Reduction, check_choice, check_tensor
-from .losses import Loss
+from .function_loss import as_loss, own_ranking, own_terms
+from .loss import Loss
 from .outputs import RankingOutput
 
 
@@ -21,7 +25,7 @@ def ranking_loss(
     scores: Tensor,
     rewards: Tensor,
     *,
-    loss: Loss,
+    loss: Loss | Callable[..., Any],
     cu_groups: Tensor | None = None,
     where: Tensor | None = None,
     reduction: Reduction = "mean",
@@ -32,7 +36,8 @@ def ranking_loss(
         scores: [C] with ``cu_groups`` (without: one group), or [G, n]. Any float dtype; computed in
             float32, or in float64 for float64 scores.
         rewards: of the same shape; higher is better. Compared in the dtype of the computation.
-        loss: e.g. ``fastrank.RRHF()``; its ``sft_weight`` plays no part here. For a loss that uses
+        loss: e.g. ``fastrank.RRHF()``, or a function, see `fastrank.FunctionLoss`; its
+            ``sft_weight`` plays no part here. For a loss that uses
             a reference (DPO, IPO, ...) subtract the reference model's scores first.
         cu_groups: int32 [G + 1], group g being ``scores[cu_groups[g]:cu_groups[g + 1]]``. On the
             host; a CUDA tensor is taken as it is, unchecked.
@@ -52,7 +57,7 @@ def ranking_loss(
     >>> ranking_loss(s, r, loss=RRHF(), where=keep, reduction="none")
     tensor([1., 3.])
     """
-    check_loss(loss)
+    loss = as_loss(loss)
     check_choice("reduction", reduction, Reduction)
     if not isinstance(scores, Tensor) or scores.dim() not in (1, 2):
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -76,6 +81,9 @@ def ranking_loss(
         cu_groups = torch.tensor([0, shape[0]], dtype=torch.int32)
     else:
         check_tensor("cu_groups", cu_groups, ("G + 1",), kind="offsets")
+    if loss.own_term is not None:
+        own = own_terms(loss, scores, rewards, cu_groups=cu_groups, valid=valid)
+        return reduce_groups(own, reduction)
     per_group = fastrank_kernels.rank_scores(
         scores, rewards, cu_groups=cu_groups, valid=valid, spec=loss.spec(), width=width
     )
@@ -96,6 +104,22 @@ def ranking_from_logprobs(
 ) -> RankingOutput:
     """What `fastrank.linear_ranking_loss` computes, from token log-probabilities [T] that exist
     already; differentiable in them. Arguments as there."""
+    if loss.own_term is not None:
+        own = own_ranking(
+            loss,
+            token_logprobs,
+            rewards,
+            cu_responses=cu_responses,
+            cu_groups=cu_groups,
+            reference_scores=reference_scores,
+        )
+        return RankingOutput(
+            loss=reduce_groups(own.rank_loss + own.sft_loss, reduction),
+            rank_loss=reduce_groups(own.rank_loss.detach(), reduction),
+            sft_loss=reduce_groups(own.sft_loss.detach(), reduction),
+            scores=own.scores.detach(),
+            token_logprobs=token_logprobs.detach(),
+        )
     per_group, result = fastrank_kernels.token_ranking(
         token_logprobs,
         rewards,
@@ -122,9 +146,36 @@ def reduce_groups(values: Tensor, reduction: Reduction) -> Tensor:
     return values.sum() if reduction == "sum" else values.sum() / torch.sym_max(values.shape[0], 1)
 
 
-def check_loss(loss: object) -> None:
-    """``loss`` must be one of the library's, else TypeError."""
-    if not isinstance(loss, Loss):
-        raise TypeError(
-            f"loss must be a fastrank loss such as fastrank.RRHF(), got {type(loss).__name__}"
+def rank_coefficients(
+    loss: Loss,
+    token_logprobs: Tensor,
+    rewards: Tensor,
+    *,
+    cu_responses: Tensor,
+    cu_groups: Tensor,
+    reference_scores: Tensor | None,
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> RankResult:
+    """Both terms [G] of the groups, the scores [C], and the derivative of ``scale`` times the sum
+    of the terms by each log-probability [T]; nothing carries gradients. The reference's scores are
+    left aside by a loss that does not use them."""
+    if not loss.uses_reference:
+        reference_scores = None
+    groups: dict[str, Any] = {
+        "cu_responses": cu_responses,
+        "cu_groups": cu_groups,
+        "reference_scores": reference_scores,
+    }
+    if loss.own_term is None:
+        return fastrank_kernels.rank_tokens(
+            token_logprobs, rewards, **groups, spec=loss.spec(), scale=scale, backend=backend
         )
+    with torch.enable_grad():
+        leaf = token_logprobs.detach().requires_grad_()
+        own = own_ranking(loss, leaf, rewards, **groups)
+        total = (own.rank_loss + own.sft_loss).sum() * scale
+        (coefficients,) = torch.autograd.grad(total, leaf)
+    return RankResult(
+        own.rank_loss.detach(), own.sft_loss.detach(), own.scores.detach(), coefficients
+    )

@@ -19,17 +19,8 @@ LAYERS = [  # a room imports only from itself, from rooms of its line and from t
     {"workflow", "benchmarks"},
     {"training", "tasks"},
     {"modeling", "data", "attention"},
-    {
-        "linear_loss",
-        "ranking",
-        "logprobs",
-        "metrics",
-        "losses",
-        "loss",
-        "outputs",
-        "arguments",
-        "options",
-    },
+    {"linear_loss", "ranking", "logprobs", "metrics", "losses", "outputs", "arguments", "options"}
+    | {"loss", "function_loss"},
     {"errors", "hf_private"},
     {"fastrank_kernels"},
 ]

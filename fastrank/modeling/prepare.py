@@ -29,9 +29,10 @@ from fastrank.attention.backends import BACKENDS, AttentionName
 from fastrank.attention.gate import check_shareable, trunk
 from fastrank.data.packing import Pack
 from fastrank.errors import InputError
+from fastrank.function_loss import as_loss
 from fastrank.linear_loss import linear_ranking_loss
 from fastrank.logprobs import sequence_scores, token_logprobs
-from fastrank.losses import Loss
+from fastrank.loss import Loss
 from fastrank.modeling.context import check_sequences
 from fastrank.modeling.heads import Head, logits_fallback
 from fastrank.modeling.probe import check_causal, check_sharing, probe_head
@@ -152,7 +153,7 @@ def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
         self: nn.Module,
         *args: Any,
         pack: Pack | None = None,
-        loss: Loss | None = None,
+        loss: Loss | Callable[..., Any] | None = None,
         reduction: Reduction = "mean",
         normalize: Normalize = "mean",
         logits_memory: int | None = None,
@@ -183,7 +184,7 @@ def _inner(model: nn.Module) -> Callable[..., Any]:
 def _pack_forward(
     model: nn.Module,
     pack: Pack,
-    loss: Loss | None,
+    loss: Loss | Callable[..., Any] | None,
     reduction: Reduction,
     normalize: Normalize,
     options: dict[str, Any],
@@ -204,6 +205,7 @@ def _pack_forward(
     head = state.head.weights(lm)
     groups: dict[str, Any] = {}
     if loss is not None:
+        loss = as_loss(loss)
         groups = {
             "cu_responses": pack.cu_responses,
             "cu_groups": pack.cu_groups,

@@ -143,7 +143,7 @@ class LossOptions(Options):
 
     loss: str = option(
         "Ranking loss: rrhf, pro, ranknet, slic, simpo, ipo, dpo, rebel, lambdarank, listmle, "
-        "listnet, nca, lire or approxndcg.",
+        "listnet, nca, lire or approxndcg; or FILE.py:name of a function of scores and rewards.",
         default="rrhf",
     )
 

@@ -21,8 +21,11 @@ from transformers import IntervalStrategy, TrainingArguments
 from fastrank import options as shared
 from fastrank.attention.backends import BACKENDS
 from fastrank.data.columns import GroupSizes
+from fastrank.data.user_functions import is_function, load_named
 from fastrank.errors import InputError
-from fastrank.losses import Loss, loss_from_name
+from fastrank.function_loss import FunctionLoss, as_loss
+from fastrank.loss import Loss
+from fastrank.losses import loss_from_name
 from fastrank.options.declare import change, check_least, option, options
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,6 +47,9 @@ class RankConfig(
     is divided by their number. The number of packs that a process runs one after the other
     follows from ``max_tokens``, so an accumulation of 2 means "twice the groups", not "two
     passes".
+
+    ``loss`` may also be a loss such as ``fastrank.PRO(top_k=1)``, or a function of scores and
+    rewards, see `fastrank.FunctionLoss`; on the command line ``FILE.py:name`` of one.
 
     Raises:
         InputError: an option that is wrong by itself or against another.
@@ -161,12 +167,30 @@ class RankConfig(
                 "use bf16 or float32"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As ``TrainingArguments.to_dict``; a loss that is no name by what it prints."""
+        found: dict[str, Any] = super().to_dict()
+        if not isinstance(self.loss, str):
+            found["loss"] = repr(self.ranking_loss)
+        return found
+
     @cached_property
     def ranking_loss(self) -> Loss:
-        """The loss named by ``loss`` and ``loss_kwargs``."""
+        """What ``loss`` names or is, with ``loss_kwargs``."""
         options = self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {}
+        chosen: Any = self.loss
         try:
-            return loss_from_name(self.loss, **options)
+            if isinstance(chosen, str) and is_function(chosen):
+                chosen = load_named(chosen, "loss")
+            if isinstance(chosen, str):
+                return loss_from_name(chosen, **options)
+            if isinstance(chosen, type) and issubclass(chosen, Loss):
+                return chosen(**options)
+            if not isinstance(chosen, Loss) and callable(chosen):
+                return FunctionLoss(chosen, **options)
+            if options:
+                raise ValueError(f"loss_kwargs goes with a loss's name or function, got {chosen}")
+            return as_loss(chosen)
         except (TypeError, ValueError) as error:
             raise InputError(" ".join(str(error).split())) from error
 

@@ -20,8 +20,9 @@ import fastrank_kernels
 from fastrank import metrics
 from fastrank.data.candidate_packs import Candidates
 from fastrank.data.packing import Pack
-from fastrank.losses import Loss
+from fastrank.loss import Loss
 from fastrank.outputs import RankingOutput
+from fastrank.ranking import rank_coefficients
 
 Gather = Callable[[list[Any]], list[Any]]
 """Concatenates every process's list, in the order of processes, on every process."""
@@ -161,13 +162,13 @@ def live_fraction(scored: Sequence[PackScores], loss: Loss) -> float:
         # A response of one token whose log-probability is the score has the same gradient but for
         # a factor.
         cu_responses = torch.arange(len(part.scores) + 1, dtype=torch.int32)
-        ranked = fastrank_kernels.rank_tokens(
+        ranked = rank_coefficients(
+            loss,
             part.scores,
             part.rewards,
             cu_responses=cu_responses,
             cu_groups=torch.tensor([0, *itertools.accumulate(part.sizes)], dtype=torch.int32),
-            spec=loss.spec(),
-            reference_scores=part.reference_scores if loss.uses_reference else None,
+            reference_scores=part.reference_scores,
         )
         alive = fastrank_kernels.live_candidates(ranked.coefficients, cu_responses)
         live += int(part.tokens[alive].sum())

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import fastrank_kernels
 from fastrank.data.candidate_packs import (
     CandidatePack,
     Candidates,
@@ -37,11 +36,12 @@ from fastrank.data.candidate_packs import (
 )
 from fastrank.data.packing import Group, Pack
 from fastrank.errors import InputError
-from fastrank.losses import Loss
+from fastrank.function_loss import as_loss
+from fastrank.loss import Loss
 from fastrank.modeling.dropout import random_rates
 from fastrank.modeling.prepare import prepared_state
 from fastrank.modeling.unwrap import causal_lm, unwrap, vocab_size
-from fastrank.ranking import check_loss
+from fastrank.ranking import rank_coefficients
 from fastrank.training.engine import Engine, engine_of
 from fastrank.training.step_metrics import work_saved
 from fastrank_kernels import live_candidates
@@ -81,7 +81,7 @@ def two_phase_backward(
     model: nn.Module,
     groups: Sequence[Group],
     *,
-    loss: Loss,
+    loss: Loss | Callable[..., Any],
     max_tokens: int,
     score_tokens: int | None = None,
     num_groups: int | None = None,
@@ -106,7 +106,7 @@ def two_phase_backward(
         model: a prepared model (`fastrank.prepare_model`), wrapped or not.
         groups: this process's share of the step's groups. They may be larger than ``max_tokens``; a
             prompt with one of its responses may not.
-        loss: e.g. ``fastrank.RRHF()``.
+        loss: e.g. ``fastrank.RRHF()``, or a function, see `fastrank.FunctionLoss`.
         max_tokens: tokens of a pack that is back-propagated; memory follows from it.
         score_tokens: tokens of a pack that is only scored, default ``max_tokens``. Without a graph
             more fit, and fewer prompts are encoded twice.
@@ -168,7 +168,7 @@ class Phases:
     def __init__(
         self,
         model: nn.Module,
-        loss: Loss,
+        loss: Loss | Callable[..., Any],
         *,
         max_tokens: int,
         score_tokens: int | None = None,
@@ -177,7 +177,7 @@ class Phases:
         engine: Engine | None = None,
         explain: Callable[[Pack], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
-        check_loss(loss)
+        loss = as_loss(loss)
         state = prepared_state(model)
         if state is None:
             raise ValueError(
@@ -223,13 +223,13 @@ class Phases:
     def rank(self, scored: ScoredCandidates, scale: float) -> Ranked:
         """The loss on the scores and its derivative by each log-probability."""
         candidates, logprobs = scored.candidates, scored.token_logprobs
-        found = fastrank_kernels.rank_tokens(
+        found = rank_coefficients(
+            self.loss,
             logprobs,
             candidates.rewards.to(logprobs.dtype),
             cu_responses=candidates.cu_responses,
             cu_groups=candidates.cu_groups,
-            spec=self.loss.spec(),
-            reference_scores=candidates.reference_scores if self.loss.uses_reference else None,
+            reference_scores=candidates.reference_scores,
             scale=scale,
             backend=self.backend,
         )

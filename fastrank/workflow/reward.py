@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from fastrank import options as shared
+from fastrank.data.user_functions import RewardFunction, is_function
 from fastrank.data.write import atomic_path, check_output
 from fastrank.errors import InputError
 from fastrank.options.declare import change, options
@@ -29,7 +30,6 @@ from fastrank.workflow.items import (
     read_items,
 )
 from fastrank.workflow.journal import Journal
-from fastrank.workflow.reward_function import RewardFunction, is_function
 
 #: Rewards of the responses of every item; None for a response that cannot be scored.
 Scorer = Callable[[Sequence[PromptItem]], list[Scores]]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import own_losses
 import torch
 import torch.distributed as dist
 from faults import TRIGGER, limit_memory, poison, spoil_scores
@@ -17,6 +18,7 @@ from pack_cases import tied_groups
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from fastrank.function_loss import FunctionLoss
 from fastrank.tasks.menu import tiny_llama
 from fastrank.training.config import RankConfig
 from fastrank.training.step_metrics import StepWindow
@@ -25,6 +27,8 @@ from fastrank.training.trainer import RankTrainer
 STEPS = 6  # three epochs
 GLOBAL_BATCH = 12  # groups a step; 23 groups: the last step of an epoch has 11
 LEARNING_RATE = 0.1
+
+OWN_RRHF = {"loss": f"{own_losses.__file__}:rrhf", "loss_kwargs": {"sft_weight": 1.0}}
 
 # case: (groups for each of two processes, accumulation, options)
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -37,6 +41,8 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "skip": (6, 1, {"max_tokens": 75, "nonfinite": "skip"}),
     "find": (6, 1, {"auto_find_pack_size": True}),
     "two phases": (6, 1, {"max_tokens": 20, "backprop": "two_phase"}),
+    "own loss": (6, 1, {"max_tokens": 75, "loss": FunctionLoss(own_losses.rrhf, sft_weight=1.0)}),
+    "own loss, two phases": (6, 1, {"max_tokens": 20, "backprop": "two_phase", **OWN_RRHF}),
     "fully_shard": (6, 1, {"max_tokens": 75}),
     "two phases, fully_shard": (6, 1, {"max_tokens": 20, "backprop": "two_phase"}),
 }

@@ -12,7 +12,7 @@ from .autograd import linear_logprobs, linear_ranking, rank_scores, rank_tokens,
 from .dispatch import Backend, choose_backend
 from .ops import segment_sum
 from .projection import Projection
-from .reference import length_divisor, live_candidates, sft_weights
+from .reference import RankResult, length_divisor, live_candidates, sft_weights
 from .spec import Form, MarginBy, RankSpec
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Form",
     "MarginBy",
     "Projection",
+    "RankResult",
     "RankSpec",
     "choose_backend",
     "length_divisor",

@@ -1,12 +1,14 @@
-"""A reward written in Python: ``FILE.py:function``, called as ``function(prompt, response)``.
+"""Functions that users write, named as ``FILE.py:name``: rewards and losses.
 
 The file is the user's own program and is run as such, once; this is the only place where fastrank
-runs code that it is pointed to. The function gets the prompt as the record has it (text, or a list
-of ``{"role", "content"}`` messages) and the response's text, and returns a finite number.
+runs code that it is pointed to. A reward gets the prompt as the record has it (text, or a list of
+``{"role", "content"}`` messages) and the response's text, and returns a finite number. A loss gets
+tensors, see `fastrank.FunctionLoss`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import sys
@@ -20,9 +22,42 @@ from fastrank.data.files import one_line
 from fastrank.errors import InputError
 
 
-def is_function(reward: str) -> bool:
-    """Whether a reward is given as ``FILE.py:function`` and not as a model's path."""
-    return reward.split(":")[0].endswith(".py")
+def is_function(text: str) -> bool:
+    """Whether an option is given as ``FILE.py:name`` and not as the name of something else."""
+    return text.split(":")[0].endswith(".py")
+
+
+def load_named(text: str, what: str) -> Any:
+    """What ``FILE.py:name`` names; ``what`` it is for, in messages. A function comes back as one
+    whose errors are `InputError` and name the line.
+
+    Raises:
+        InputError: no such file or name, or the file cannot be run.
+    """
+    file, _, name = text.rpartition(":")
+    if not file:
+        file, name = name, ""
+    if not name.isidentifier():
+        raise InputError(f"{what} must be FILE.py:function, got '{one_line(text, 80)}'")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise InputError(f"{file}: no such {what} file")
+    found = getattr(_load(path, what), name, None)
+    if found is None:
+        raise InputError(f"{file}: no function '{name}' in it")
+    if isinstance(found, type) or not callable(found):
+        return found
+
+    @functools.wraps(found)
+    def explained(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return found(*args, **kwargs)
+        except Exception as error:  # the function is the user's: anything may come out of it
+            line = _line_in(path, error)
+            said = f"{type(error).__name__}: {one_line(error)}" if str(error) else repr(error)
+            raise InputError(f"{path.name}:{name} raised {said}{line}") from error
+
+    return explained
 
 
 class RewardFunction:
@@ -34,15 +69,9 @@ class RewardFunction:
 
     def __init__(self, reward: str) -> None:
         file, _, name = reward.rpartition(":")
-        if not file:
-            file, name = name, ""
-        if not name.isidentifier():
-            raise InputError(f"reward must be FILE.py:function, got '{one_line(reward, 80)}'")
         self.path = Path(file).expanduser()
-        if not self.path.is_file():
-            raise InputError(f"{file}: no such reward file")
+        function = load_named(reward, "reward")
         self.name = f"{self.path.name}:{name}"
-        function = getattr(_load(self.path), name, None)
         if not callable(function):
             raise InputError(f"{file}: no function '{name}' in it")
         self._function: Callable[[Any, str], Any] = function
@@ -55,10 +84,8 @@ class RewardFunction:
         """
         try:
             value = self._function(prompt, response)
-        except Exception as error:  # the function is the user's: anything may come out of it
-            line = _line_in(self.path, error)
-            said = f"{type(error).__name__}: {one_line(error)}" if str(error) else repr(error)
-            raise InputError(f"{where}: {self.name} raised {said}{line}") from error
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
         number = _as_float(value)
         if number is None or not math.isfinite(number):
             got = one_line(repr(value), 60)
@@ -66,9 +93,9 @@ class RewardFunction:
         return number
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, what: str) -> Any:
     """Run the file as a module of its own; its folder is importable, as for a script."""
-    spec = importlib.util.spec_from_file_location(f"_fastrank_reward_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"_fastrank_{what}_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     folder = str(path.resolve().parent)
