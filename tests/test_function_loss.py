@@ -188,7 +188,8 @@ def test_it_is_a_value_that_survives_what_frameworks_do_to_arguments() -> None:
     unnamed = pickle.dumps(FunctionLoss(lambda s, r: s.sum()))
     with pytest.raises(InputError, match="could not be pickled"):
         pickle.loads(unnamed)
-    config = fastrank.RankConfig(loss=lambda s, r: s.sum(), use_cpu=True, report_to=[])
-    assert json.loads(config.to_json_string())["loss"] == "FunctionLoss(<lambda>)"
-    assert config.ranking_loss.own_term is config.loss
+    options = {"loss_kwargs": {"sft_weight": 2.0}, "use_cpu": True, "report_to": []}
+    config = fastrank.RankConfig(loss=lambda s, r: s.sum(), **options)
+    assert json.loads(config.to_json_string())["loss"] == "FunctionLoss(<lambda>, sft_weight=2.0)"
+    assert dataclasses.replace(config, seed=3).ranking_loss == config.ranking_loss
     pickle.dumps(config)

@@ -133,7 +133,10 @@ class RankConfig(
                 raise InputError(f"loss_kwargs must be JSON, got {self.loss_kwargs!r}") from error
         if self.loss_kwargs is not None and not isinstance(self.loss_kwargs, dict):
             raise InputError(f"loss_kwargs must be a JSON object, got {self.loss_kwargs!r}")
-        _ = self.ranking_loss  # an unknown name or option shows before anything is loaded
+        chosen = self.ranking_loss  # an unknown name or option shows before anything is loaded
+        if not isinstance(self.loss, str):
+            # A checkpoint pickles these arguments, which a bare function need not survive.
+            self.loss, self.loss_kwargs = chosen, None
         _choice("nonfinite", self.nonfinite, ("stop", "skip"))
         _choice("backprop", self.backprop, ("joint", "two_phase"))
         if self.two_phase and self.auto_find_pack_size:
@@ -171,7 +174,7 @@ class RankConfig(
         """As ``TrainingArguments.to_dict``; a loss that is no name by what it prints."""
         found: dict[str, Any] = super().to_dict()
         if not isinstance(self.loss, str):
-            found["loss"] = repr(self.ranking_loss)
+            found["loss"] = repr(self.loss)
         return found
 
     @cached_property

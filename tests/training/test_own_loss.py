@@ -49,6 +49,19 @@ def test_a_run_is_that_of_rrhf(
     assert_same_weights(runs[1], runs[0], atol=1e-6)
 
 
+def test_a_function_without_a_name_survives_a_checkpoint(
+    make_trainer: Callable[..., Any], ragged_groups: list[Group], tmp_path: Path
+) -> None:
+    options = {
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "output_dir": str(tmp_path),
+    }
+    make_trainer(ragged_groups, loss=lambda s, r: own_losses.rrhf(s, r), **options).train()
+    assert (tmp_path / "checkpoint-2").is_dir()
+
+
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = []
     for number, loss in enumerate(
