@@ -65,6 +65,11 @@ class Loss:
         subclass, see `FunctionLoss`. None for a loss that the operators compute."""
         return getattr(self, "rank_term", None)
 
+    @property
+    def reward_scale(self) -> float:
+        """β of the implicit reward ``β (s − s_ref)`` of a loss that uses a reference, for logs."""
+        return float(getattr(self, "beta", 1.0))
+
     def spec(self) -> RankSpec:
         """The same loss as the operators take it."""
         # From a string, which a compiler holds constant even where it takes numbers for dynamic.

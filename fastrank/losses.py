@@ -234,9 +234,14 @@ class REBEL(PairwiseLoss):
     normalize: Normalize = dataclasses.field(default="sum", kw_only=True)
     uses_reference: bool = dataclasses.field(default=True, kw_only=True)
 
+    @property
+    def reward_scale(self) -> float:
+        return 1.0 / self.eta
+
     def _build_spec(self) -> RankSpec:
-        scale = 1.0 / self.eta
-        return self._pairwise("square", score_scale=scale, margin=1.0, margin_by="reward")
+        return self._pairwise(
+            "square", score_scale=self.reward_scale, margin=1.0, margin_by="reward"
+        )
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -59,6 +59,25 @@ class Evaluated(NamedTuple):
     """Positions of the groups in the data set."""
 
 
+class ScoredGroup(NamedTuple):
+    """One group's candidates, on the host."""
+
+    scores: Tensor
+    """[n] the model's own."""
+    rewards: Tensor
+    """[n]"""
+    implicit: Tensor | None = None
+    """[n] rewards of the model over its reference, see `implicit_rewards`."""
+
+
+def implicit_rewards(scores: Tensor, reference: Tensor | None, loss: Loss) -> Tensor | None:
+    """``β (s − s_ref)`` of candidates, as DPO sees the model's reward (arXiv:2305.18290, equation
+    5 up to a constant of the prompt); None for a loss without a reference."""
+    if reference is None or not loss.uses_reference:
+        return None
+    return loss.reward_scale * (scores - reference.to(scores.dtype))
+
+
 @dataclass(frozen=True)
 class PackScores:
     """Scores of one pack, on the host: C candidates in G groups."""
@@ -69,9 +88,12 @@ class PackScores:
     tokens: Tensor  # int64 [C], response tokens
     sizes: tuple[int, ...]  # candidates of each group
 
-    def groups(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """Scores and rewards of each group."""
-        return zip(self.scores.split(self.sizes), self.rewards.split(self.sizes), strict=True)
+    def groups(self, loss: Loss) -> list[ScoredGroup]:
+        """The candidates, group by group."""
+        implicit = implicit_rewards(self.scores, self.reference_scores, loss)
+        parts = (self.scores, self.rewards, self.scores if implicit is None else implicit)
+        split = zip(*(values.split(self.sizes) for values in parts), strict=True)
+        return [ScoredGroup(s, r, None if implicit is None else i) for s, r, i in split]
 
 
 # ---- training ----------------------------------------------------------------------------
@@ -122,7 +144,7 @@ class StepWindow:
         values = {
             name: sum(part["losses"][name] for part in everyone) / steps for name in self.losses
         }
-        values |= score_metrics([group for part in scored for group in part.groups()])
+        values |= score_metrics([group for part in scored for group in part.groups(loss)])
         values["live_fraction"] = live_fraction(scored, loss)
         values["tokens_per_second"] = tokens / seconds if seconds else math.nan
         separate = sum(part["separate"] for part in everyone)
@@ -198,16 +220,17 @@ class Evaluation:
     bad: list[int]
 
 
-def summarize(evaluated: Iterable[Evaluated], gather: Gather) -> Evaluation:
+def summarize(evaluated: Iterable[Evaluated], loss: Loss, gather: Gather) -> Evaluation:
     """Bring every process's groups together. Every process must call it."""
-    groups: list[tuple[int, np.ndarray, np.ndarray]] = []
+    # Positions in the data set; scores, rewards and implicit rewards.
+    groups: list[tuple[int, np.ndarray, np.ndarray, np.ndarray | None]] = []
     sums, count = dict.fromkeys(_LOSSES, 0.0), 0
     for item in evaluated:
         scores = _split(item.output.scores.float().cpu(), item.candidates)
-        rewards = _split(item.candidates.rewards.cpu(), item.candidates)
+        own = _to_host(item.candidates, item.output.scores.float())
         groups += [
-            (index, s.numpy(), r.numpy())
-            for index, s, r in zip(item.members, scores, rewards, strict=True)
+            (index, s.numpy(), r.numpy(), None if i is None else i.numpy())
+            for index, (s, r, i) in zip(item.members, own.groups(loss), strict=True)
         ]
         good = torch.stack([s.isfinite().all() for s in scores])
         if item.output.loss.dim() == 0:
@@ -224,9 +247,15 @@ def summarize(evaluated: Iterable[Evaluated], gather: Gather) -> Evaluation:
     ordered: list[Any] = sorted(
         itertools.chain.from_iterable(part["groups"] for part in everyone), key=lambda item: item[0]
     )
-    bad = [index for index, scores, _ in ordered if not np.isfinite(scores).all()]
+    bad = [index for index, scores, *_ in ordered if not np.isfinite(scores).all()]
     good_groups = [
-        (torch.from_numpy(s), torch.from_numpy(r)) for _, s, r in ordered if np.isfinite(s).all()
+        ScoredGroup(
+            torch.from_numpy(scores),
+            torch.from_numpy(rewards),
+            None if implicit is None else torch.from_numpy(implicit),
+        )
+        for _, scores, rewards, implicit in ordered
+        if np.isfinite(scores).all()
     ]
     total = max(sum(part["count"] for part in everyone), 1)
     values = {name: sum(part["sums"][name] for part in everyone) / total for name in _LOSSES}
@@ -234,8 +263,8 @@ def summarize(evaluated: Iterable[Evaluated], gather: Gather) -> Evaluation:
     if bad:
         values["skipped_records"] = float(len(bad))
     return Evaluation(
-        scores=[s for _, s, _ in ordered],
-        rewards=[r for _, _, r in ordered],
+        scores=[s for _, s, *_ in ordered],
+        rewards=[r for _, _, r, _ in ordered],
         values=_known(values),
         bad=bad,
     )
@@ -244,35 +273,46 @@ def summarize(evaluated: Iterable[Evaluated], gather: Gather) -> Evaluation:
 # ---- both --------------------------------------------------------------------------------
 
 
-def score_metrics(
-    groups: Sequence[tuple[Tensor, Tensor]], *, full: bool = False
-) -> dict[str, float]:
+def score_metrics(groups: Sequence[ScoredGroup], *, full: bool = False) -> dict[str, float]:
     """Ranking metrics under the names that dashboards know; NaN where no group has a pair.
 
     ``rewards/chosen`` is the model's score of the best candidate, ``rewards/rejected`` the mean of
-    the others', over the groups that have a strict pair. ``full`` adds NDCG and MRR.
-
-    Args:
-        groups: scores and rewards of each group.
+    the others', over the groups that have a strict pair. Where a loss uses a reference,
+    ``rewards/*`` are of the implicit rewards, and the scores are ``logps/chosen`` and
+    ``logps/rejected``, as in TRL. ``rank/*`` are of the scores. ``full`` adds NDCG and MRR.
     """
-    ranking = metrics.ranking_metrics([s for s, _ in groups], [r for _, r in groups])
-    chosen, rejected = [], []
-    for scores, rewards in groups:
-        best = int(rewards.argmax())  # the first of the highest
-        if bool(rewards.min() < rewards[best]):
-            chosen.append(float(scores[best]))
-            rejected.append((float(scores.sum()) - chosen[-1]) / (len(scores) - 1))
-    values = {
-        "rewards/chosen": _mean(chosen),
-        "rewards/rejected": _mean(rejected),
-        "rewards/accuracies": ranking["pairwise_accuracy"],
-        "rewards/margins": _mean(chosen) - _mean(rejected),
+    scores, rewards = [g.scores for g in groups], [g.rewards for g in groups]
+    ranking = metrics.ranking_metrics(scores, rewards)
+    chosen, rejected = _best_and_rest(scores, rewards)
+    values = {}
+    accuracy = ranking["pairwise_accuracy"]
+    implicit = [g.implicit for g in groups if g.implicit is not None]
+    if implicit:
+        values = {"logps/chosen": chosen, "logps/rejected": rejected}
+        chosen, rejected = _best_and_rest(implicit, rewards)
+        accuracy = metrics.pairwise_accuracy(implicit, rewards)
+    values |= {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": accuracy,
+        "rewards/margins": chosen - rejected,
         "rank/kendall_tau": ranking["kendall_tau"],
         "rank/top1": ranking["top1_accuracy"],
     }
     if full:
         values |= {"rank/ndcg": ranking["ndcg"], "rank/mrr": ranking["mrr"]}
     return values
+
+
+def _best_and_rest(values: Sequence[Tensor], rewards: Sequence[Tensor]) -> tuple[float, float]:
+    """Mean over the groups with a strict pair of the best candidate's value, and of the others'."""
+    chosen, rejected = [], []
+    for own, group_rewards in zip(values, rewards, strict=True):
+        best = int(group_rewards.argmax())  # the first of the highest
+        if bool(group_rewards.min() < group_rewards[best]):
+            chosen.append(float(own[best]))
+            rejected.append((float(own.sum()) - chosen[-1]) / (len(own) - 1))
+    return _mean(chosen), _mean(rejected)
 
 
 def _split(values: Tensor, candidates: AllCandidates) -> Sequence[Tensor]:

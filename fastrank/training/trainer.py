@@ -374,7 +374,7 @@ class RankTrainer(TrainerHooks, Trainer):
         was_training = model.training
         model.eval()
         _switch(self.optimizer, "eval")
-        found = summarize(self._evaluated(model, dataloader), self.engine.gather)
+        found = summarize(self._evaluated(model, dataloader), self.loss, self.engine.gather)
         model.train(was_training)
         if found.bad and self.args.nonfinite == "stop":
             groups = dataloader.dataset.groups  # type: ignore[attr-defined]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 
 from fastrank.cli.main import main
 from fastrank.data.report import strict_pairs
+from fastrank.losses import DPO
 from fastrank.tasks.menu import menu_task
+from fastrank.training.step_metrics import PackScores, score_metrics
 
 ROWS = [
     {"prompt": f"q{k}", "responses": ["ab", "cde", "f"], "scores": [2, 1, k % 2]} for k in range(8)
@@ -36,6 +40,50 @@ def test_the_starting_model_is_the_default_reference(command, tmp_path, run_json
     before, after = (result[when]["train_split"]["rank_loss"] for when in ("before", "after"))
     assert after != before
     assert len(list((tmp_path / "cache").glob("reference-*.safetensors"))) == 2
+
+
+def test_rewards_are_of_the_policy_over_its_reference(
+    command, policy_path, other_policy_path, run_json
+) -> None:
+    """Equal models: no reward at the start, whatever the scores are; β scales what comes later."""
+    found = {}
+    for beta in (0.1, 0.4):
+        options = ["--loss", "dpo", "--loss_kwargs", json.dumps({"beta": beta})]
+        for reference in (policy_path, other_policy_path):
+            more = ["--reference_model", reference, "--overwrite_output_dir", "--max_steps", "1"]
+            result = run_json(*command, *options, *more)
+            found[beta, reference] = [result[when]["train_split"] for when in ("before", "after")]
+        start, end = found[beta, policy_path]
+        assert start["rewards/chosen"] == start["rewards/margins"] == 0.0
+        assert start["rewards/accuracies"] == 0.5 and start["logps/chosen"] < -1
+        assert end["rewards/margins"] != 0.0
+    weak, strong = (found[beta, other_policy_path][0] for beta in (0.1, 0.4))
+    for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert weak[key] != 0 and strong[key] == pytest.approx(4 * weak[key], rel=1e-4)
+    assert strong["logps/chosen"] == weak["logps/chosen"] == start["logps/chosen"]
+
+
+def test_metrics_of_implicit_rewards_and_of_scores() -> None:
+    """By hand: two groups of different sizes, a tie, and one without a pair."""
+    loss = DPO(beta=0.5)
+    groups = PackScores(
+        scores=torch.tensor([-4.0, -2.0, -6.0, -1.0, -3.0, -9.0]),
+        rewards=torch.tensor([0.0, 2.0, 0.0, 1.0, 3.0, 5.0]),
+        reference_scores=torch.tensor([-5.0, -2.0, -8.0, -1.0, -7.0, -1.0]),
+        tokens=torch.ones(6, dtype=torch.int64),
+        sizes=(3, 2, 1),
+    ).groups(loss)
+    assert [g.implicit.tolist() for g in groups] == [[0.5, 0, 1], [0, 2], [-4]]
+    found = score_metrics(groups)
+    assert found["rewards/chosen"] == (0 + 2) / 2
+    assert found["rewards/rejected"] == ((0.5 + 1) / 2 + 0) / 2
+    assert found["rewards/margins"] == 1 - 0.375
+    assert found["rewards/accuracies"] == (0 + 1) / 2  # both pairs of the first are wrong
+    assert found["logps/chosen"] == (-2 - 3) / 2
+    assert found["logps/rejected"] == (-5 - 1) / 2
+    assert found["rank/top1"] == 0.5  # by the scores: the first is right, the second is not
+    plain = score_metrics([g._replace(implicit=None) for g in groups])
+    assert plain["rewards/chosen"] == found["logps/chosen"] and "logps/chosen" not in plain
 
 
 def test_another_reference_changes_the_loss(
