@@ -5,12 +5,16 @@ Reads the file once, record by record; only counts are held, so the file may be 
 
 from __future__ import annotations
 
+import sys
 from array import array
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastrank import options as shared
 from fastrank.errors import InputError
 from fastrank.options.declare import change, check_least, option, options, values_of
+
+if TYPE_CHECKING:
+    from fastrank.data.group import Group
 
 
 @options
@@ -36,29 +40,38 @@ class InspectOptions(
 
 def inspect(options: InspectOptions) -> dict[str, Any]:
     """The report of the file as JSON types; prints it as text unless ``options.json``."""
+    from fastrank.data.group import example_parts, example_text
     from fastrank.data.lengths import Lengths, as_text
     from fastrank.data.load import fit_context
     from fastrank.data.records import read_records, require_records
     from fastrank.data.report import Report
-    from fastrank.data.tokenize import TokenizeOptions, encode_record, truncate
+    from fastrank.data.tokenize import TokenizeOptions, as_group, cut_record, encode_record
     from fastrank.data.write import check_output
 
     check_least(options, "--", max_tokens=2)
     if options.plot is not None:
         check_output(options.plot, "--plot")
-    cut = TokenizeOptions(**values_of(options, shared.TextOptions))
+    cut = TokenizeOptions(**values_of(options, TokenizeOptions))
     tokenizer = None
     if options.tokenizer is not None:
         from fastrank.modeling.pretrained import load_tokenizer, tokenizer_context
 
-        tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=options.trust_remote_code)
+        tokenizer = load_tokenizer(
+            options.tokenizer,
+            trust_remote_code=options.trust_remote_code,
+            chat_template=options.chat_template,
+            chat_template_kwargs=options.chat_template_kwargs,
+        )
         cut = fit_context(cut, tokenizer_context(options.tokenizer, tokenizer))
-    elif cut != TokenizeOptions():
-        raise InputError("limits in tokens need --tokenizer")
+    elif values_of(options, shared.TextOptions) != values_of(
+        shared.TextOptions(), shared.TextOptions
+    ):
+        raise InputError("limits in tokens and chat templates need --tokenizer")
 
     report = Report(name=options.data)
     lengths = None if tokenizer is None else Lengths()
     rewards = array("d")
+    example: Group | None = None
     for record in read_records(
         options.data, report=report, **values_of(options, shared.ReadOptions)
     ):
@@ -66,7 +79,8 @@ def inspect(options: InspectOptions) -> dict[str, Any]:
             whole = encode_record(record, tokenizer, report, as_chat=cut.as_chat)
             if whole is None:
                 continue
-            short = truncate(whole, tokenizer, cut, report, record.line)
+            short = cut_record(record, whole, tokenizer, cut, report)
+            example = example or as_group(record, short, options.data)
             lengths.add(len(whole[0]), [*map(len, whole[1])], len(short[0]), [*map(len, short[1])])
         if options.plot is not None:
             rewards.extend(record.scores)
@@ -78,6 +92,9 @@ def inspect(options: InspectOptions) -> dict[str, Any]:
         summary = lengths.summary(options.max_tokens)
         result |= summary | {"max_length": cut.max_length}
         text += "\n" + as_text(summary)
+    if example is not None and tokenizer is not None:
+        result["example"] = example_parts(example, tokenizer)
+        text += "\n" + example_text(example, tokenizer, colour=sys.stdout.isatty())
     if options.plot is not None:
         from fastrank.data.lengths import plot_file
 

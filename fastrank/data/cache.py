@@ -9,8 +9,6 @@ build leaves is removed by the next one.
 
 `datasets.Dataset.from_generator` runs the processes and writes the files. It has no way to bring
 home a report, or the line of an error, so every process leaves both in the folder.
-
-A chat template that prints the date keeps that of the day on which its entry was built.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 #: To be raised when what is stored, or how records are tokenised, changes.
-LAYOUT = 2
+LAYOUT = 3
 
 ABOUT_FILE = "about.json"
 _UNFINISHED = ".incomplete"

@@ -6,6 +6,7 @@ line, the field, what was expected and what came.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from decimal import Decimal
@@ -14,8 +15,11 @@ from typing import Any
 from fastrank.data.files import Place, one_line
 from fastrank.errors import InputError
 
-Message = dict[str, str]
+#: ``role`` and ``content`` are text; all other fields are as the file has them.
+Message = dict[str, Any]
 Prompt = str | list[Message]
+#: A response: its text, or a whole message where that says more than a text.
+Said = str | Message
 
 #: Rewards are float32 further on; a larger one would silently become infinite there.
 _LARGEST = 3.4028234663852886e38
@@ -53,19 +57,79 @@ def is_messages(value: Any) -> bool:
 
 
 def messages(value: Sequence[Any], place: Place, what: str) -> list[Message]:
-    """Chat messages reduced to role and content."""
-    out = []
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            expected = 'a message {"role", "content"}'
-            raise InputError(f"{place}: {what}[{i}] is {shown(message)}, expected {expected}")
-        out.append(
-            {
-                "role": text(message["role"], place, f"{what}[{i}].role"),
-                "content": content(message["content"], place, f"{what}[{i}].content"),
-            }
-        )
-    return out
+    """Chat messages with all of their fields, less those that are null.
+
+    Beside ``tool_calls`` the content may be null or absent, which becomes an empty text; arguments
+    of calls that are a JSON object as text, OpenAI's form, become that object, which is what chat
+    templates expect.
+    """
+    return [_message(message, place, f"{what}[{i}]") for i, message in enumerate(value)]
+
+
+def _message(value: Any, place: Place, what: str) -> Message:
+    calls = isinstance(value, dict) and value.get("tool_calls") or None
+    if not isinstance(value, dict) or "role" not in value or not ("content" in value or calls):
+        expected = 'a message {"role", "content"}'
+        raise InputError(f"{place}: {what} is {shown(value)}, expected {expected}")
+    spoken = value.get("content")
+    message: Message = {
+        "role": text(value["role"], place, f"{what}.role"),
+        "content": "" if spoken is None and calls else content(spoken, place, f"{what}.content"),
+    }
+    for key, item in value.items():
+        if item is not None and key not in message:
+            message[key] = _valid(item, place, f"{what}.{key}")
+    if calls:
+        items = listed(calls, place, f"{what}.tool_calls")
+        message["tool_calls"] = [
+            _call(item, place, f"{what}.tool_calls[{i}]") for i, item in enumerate(items)
+        ]
+    return message
+
+
+def _call(value: Any, place: Place, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: {what} is {shown(value)}, expected an object")
+    inner = value.get("function")
+    if isinstance(inner, dict):
+        return {**value, "function": _call(inner, place, f"{what}.function")}
+    arguments = value.get("arguments")
+    if not isinstance(arguments, str):
+        return value
+    try:
+        parsed = json.loads(arguments)
+    except ValueError:
+        return value
+    return {**value, "arguments": parsed} if isinstance(parsed, dict) else value
+
+
+def _valid(value: Any, place: Place, what: str) -> Any:
+    """The value, if all texts in it are valid Unicode."""
+    if isinstance(value, str):
+        text(value, place, what)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _valid(item, place, f"{what}.{key}")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _valid(item, place, f"{what}[{i}]")
+    return value
+
+
+def tools(value: Any, place: Place, what: str = "tools") -> list[Any] | None:
+    """Descriptions of tools, as a list or as its JSON text. None for null and for an empty list."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError as error:
+            expected = "a list of tools or its JSON text"
+            raise InputError(f"{place}: {what} is {shown(value)}, expected {expected}") from error
+    items = listed(value, place, what)
+    for i, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise InputError(f"{place}: {what}[{i}] is {shown(item)}, expected an object")
+        _valid(item, place, f"{what}[{i}]")
+    return items or None
 
 
 def prompt(value: Any, place: Place, what: str) -> Prompt | None:
@@ -79,7 +143,7 @@ def prompt(value: Any, place: Place, what: str) -> Prompt | None:
     return text(value, place, what)
 
 
-def response(value: Any, place: Place, what: str) -> str | None:
+def response(value: Any, place: Place, what: str) -> Said | None:
     """A response: text, one message, or a list of one message. None for null."""
     if value is None:
         return None
@@ -88,8 +152,25 @@ def response(value: Any, place: Place, what: str) -> str | None:
     if isinstance(value, list):
         if len(value) != 1:
             raise InputError(f"{place}: {what} has {len(value)} messages, expected one")
-        return messages(value, place, what)[0]["content"]
+        return said(messages(value, place, what)[0])
     return text(value, place, what)
+
+
+def said(message: Message) -> Said:
+    """A message as a response: its content if it says nothing else."""
+    return message["content"] if message.keys() == {"role", "content"} else message
+
+
+def said_text(response: Said) -> str:
+    """The text of a response."""
+    return response if isinstance(response, str) else str(response["content"])
+
+
+def is_blank(response: Said) -> bool:
+    """Whether a response says nothing: neither a text nor a call of a tool."""
+    if isinstance(response, dict) and response.get("tool_calls"):
+        return False
+    return not said_text(response).strip()
 
 
 def number(value: Any, place: Place, what: str) -> float | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fastrank.data import fields
-from fastrank.data.fields import Prompt, field_of, listed, number, numbers, response
+from fastrank.data.fields import Prompt, Said, field_of, listed, number, numbers, response
 from fastrank.data.files import Place, Row, one_line
 from fastrank.errors import InputError
 
@@ -21,9 +21,10 @@ class ParsedRow(NamedTuple):
     """One row: a prompt and its responses with their scores (higher is better)."""
 
     prompt: Prompt | None
-    responses: list[str | None]
+    responses: list[Said | None]
     scores: list[float | None]
     id: str | None = None
+    tools: list[Any] | None = None
 
 
 Reader = Callable[[Row, Place, str | None], ParsedRow]
@@ -47,7 +48,7 @@ def _prompt(row: Row, key: str, place: Place) -> Prompt | None:
     return fields.prompt(field_of(row, key, place), place, key)
 
 
-def _responses(row: Row, key: str, place: Place) -> list[str | None]:
+def _responses(row: Row, key: str, place: Place) -> list[Said | None]:
     items = listed(field_of(row, key, place), place, key)
     return [response(item, place, f"{key}[{i}]") for i, item in enumerate(items)]
 
@@ -222,6 +223,13 @@ def reader(name: str, score_key: str | None = None) -> Reader:
     if score_key is not None and not FORMATS[name].has_scores:
         raise InputError(f"format '{name}' has no scores, so score_key does not apply to it")
     return FORMATS[name].read
+
+
+def parse(name: str, row: Row, place: Place, score_key: str | None = None) -> ParsedRow:
+    """A row of a known format, with the tools beside it that every format may have."""
+    found = FORMATS[name].read(row, place, score_key)
+    tools = row.get("tools")
+    return found if tools is None else found._replace(tools=fields.tools(tools, place))
 
 
 def check_still(name: str, row: Row, place: Place) -> None:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: Stands between prompt and response.
+BOUNDARY = "┃"
+
+#: Most characters shown of the prompt's end and of the response's beginning and end.
+_SHOWN = 600
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,3 +123,32 @@ def _per_response(values: Any, num_candidates: int, what: str) -> Tensor:
     if not torch.isfinite(values).all():
         raise ValueError(f"{what} must be finite, got {values.tolist()}")
     return values
+
+
+def example_parts(group: Group, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The name, the prompt and the best response of a group, decoded from its tokens."""
+    best = group.response_ids[int(group.rewards.argmax())]
+    prompt = _decoded(group.prompt_ids, tokenizer)
+    whole = _decoded(torch.cat([group.prompt_ids, best]), tokenizer)
+    # Alone, a response would lose the space that some tokenizers have in its first token.
+    response = whole[len(prompt) :] if whole.startswith(prompt) else _decoded(best, tokenizer)
+    return {"name": str(group.name), "prompt": prompt, "response": response}
+
+
+def example_text(group: Group, tokenizer: PreTrainedTokenizerBase, *, colour: bool = False) -> str:
+    """The same for a person: a heading and the indented text; in colour the prompt is dim."""
+    parts = example_parts(group, tokenizer)
+    prompt, response = parts["prompt"], parts["response"]
+    if len(prompt) > _SHOWN:
+        prompt = "…" + prompt[-_SHOWN:]
+    if len(response) > _SHOWN:
+        half = _SHOWN // 2
+        response = f"{response[:half]} … {response[-half:]}"
+    dim, bold, plain = ("\x1b[2m", "\x1b[1m", "\x1b[0m") if colour else ("", "", "")
+    text = f"{dim}{prompt}{plain}{bold}{BOUNDARY}{response}{plain}"
+    lines = text.replace("\n", "\n    ")
+    return f"  example     {parts['name']}, its best response after {BOUNDARY}\n    {lines}"
+
+
+def _decoded(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 from fastrank.data import fields
-from fastrank.data.fields import Message, Prompt
+from fastrank.data.fields import Message, Prompt, Said
 from fastrank.data.files import Place
 from fastrank.errors import InputError
 
@@ -21,7 +21,7 @@ _MARKER = "Assistant:"
 
 def split_pair(
     prompt: Prompt | None, chosen: Any, rejected: Any, place: Place
-) -> tuple[Prompt | None, list[str | None]]:
+) -> tuple[Prompt | None, list[Said | None]]:
     """(prompt, [chosen, rejected]) of one pair; null responses stay None.
 
     Raises:
@@ -58,9 +58,9 @@ def split_pair(
 
 def _split_messages(
     prompt: Prompt | None, chosen: list[Message], rejected: list[Message], place: Place
-) -> tuple[Prompt | None, list[str | None]]:
+) -> tuple[Prompt | None, list[Said | None]]:
     if not chosen or not rejected:
-        return prompt, [m[-1]["content"] if m else None for m in (chosen, rejected)]
+        return prompt, [fields.said(m[-1]) if m else None for m in (chosen, rejected)]
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
@@ -68,7 +68,7 @@ def _split_messages(
         if len(conversation) != shared + 1:
             extra = f"differ from message {shared + 1} on, {name} has {len(conversation)}"
             raise InputError(f"{place}: chosen and rejected {extra}, expected one last message")
-    responses: list[str | None] = [chosen[-1]["content"], rejected[-1]["content"]]
+    responses: list[Said | None] = [fields.said(chosen[-1]), fields.said(rejected[-1])]
     lead = chosen[:shared]
     if not lead:
         return prompt, responses

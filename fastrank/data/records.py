@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from fastrank.data import formats
+from fastrank.data import fields, formats
 from fastrank.data import report as reports
-from fastrank.data.fields import Prompt
+from fastrank.data.fields import Prompt, Said
 from fastrank.data.files import Place, RawRow, Row, Source, open_source, parse_row, slices
 from fastrank.data.formats import ParsedRow
 from fastrank.data.report import Report
@@ -31,13 +31,17 @@ class Record:
     """One prompt with its candidates.
 
     Attributes:
-        prompt: text, or chat messages ``{"role", "content"}``.
-        responses: the candidates, in the file's order, each with a character that is not a space.
+        prompt: text, or chat messages: ``{"role", "content"}`` and what else the file has of them.
+        responses: the candidates' texts, in the file's order, each with a character that is not a
+            space unless its turn calls a tool.
         scores: one finite number per candidate, higher is better (of ranks: largest rank − rank).
         line: 1-based line of a JSONL file, record number of any other kind.
         id: the record's own name, if it has one.
         positions: which of the source's candidates were kept, as positions among them.
         num_source: how many candidates the source has.
+        turns: the candidates with whole messages for those that say more than their text; empty if
+            none does.
+        tools: descriptions of the tools that the chat template shows to the model.
         source: the row as read, for writing results back; None for flat rows.
     """
 
@@ -48,6 +52,8 @@ class Record:
     id: str | None = None
     positions: tuple[int, ...] = dataclasses.field(default=(), compare=False)
     num_source: int = dataclasses.field(default=0, compare=False)
+    turns: tuple[Said, ...] = ()
+    tools: list[Any] | None = None
     source: Row | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
@@ -137,7 +143,7 @@ class RecordReader:
         assert name is not None
         if self.detected:
             formats.check_still(name, row, place)
-        return formats.reader(name)(row, place, score_key)
+        return formats.parse(name, row, place, score_key)
 
     def read(self, place: Place, unread: Unread, report: Report) -> Record | None:
         """The record of a row, or None if it is of no use (counted in ``report``).
@@ -203,7 +209,7 @@ def gather_flat(rows: Iterable[tuple[Place, ParsedRow]]) -> Iterator[tuple[Place
     """Flat rows gathered by prompt, wherever they stand in the file, at the first row's place."""
     groups: dict[str, tuple[Place, ParsedRow]] = {}
     for place, row in rows:
-        key = row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt)
+        key = json.dumps([row.prompt, row.tools], default=str)  # text, null and messages differ
         if key in groups:
             groups[key][1].responses.extend(row.responses)
             groups[key][1].scores.extend(row.scores)
@@ -219,9 +225,11 @@ def _usable(
     if found.prompt is None:
         report.drop_record(reports.NO_PROMPT, place.line, len(found.responses))
         return None
-    positions, responses, scores = [], [], []
+    positions: list[int] = []
+    responses: list[Said] = []
+    scores: list[float] = []
     for i, (response, score) in enumerate(zip(found.responses, found.scores, strict=True)):
-        if response is None or not response.strip():
+        if response is None or fields.is_blank(response):
             report.drop_candidate(reports.EMPTY_RESPONSE, place.line)
         elif score is None:
             report.drop_candidate(reports.NO_SCORE, place.line)
@@ -241,12 +249,14 @@ def _usable(
         scores = [scores[i] for i in kept]
     return Record(
         found.prompt,
-        responses,
+        [fields.said_text(response) for response in responses],
         scores,
         place.line,
         id=found.id,
         positions=tuple(positions),
         num_source=len(found.responses),
+        turns=tuple(responses) if any(isinstance(r, dict) for r in responses) else (),
+        tools=found.tools,
         source=row,
     )
 

@@ -21,6 +21,8 @@ EMPTY_RESPONSE = "empty response"
 NO_SCORE = "no score"
 BEYOND_MAXIMUM = "beyond max_candidates"
 WITH_RECORD = "in a dropped record"
+#: What is said of a record that is used.
+SAME_TOKENS = "candidates of different rewards with the same tokens"
 
 _LINES_SHOWN = 5
 
@@ -49,6 +51,7 @@ class Report:
     dropped_candidates: dict[str, list[int]] = field(default_factory=dict)
     truncated: dict[str, list[int]] = field(default_factory=dict)
     forced_boundaries: list[int] = field(default_factory=list)
+    notes: dict[str, list[int]] = field(default_factory=dict)
     reward_min: float | None = None
     reward_max: float | None = None
     pairs: int = 0
@@ -111,11 +114,15 @@ class Report:
         """A prompt or a response ("prompt" | "response") of the record was cut to a length."""
         self.truncated.setdefault(what, []).append(line)
 
+    def note(self, what: str, line: int) -> None:
+        """Something is to be said of a record that is used."""
+        self.notes.setdefault(what, []).append(line)
+
     def merge(self, later: Report) -> None:
         """Add what was counted of a later part of the same file."""
         self.read += later.read
         self.candidates_read += later.candidates_read
-        for name in ("dropped", "dropped_candidates", "truncated"):
+        for name in ("dropped", "dropped_candidates", "truncated", "notes"):
             mine = getattr(self, name)
             for reason, lines in getattr(later, name).items():
                 mine.setdefault(reason, []).extend(lines)
@@ -159,6 +166,7 @@ class Report:
             },
             "truncated": {k: counted(v) for k, v in self.truncated.items()},
             "forced_boundaries": counted(self.forced_boundaries),
+            "notes": {k: counted(v) for k, v in self.notes.items()},
             "candidates_per_group": {str(n): k for n, k in self.candidates_per_group.items()},
             "ties": {
                 "pairs": self.pairs,
@@ -195,6 +203,7 @@ class Report:
             out.append(
                 _reason("prompt and responses tokenised apart", self.forced_boundaries, "records:")
             )
+        out += [_reason(k, v, "records:") for k, v in self.notes.items()]
         return "\n".join(out)
 
 

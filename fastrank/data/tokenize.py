@@ -5,10 +5,9 @@ common beginning of its own tokens and of all the joint ones: a token that spans
 belongs to the response. The alternative, tokenising the two apart, is simpler but scores token
 sequences that the tokenizer never produces; it remains only where the rule leaves no prompt at all.
 
-Chat messages go through the tokenizer's chat template, whose own end of turn then ends the
-response. A tokenizer without a template gets the plain rendering of `render_plain`. Every text
-response ends with the tokenizer's EOS. Special tokens are placed here and not by the tokenizer's
-post-processor, so that a template's BOS is never doubled.
+Chat messages go through the tokenizer's chat template (`fastrank.data.render`), whose own end of
+turn then ends the response. Every other response ends with the tokenizer's EOS. Special tokens are
+placed here and not by the tokenizer's post-processor, so that a template's BOS is never doubled.
 """
 
 from __future__ import annotations
@@ -18,14 +17,15 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastrank.data.fields import Message
+from fastrank.data.fields import Prompt
 from fastrank.data.files import Place
 from fastrank.data.records import Record, RecordReader, Unread
-from fastrank.data.report import Report
+from fastrank.data.render import Refused, Rendered, as_messages, render_prompt, render_record
+from fastrank.data.report import SAME_TOKENS, Report
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ PORTION_ROWS = 128
 PORTION_BYTES = 1 << 20
 
 EMPTY_PROMPT = "prompt without a token"
-TEMPLATE_REFUSED = "refused by the chat template"
 
 #: Token ids that each tokenizer puts before a text by itself (BOS, for most that put any).
 _prefixes: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
@@ -84,7 +83,7 @@ def tokenize_record(
     """The record as a `Group`, or None if it has to be left out (counted in ``report``).
 
     Left out are records whose prompt has no token (an empty text with a tokenizer that has no BOS)
-    and conversations that the chat template refuses. The group is named ``file:line``.
+    and those that `fastrank.data.render` refuses. The group is named ``file:line``.
 
     Raises:
         InputError: the tokenizer has no EOS token to end a response with.
@@ -92,8 +91,7 @@ def tokenize_record(
     encoded = encode_record(record, tokenizer, report, as_chat=options.as_chat)
     if encoded is None:
         return None
-    cut = truncate(encoded, tokenizer, options, report, record.line)
-    return as_group(record, cut, report.name)
+    return as_group(record, cut_record(record, encoded, tokenizer, options, report), report.name)
 
 
 def encode_record(
@@ -115,24 +113,33 @@ def encode_records(
     as_chat: bool = False,
 ) -> list[Encoded | None]:
     """`encode_record` of each, with a single call of the tokenizer for all their texts."""
-    rendered = [_render(record, tokenizer, as_chat) for record in records]
+    rendered = [_render(record, tokenizer, as_chat, report) for record in records]
     texts = [text for item in rendered if item is not None for text in (item.own, *item.joint)]
     ids = iter(_encode(tokenizer, texts))
     out: list[Encoded | None] = []
     for record, item in zip(records, rendered, strict=True):
         if item is None:
-            report.drop_kept(TEMPLATE_REFUSED, record.line, record.scores)
             out.append(None)
             continue
         prompt, whole = next(ids), [next(ids) for _ in item.joint]
         split = _split(item, prompt, whole, tokenizer, report, record.line)
         if split is None:
             report.drop_kept(EMPTY_PROMPT, record.line, record.scores)
-        elif not all(split[1]):
-            report.drop_kept(TEMPLATE_REFUSED, record.line, record.scores)
-            split = None
+        else:
+            for note in item.notes:
+                report.note(note, record.line)
         out.append(split)
     return out
+
+
+def _render(
+    record: Record, tokenizer: PreTrainedTokenizerBase, as_chat: bool, report: Report
+) -> Rendered | None:
+    try:
+        return render_record(record, tokenizer, as_chat)
+    except Refused as refused:
+        report.drop_kept(str(refused), record.line, record.scores)
+        return None
 
 
 def encode_rows(
@@ -153,7 +160,7 @@ def encode_rows(
         whole = encode_records(records, tokenizer, report, as_chat=options.as_chat)
         for record, encoded in zip(records, whole, strict=True):
             if encoded is not None:
-                yield record, truncate(encoded, tokenizer, options, report, record.line)
+                yield record, cut_record(record, encoded, tokenizer, options, report)
 
 
 def _portions(rows: Iterable[tuple[Place, Unread]]) -> Iterator[list[tuple[Place, Unread]]]:
@@ -185,110 +192,29 @@ def as_group(record: Record, encoded: Encoded, file: str) -> Group:
 
 
 def encode_prompt(
-    prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, *, as_chat: bool = False
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    as_chat: bool = False,
+    tools: Sequence[Any] | None = None,
 ) -> list[int]:
     """Token ids of a prompt alone, as a model is given it to go on from; empty for no token.
 
     Raises:
-        InputError: the chat template refuses the conversation.
+        InputError: the chat template refuses the conversation, or is needed and absent.
     """
-    if as_chat and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list) and tokenizer.chat_template is not None:
-        try:
-            own = _render_template(prompt, [], tokenizer)[0]
-        except Exception as error:  # templates are programs of others; jinja wraps what they raise
-            if not _is_template_error(error):
-                raise
-            raise InputError(f"{TEMPLATE_REFUSED}: {' '.join(str(error).split())}") from error
-        return _encode(tokenizer, [own])[0]
-    own = _join(prompt, [])[0]
-    prefix = _prefix(tokenizer)
+    asked = as_messages(prompt) if as_chat else prompt
+    own, is_chat = render_prompt(asked, tokenizer, tools)
     ids = _encode(tokenizer, [own])[0] if own else []
+    if is_chat:
+        return ids
+    prefix = _prefix(tokenizer)
     if prefix and ids[: len(prefix)] == prefix:
         prefix = []  # the text begins with its own BOS
     ids = [*prefix, *ids]
     if not ids and tokenizer.bos_token_id is not None:
         return [tokenizer.bos_token_id]
     return ids
-
-
-def render_plain(messages: Sequence[Message]) -> str:
-    """Chat messages as plain text, for tokenizers without a chat template.
-
-    Each message is its capitalised role, a colon and its content; messages are separated by an
-    empty line, and the text ends with ``Assistant:``, which a response follows after one space.
-
-    >>> render_plain([{"role": "user", "content": "Hi"}])
-    'User: Hi\\n\\nAssistant:'
-    """
-    turns = [f"{m['role'].capitalize()}: {m['content'].strip()}" for m in messages]
-    return "\n\n".join([*turns, "Assistant:"])
-
-
-class _Rendered(NamedTuple):
-    """A record as the texts to tokenise."""
-
-    own: str
-    """The prompt alone."""
-    joint: list[str]
-    """The prompt with each response."""
-    ended: bool
-    """Whether the template ends a turn by itself."""
-    prefix: list[int]
-    """Token ids that go before the text."""
-
-
-def _render(record: Record, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> _Rendered | None:
-    """The texts of a record, or None if the chat template refuses it."""
-    prompt: str | list[Message] = record.prompt
-    if as_chat and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, str) or tokenizer.chat_template is None:
-        return _Rendered(*_join(prompt, record.responses), _prefix(tokenizer))
-    try:  # a template writes its own BOS
-        return _Rendered(*_render_template(prompt, record.responses, tokenizer), [])
-    except Exception as error:  # templates are programs of others; jinja wraps what they raise
-        if not _is_template_error(error):
-            raise
-        return None
-
-
-def _join(prompt: str | list[Message], responses: Sequence[str]) -> tuple[str, list[str], bool]:
-    if isinstance(prompt, str):
-        return prompt, [prompt + response for response in responses], False
-    own = render_plain(prompt)
-    return own, [f"{own} {response.strip()}" for response in responses], False
-
-
-def _render_template(
-    prompt: list[Message], responses: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[str], bool]:
-    """(prompt text, joint texts, whether the template ends a turn by itself)."""
-
-    def render(messages: list[Message], generate: bool) -> str:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generate
-        )
-        return str(text)
-
-    own = render(prompt, True)
-    joint, ended = [], True
-    for response in responses:
-        text = render([*prompt, {"role": "assistant", "content": response}], False)
-        body = text.rstrip()
-        if body.endswith(response.rstrip()):
-            ended = False
-        else:  # white space after the end of turn is never generated
-            text = body
-        joint.append(text)
-    return own, joint, ended
-
-
-def _is_template_error(error: Exception) -> bool:
-    import jinja2
-
-    return isinstance(error, (jinja2.TemplateError, ValueError, TypeError, KeyError))
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -315,14 +241,15 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
 
 
 def _split(
-    item: _Rendered,
+    item: Rendered,
     prompt: list[int],
     whole: list[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     report: Report,
     line: int,
 ) -> Encoded | None:
-    own, joint, ended, prefix = item
+    own, joint, ended = item.own, item.joint, item.ended
+    prefix = [] if item.is_chat else _prefix(tokenizer)  # a template writes its own BOS
     if prefix and prompt[: len(prefix)] == prefix:
         prefix = []  # the text begins with its own BOS
     if not ended:
@@ -345,6 +272,29 @@ def _split(
     apart = _encode(tokenizer, [text.removeprefix(own) for text in joint])
     tail = [] if ended else [tokenizer.eos_token_id]
     return prompt, [ids if ids[-1:] == tail else ids + tail for ids in apart]
+
+
+def cut_record(
+    record: Record,
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokenizeOptions,
+    report: Report,
+) -> Encoded:
+    """A record's token ids as training sees them: cut to the limits, every trouble counted."""
+    cut = truncate(encoded, tokenizer, options, report, record.line)
+    if _same_tokens(cut[1], record.scores):
+        report.note(SAME_TOKENS, record.line)
+    return cut
+
+
+def _same_tokens(responses: Sequence[list[int]], scores: Sequence[float]) -> bool:
+    """Whether responses with different scores have the same tokens."""
+    return any(
+        scores[i] != scores[j] and responses[i] == responses[j]
+        for i in range(len(responses))
+        for j in range(i)
+    )
 
 
 def truncate(

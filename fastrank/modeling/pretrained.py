@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrank.data.files import content_hash, looks_like_path, one_line
+from fastrank.data.templates import set_chat_template
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -141,17 +142,26 @@ def model_identity(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+    chat_template_kwargs: str | None = None,
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or Hub name.
 
+    ``chat_template`` and ``chat_template_kwargs``: see `fastrank.data.templates.set_chat_template`.
+
     Raises:
-        InputError: it does not exist or cannot be read.
+        InputError: it does not exist or cannot be read; the template cannot be used.
     """
     from transformers import AutoTokenizer
 
     name = check_model_path(path, needed="tokenizer_config.json")
     with _errors_in_one_line(path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return set_chat_template(tokenizer, chat_template, chat_template_kwargs)
 
 
 def load_model(

@@ -111,7 +111,23 @@ class ChatOptions(Options):
 
 
 @options
-class TextOptions(LengthOptions, ChatOptions):
+class TemplateOptions(ChatOptions):
+    """Chat templates."""
+
+    chat_template: str | None = option(
+        "Chat template instead of the tokenizer's own: a Jinja file, or the style alpaca, chatml, "
+        "hh or oasst.",
+        default=None,
+    )
+    chat_template_kwargs: str | None = option(
+        "Values of the chat template's variables as a JSON object, e.g. "
+        "'{\"enable_thinking\": false}'.",
+        default=None,
+    )
+
+
+@options
+class TextOptions(LengthOptions, TemplateOptions):
     """How records become tokens."""
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from fastrank.data.group import Group, example_text
 from fastrank.data.load import fit_context, load_groups
-from fastrank.data.packing import Group
 from fastrank.data.report import Report
 from fastrank.data.tokenize import TokenizeOptions, tokenize_record
 from fastrank.errors import InputError
@@ -195,12 +196,17 @@ def built_in_job(config: RankConfig) -> Job:
 def load_job(options: TrainOptions, config: RankConfig) -> Job:
     """The user's model and records, a share of the prompts held out unless others are given."""
     assert options.model is not None and options.data is not None
-    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(
+        options.model,
+        trust_remote_code=options.trust_remote_code,
+        chat_template=options.chat_template,
+        chat_template_kwargs=options.chat_template_kwargs,
+    )
     model = load_model(
         options.model, config.weights_dtype, trust_remote_code=options.trust_remote_code
     )
     read: dict[str, Any] = {
-        "options": length_limits(config, model),
+        "options": replace(length_limits(config, model), as_chat=options.as_chat),
         **values_of(options, ReadOptions),
         "cache": False if options.no_cache else None,
         "cache_dir": options.cache_dir,
@@ -234,6 +240,7 @@ def describe(
         held += f"; training split evaluated on {evaluated} of them"
     dropout = trainer.disabled_dropout
     off = f"{len(dropout)} set to 0: {', '.join(dropout)}" if dropout else "none in the model"
+    colour = sys.stdout.isatty()
     steps = -(-len(groups) // trainer.groups_per_step)
     return [
         f"data: {job.source}: {len(groups)} prompts to train on, {held}",
@@ -243,6 +250,7 @@ def describe(
         f"loss: {trainer.loss}",
         f"precision: {config.dtype_reason}",
         f"dropout: {off}" if config.disable_dropout else "dropout: as the model has it",
+        *([example_text(job.train[0], job.tokenizer, colour=colour)] if len(job.train) else []),
         f"steps: {steps} per epoch of {trainer.groups_per_step} prompts on {config.world_size} "
         f"process(es), packs of at most {trainer.max_tokens} tokens"
         + (", back-propagated in two phases" if config.two_phase else ""),

@@ -75,6 +75,7 @@ class TrainOptions(
     shared.ModelOptions,
     shared.DataOptions,
     shared.ReadOptions,
+    shared.TemplateOptions,
     CacheOptions,
     AdapterOptions,
     shared.TrustOptions,
@@ -111,7 +112,14 @@ class TrainOptions(
         if (self.model is None) != (self.data is None):
             given, absent = ("model", "data") if self.data is None else ("data", "model")
             raise InputError(f"--{given} needs --{absent} too (without both: the built-in task)")
-        for name in ("eval_data", "reference_model", "use_peft"):
+        for name in (
+            "eval_data",
+            "reference_model",
+            "use_peft",
+            "as_chat",
+            "chat_template",
+            "chat_template_kwargs",
+        ):
             if self.built_in and getattr(self, name) not in (None, False):
                 raise InputError(f"--{name} needs --model and --data, got neither")
 

@@ -97,7 +97,7 @@ def group_of_item(
     if not item.responses:
         return None
     scores = [0.0 if score is None else score for score in item.scores]
-    record = Record(item.prompt, list(item.responses), scores, item.place.line)
+    record = Record(item.prompt, list(item.responses), scores, item.place.line, tools=item.tools)
     encoded = encode_record(record, tokenizer, Report(), as_chat=limit.as_chat)
     if encoded is None:
         return None

@@ -56,6 +56,11 @@ class PromptItem:
     num_blank: int = 0
     extra: Row = field(default_factory=dict, repr=False)
 
+    @property
+    def tools(self) -> list[Any] | None:
+        """Descriptions of the tools that the prompt offers."""
+        return fields.tools(self.extra.get("tools"), self.place)
+
     def take(self, kept: Sequence[int]) -> PromptItem:
         """The item with the responses at the positions ``kept``, in that order."""
         return replace(
@@ -94,7 +99,7 @@ def read_items(path: str | Path, *, format: str | None = None) -> Iterator[Promp
         num_rows += 1
         name = format or _format_of(row, place)
         if name == "flat":
-            flat.append((place, formats.reader(name)(row, place, None)))
+            flat.append((place, formats.parse(name, row, place)))
             continue
         item = _item(place, row, name)
         if item is not None:
@@ -103,7 +108,8 @@ def read_items(path: str | Path, *, format: str | None = None) -> Iterator[Promp
     for place, found in gather_flat(flat):
         if found.prompt is not None:
             num_items += 1
-            yield _build(place, found, {}, True)
+            extra = {} if found.tools is None else {"tools": found.tools}
+            yield _build(place, found, extra, True)
     if not num_items:
         raise InputError(f"{path}: no prompt in its {num_rows} records")
 
@@ -124,7 +130,7 @@ def _item(place: Place, row: Row, name: str | None) -> PromptItem | None:
         found = ParsedRow(fields.prompt(row[key], place, key), [], [])
         used = {key}
     else:
-        found = formats.reader(name)(row, place, None)
+        found = formats.parse(name, row, place)
         used = {*formats.FORMATS[name].fields, *_score_fields(name)}
     if found.prompt is None:
         return None
@@ -158,6 +164,9 @@ def _build(
     texts, scores, origins = [], [], []
     origin = sources or [FROM_DATA] * len(found.responses)
     for response, score, source in zip(found.responses, found.scores, origin, strict=True):
+        if isinstance(response, dict):
+            keys = ", ".join(key for key in response if key not in ("role", "content"))
+            raise InputError(f"{place}: a response is a message with {keys}, expected a text alone")
         if response is not None and response.strip():
             texts.append(response)
             scores.append(score if has_scores else None)  # an order alone is no reward

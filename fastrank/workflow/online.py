@@ -65,11 +65,22 @@ def _load(
     path = str(options.model)
     trust = options.trust_remote_code
     items = list(read_items(str(options.online_prompts), format=options.format))
-    tokenizer = load_tokenizer(path, trust_remote_code=trust)
+    tokenizer = load_tokenizer(
+        path,
+        trust_remote_code=trust,
+        chat_template=options.chat_template,
+        chat_template_kwargs=options.chat_template_kwargs,
+    )
     model = load_model(path, config.weights_dtype, trust_remote_code=trust)
     context = context_length(model.config)
     limit = length_limits(config, model)
-    encoded = encode_prompts([item.prompt for item in items], tokenizer, options.decoding, context)
+    encoded = encode_prompts(
+        [item.prompt for item in items],
+        tokenizer,
+        options.decoding,
+        context,
+        tools=[item.tools for item in items],
+    )
     if not any(encoded.ids):
         raise InputError(f"{options.online_prompts}: no prompt can be sampled for")
     scorer, _ = load_reward(

@@ -100,8 +100,11 @@ def encode_prompts(
     context: int | None,
     *,
     as_chat: bool = False,
+    tools: Sequence[list[Any] | None] | None = None,
 ) -> EncodedPrompts:
     """Token ids of prompts, cut on the left to leave room for ``decoding.max_new_tokens``.
+
+    ``tools`` has one entry per prompt: the tools that the chat template shows to the model.
 
     Raises:
         InputError: the responses alone fill the context.
@@ -115,7 +118,8 @@ def encode_prompts(
     result = EncodedPrompts([])
     for number, prompt in enumerate(prompts):
         try:
-            ids = encode_prompt(prompt, tokenizer, as_chat=as_chat)
+            offered = None if tools is None else tools[number]
+            ids = encode_prompt(prompt, tokenizer, as_chat=as_chat, tools=offered)
         except InputError:  # the template refuses this conversation, others it may take
             ids = []
         if not ids:

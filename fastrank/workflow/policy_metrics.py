@@ -68,6 +68,7 @@ def sample_items(
         drawing,
         context_length(model.config),
         as_chat=drawing.as_chat,
+        tools=[item.tools for item in items],
     )
     found: list[list[Response]] = [[] for _ in items]
     batches = draw(

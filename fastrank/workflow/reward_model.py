@@ -18,11 +18,11 @@ from fastrank.attention.gate import refusal
 from fastrank.data.load import fit_context
 from fastrank.data.packing import Group
 from fastrank.data.records import Record
+from fastrank.data.render import render_plain
 from fastrank.data.report import Report
 from fastrank.data.tokenize import (
     TokenizeOptions,
     encode_record,
-    render_plain,
     tokenize_record,
     truncate,
 )
@@ -186,4 +186,4 @@ def _joins_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _record(item: PromptItem) -> Record:
     scores = [0.0] * len(item.responses)
-    return Record(item.prompt, list(item.responses), scores, item.place.line)
+    return Record(item.prompt, list(item.responses), scores, item.place.line, tools=item.tools)

@@ -122,6 +122,7 @@ class _PolicyRun:
             options,
             context_length(read_config(self.path, options)),
             as_chat=options.as_chat,
+            tools=[item.tools for item in items],
         )
         if self._plan is None:
             plan = {

@@ -70,13 +70,18 @@ def score_file(options: ScoreOptions) -> dict[str, Any]:
     check_least(options, "--", max_tokens=2)
     if options.output is not None:
         check_output(options.output, "--output")
-    cut = TokenizeOptions(**values_of(options, shared.TextOptions))
+    cut = TokenizeOptions(**values_of(options, TokenizeOptions))
     check_model_path(options.model)
     report = Report(name=options.data)
     reading = values_of(options, shared.ReadOptions)
     records = read_records(options.data, min_candidates=1, report=report, **reading)
     first = next(records)  # a file of no use is found before a model is loaded
-    tokenizer = load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(
+        options.model,
+        trust_remote_code=options.trust_remote_code,
+        chat_template=options.chat_template,
+        chat_template_kwargs=options.chat_template_kwargs,
+    )
     model, sharing, chosen = _load(options)
     cut = fit_context(cut, context_length(model.config))
 

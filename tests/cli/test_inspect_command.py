@@ -94,3 +94,37 @@ def test_dropped_records_are_listed(tmp_path: Path, capsys: pytest.CaptureFixtur
     found = run_json(capsys, "inspect", str(path))
     dropped = {"fewer than 2 candidates": {"count": 1, "lines": [2]}}
     assert found["records"] == {"read": 2, "kept": 1, "dropped": dropped}
+
+
+def test_an_example_shows_where_the_prompt_ends(
+    story_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "data.jsonl"
+    turns = [{"role": "user", "content": "Tell a story."}]
+    responses = ["<think>no</think>Once", "<think>yes</think>Once"]
+    path.write_text(json.dumps({"prompt": turns, "responses": responses, "scores": [0, 1]}))
+    argv = ["inspect", str(path), "--tokenizer", str(story_model_path)]
+    found = run_json(capsys, *argv, "--chat_template", "hh")
+    assert found["example"] == {
+        "name": f"{path}:1",
+        "prompt": "\n\nHuman: Tell a story.\n\nAssistant:",
+        "response": " <think>yes</think>Once<s>",
+    }
+    assert found["notes"] == {}
+    strip = tmp_path / "strip.jinja"
+    strip.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}{{ '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{{ ' ' }}{{ open }}{% endif %}"
+    )
+    argv += ["--chat_template", str(strip), "--chat_template_kwargs", '{"open": "<think>"}']
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    assert "assistant: ┃<think>yes</think>Once" in text
+    assert "the chat template would change it (line 1)" in text
+
+
+def test_template_options_need_a_tokenizer(
+    oasst_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(oasst_path), "--chat_template", "hh"]) == 2
+    assert "need --tokenizer" in capsys.readouterr().err

@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from char_tokenizer import make_tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastrank.data.load import fit_context, load_groups
 from fastrank.data.records import Record
+from fastrank.data.render import render_plain
 from fastrank.data.report import Report
-from fastrank.data.tokenize import TokenizeOptions, render_plain, tokenize_record
+from fastrank.data.tokenize import TokenizeOptions, tokenize_record
 from fastrank.errors import InputError
 
-SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -27,35 +25,6 @@ NO_END = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-def make_tokenizer(
-    merges: list[tuple[str, str]] = (),  # type: ignore[assignment]
-    *,
-    adds_bos: bool = True,
-    bos: str | None = "<s>",
-    eos: str | None = "</s>",
-    chat_template: str | None = None,
-) -> PreTrainedTokenizerBase:
-    """Characters as tokens, plus the given merges; a leading BOS as Llama's tokenizer adds it."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
-    for left, right in merges:
-        vocabulary.setdefault(left + right, len(vocabulary))
-    tokenizer = Tokenizer(BPE(vocabulary, list(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if adds_bos:
-        tokenizer.post_processor = TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token=eos,
-        additional_special_tokens=SPECIAL[2:],
-        chat_template=chat_template,
-    )
 
 
 def record(prompt: Any, *responses: str) -> Record:
@@ -204,7 +173,7 @@ def test_a_template_that_says_nothing_drops_the_record() -> None:
     turns = [{"role": "user", "content": "hi"}]
     tokenizer = make_tokenizer(chat_template="{% if add_generation_prompt %}x{% endif %}")
     assert ids(record(turns, "c", "d"), tokenizer, report) is None
-    assert report.dropped == {"refused by the chat template": [7]}
+    assert report.dropped == {"response that the chat template leaves out or changes": [7]}
 
 
 def test_no_eos_token_is_an_error() -> None:

@@ -1,0 +1,263 @@
+"""A record as texts: the prompt, and the prompt with each response and its end of turn.
+
+What is trained is what was given: every joint text is the prompt, the response's own text (less,
+at most, surrounding white space that the template trims) and the end of the turn. A chat template
+is a means to that. It is asked three things: the prompt for a new turn, every response as a turn,
+and one private character as a turn, which shows what the template itself writes before and after
+a response. What it writes before belongs to the prompt, except for a space. A response that the
+template would change (those of reasoning models keep only what follows ``</think>``) is put behind
+the prompt for a new turn by hand, with all others of its record, so that they share one prompt.
+Whatever cannot be found in its text is no response to rank: the record is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastrank.data.fields import Message, Prompt, Said
+from fastrank.data.templates import TemplateError, apply_template
+from fastrank.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fastrank.data.records import Record
+
+#: Reasons to refuse a record.
+TEMPLATE_REFUSED = "refused by the chat template"
+CHANGED = "response that the chat template leaves out or changes"
+NEEDS_TEMPLATE = "tools or message fields that only a chat template can show"
+
+#: What is said of a record that is used.
+BY_HAND = "response put behind the generation prompt by hand: the chat template would change it"
+TRIMMED = "white space around a response trimmed"
+PARTED = "generation prompt is not what the chat template writes before a response"
+HIDDEN_PROMPT = "prompt text or tools that the chat template leaves out or changes"
+PLAIN = "messages written as 'User: … Assistant:', for want of a chat template"
+GLUED = "prompt and response run together without white space"
+
+#: Fields of a message that carry text of their own; a plain rendering would lose them.
+_STRUCTURED = ("tool_calls", "reasoning_content", "thinking", "reasoning")
+
+
+class Refused(Exception):
+    """A record that cannot be rendered; its text is the reason."""
+
+
+class Rendered(NamedTuple):
+    """A record as the texts to tokenise.
+
+    Attributes:
+        own: the prompt alone; every joint text begins with it.
+        joint: the prompt with each response.
+        ended: whether the joint texts end with the template's own end of turn.
+        is_chat: whether a template wrote them, its BOS included.
+        notes: what is to be said of the record.
+    """
+
+    own: str
+    joint: list[str]
+    ended: bool
+    is_chat: bool
+    notes: tuple[str, ...] = ()
+
+
+def render_plain(messages: Sequence[Message]) -> str:
+    """Chat messages as plain text, for tokenizers without a chat template.
+
+    Each message is its capitalised role, a colon and its content; messages are separated by an
+    empty line, and the text ends with ``Assistant:``, which a response follows after one space.
+
+    >>> render_plain([{"role": "user", "content": "Hi"}])
+    'User: Hi\\n\\nAssistant:'
+    """
+    turns = [f"{m['role'].capitalize()}: {m['content'].strip()}" for m in messages]
+    return "\n\n".join([*turns, "Assistant:"])
+
+
+def render_record(record: Record, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> Rendered:
+    """The texts of a record.
+
+    Raises:
+        Refused: the record cannot be rendered as it is.
+    """
+    prompt = as_messages(record.prompt) if as_chat else record.prompt
+    said = list(record.turns or record.responses)
+    if isinstance(prompt, str) or tokenizer.chat_template is None:
+        return _plain(prompt, record.responses, said, record.tools)
+    try:
+        return _chat(prompt, said, record.tools, tokenizer)
+    except TemplateError as error:
+        raise Refused(TEMPLATE_REFUSED) from error
+
+
+def render_prompt(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None = None
+) -> tuple[str, bool]:
+    """A prompt alone as text, and whether a template wrote it.
+
+    Raises:
+        InputError: it cannot be rendered as it is.
+    """
+    if isinstance(prompt, list) and tokenizer.chat_template is not None:
+        try:
+            return apply_template(tokenizer, [prompt], tools, generate=True)[0], True
+        except TemplateError as error:
+            raise InputError(f"{TEMPLATE_REFUSED}: {error}") from error
+    try:
+        return _plain(prompt, [], [], tools).own, False
+    except Refused as error:
+        raise InputError(str(error)) from error
+
+
+def as_messages(prompt: Prompt) -> list[Message]:
+    """A prompt as chat messages; a text is one message of the user."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _plain(
+    prompt: Prompt, responses: Sequence[str], said: Sequence[Said], tools: Sequence[Any] | None
+) -> Rendered:
+    turns = [turn for turn in said if isinstance(turn, dict)]
+    turns += prompt if isinstance(prompt, list) else []
+    if tools or any(turn.get(name) for turn in turns for name in _STRUCTURED):
+        raise Refused(NEEDS_TEMPLATE)
+    if isinstance(prompt, str):
+        glued = any(_is_glued(prompt, response) for response in responses)
+        joint = [prompt + response for response in responses]
+        return Rendered(prompt, joint, False, False, (GLUED,) if glued else ())
+    own = render_plain(prompt)
+    joint = [f"{own} {response.strip()}" for response in responses]
+    trimmed = any(response != response.strip() for response in responses)
+    return Rendered(own, joint, False, False, (PLAIN, TRIMMED) if trimmed else (PLAIN,))
+
+
+def _is_glued(prompt: str, response: str) -> bool:
+    """Whether a word or sentence of Latin letters runs into the next one."""
+    last, first = prompt[-1:], response[:1]
+    return (
+        last.isascii()
+        and first.isascii()
+        and first.isalnum()
+        and (last.isalnum() or last in ".?!,;")
+    )
+
+
+def _chat(
+    prompt: list[Message],
+    said: Sequence[Said],
+    tools: Sequence[Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Rendered:
+    turns = [_turn(one) for one in said]
+    mark = _unused_character([*prompt, *turns])
+    own = apply_template(tokenizer, [prompt], tools, generate=True)[0]
+    *written, probe = apply_template(
+        tokenizer, [[*prompt, turn] for turn in (*turns, _turn(mark))], tools, generate=False
+    )
+    if probe.count(mark) != 1:
+        raise Refused(CHANGED)
+    head, tail = probe.split(mark)
+    end = tail.rstrip()  # white space after the end of turn is never generated
+    notes = []
+    joint: list[str | None] = []
+    for one, text in zip(said, written, strict=True):
+        if isinstance(one, dict):
+            joint.append(text.rstrip() if end else text)
+            continue
+        kept = next((s for s in (one, one.strip()) if text == head + s + tail), None)
+        if kept is not None and kept != one:
+            notes.append(TRIMMED)
+        joint.append(None if kept is None else head + kept + end)
+    own_text = head
+    if any(isinstance(one, dict) for one in said):
+        whole = [text for text in joint if text is not None]
+        if len(whole) < len(joint):
+            raise Refused(CHANGED)
+        own_text = _common_prompt(own, head, whole)
+        for text, turn in zip(whole, turns, strict=True):
+            if not _shows(text[len(own_text) :], turn):
+                raise Refused(CHANGED)
+    elif None in joint:
+        notes = [BY_HAND]
+        own_text = _opened(own, head, [turn["content"] for turn in turns])
+        whole = [own_text + turn["content"] + end for turn in turns]
+    else:
+        whole = [text for text in joint if text is not None]
+        if own.rstrip() != head.rstrip():
+            notes.append(PARTED)
+        elif head.startswith(own):  # a space before a response is part of its first token
+            own_text = own
+    if not _shows_prompt(own, prompt, tools):
+        notes.append(HIDDEN_PROMPT)
+    return Rendered(own_text, whole, bool(end), True, tuple(dict.fromkeys(notes)))
+
+
+def _turn(said: Said) -> Message:
+    return {"role": "assistant", "content": said} if isinstance(said, str) else said
+
+
+def _unused_character(messages: Sequence[Message]) -> str:
+    """A character of Unicode's private area that no message says."""
+    text = "".join([message["content"] for message in messages])
+    return next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text)
+
+
+def _common_prompt(own: str, head: str, joint: Sequence[str]) -> str:
+    """The longest of the texts that a template writes before a turn with which all turns begin."""
+    for start in (head, own):
+        if all(text.startswith(start) for text in joint):
+            return start
+    return os.path.commonprefix([own, *joint])
+
+
+def _opened(own: str, head: str, responses: Sequence[str]) -> str:
+    """The generation prompt, less what it opens (``<think>``) where a response opens it itself."""
+    lead = os.path.commonprefix([own, head])
+    opened = own[len(lead) :].strip()
+    if opened and any(response.lstrip().startswith(opened) for response in responses):
+        return lead
+    return own
+
+
+def _shows(text: str, turn: Message) -> bool:
+    """Whether a rendered turn has everything that the message says."""
+    return all(part in text for part in _parts(turn)) or all(
+        part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text for part in _parts(turn)
+    )
+
+
+def _parts(turn: Message) -> Iterator[str]:
+    """The texts of a message: its content, its reasoning, names and arguments of its calls."""
+    yield turn["content"].strip()
+    reasoning = next((turn[name] for name in _STRUCTURED[1:] if turn.get(name)), "")
+    if isinstance(reasoning, str):
+        yield reasoning.strip()
+    for call in turn.get("tool_calls") or []:
+        called = call.get("function", call) if isinstance(call, dict) else call
+        if isinstance(called, dict):
+            yield from _leaves([called.get("name"), called.get("arguments")])
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _leaves([*value, *value.values()])
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+
+
+def _shows_prompt(own: str, prompt: Sequence[Message], tools: Sequence[Any] | None) -> bool:
+    """Whether a rendered prompt has what its messages say and the names of the tools.
+
+    Earlier turns of the assistant are left out: templates shorten their reasoning by design.
+    """
+    said = [turn["content"].strip() for turn in prompt if turn["role"] != "assistant"]
+    functions = [tool.get("function", tool) for tool in tools or []]
+    names = [str(function.get("name", "")) for function in functions if isinstance(function, dict)]
+    return all(text in own for text in (*said, *names))

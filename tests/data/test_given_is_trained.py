@@ -1,0 +1,511 @@
+"""What a user gives is what is trained: exact tokens, or a count with the reason, or an error.
+
+The table holds one row of a file each, with the text of the prompt's and of every response's
+tokens. The tokenizer's tokens are bytes and a few special ones, so that equal texts are equal
+tokens, which is checked as well.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from char_tokenizer import make_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastrank.data.load import load_groups
+from fastrank.data.records import Record
+from fastrank.data.render import (
+    BY_HAND,
+    CHANGED,
+    GLUED,
+    HIDDEN_PROMPT,
+    NEEDS_TEMPLATE,
+    PARTED,
+    PLAIN,
+    TEMPLATE_REFUSED,
+    TRIMMED,
+)
+from fastrank.data.report import SAME_TOKENS, Report
+from fastrank.data.templates import set_chat_template
+from fastrank.data.tokenize import TokenizeOptions, encode_prompt, encode_record
+from fastrank.errors import InputError
+
+START = "{% for m in messages %}<|{{ m.role }}|>"
+OPEN = "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+
+def turns(content: str, opened: str = "") -> str:
+    """A template that writes the content of each message so."""
+    return START + content + "<|end|>" + OPEN.replace("{% endif %}", opened + "{% endif %}")
+
+
+CHAT = turns("{{ m.content }}")
+TRIM = turns("{{ m.content | trim }}")
+UPPER = turns("{{ m.content | upper }}")
+CUT = turns("{{ m.content[:3] }}")
+DROP = START + "{% if m.role == 'user' %}{{ m.content }}{% endif %}<|end|>" + OPEN
+TWICE = turns("{{ m.content }}{{ m.content if m.role == 'assistant' else '' }}")
+SILENT = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}" + OPEN
+#: DeepSeek-R1: what precedes </think> is left out, and a new turn begins inside <think>.
+STRIP = "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}"
+R1 = turns(STRIP, "<think>\n")
+R1_BEFORE = turns(STRIP)
+#: Qwen3: reasoning in a field or before </think> is written anew, an empty one for none.
+QWEN = (
+    START + "{% if m.role == 'assistant' %}{% set ns = namespace(r='', c=m.content) %}"
+    "{% if m.reasoning_content is string %}{% set ns.r = m.reasoning_content %}"
+    "{% elif '</think>' in m.content %}{% set ns.c = m.content.split('</think>')[-1].lstrip() %}"
+    "{% set ns.r = m.content.split('</think>')[0].split('<think>')[-1] %}{% endif %}"
+    "<think>\n{{ ns.r | trim }}\n</think>\n\n{{ ns.c }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+CALLS = (
+    "{% if tools %}[{% for t in tools %}{{ t.function.name }}{% endfor %}]{% endif %}"
+    + START
+    + "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>"
+    "{% endfor %}<|end|>" + OPEN
+)
+DATED = "{{ strftime_now('%d %b %Y') }}" + CHAT
+COLON = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + (
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+#: A new turn that is opened otherwise than turns are written.
+OTHER = turns("\n{{ m.content }}", "!\n")
+
+HI = [{"role": "user", "content": "hi"}]
+ASK = "<|user|>hi<|end|><|assistant|>"
+TOOL = {"type": "function", "function": {"name": "clock", "parameters": {}}}
+
+
+def call(arguments: Any, name: str = "clock") -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+
+
+def answer(content: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+class Case(NamedTuple):
+    """A row; the template; texts of prompt and responses, or the reason to drop, or the error."""
+
+    prompt: Any
+    responses: list[Any]
+    template: str | None
+    expected: tuple[str, list[str]] | str
+    notes: tuple[str, ...] = ()
+    more: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    kwargs: dict[str, Any] | None = None
+
+
+CASES = {
+    "plain text": Case("ab ", ["c", "d"], None, ("<s>ab ", ["c</s>", "d</s>"])),
+    "glued": Case(
+        "a cat?", ["A cat", " B"], None, ("<s>a cat?", ["A cat</s>", " B</s>"]), (GLUED,)
+    ),
+    "not glued": Case("q:\n", ["A", "B"], None, ("<s>q:\n", ["A</s>", "B</s>"])),
+    "not Latin": Case("猫", ["犬", "鳥"], None, ("<s>猫", ["犬</s>", "鳥</s>"])),
+    "no template": Case(
+        HI, ["c", "d"], None, ("<s>User: hi\n\nAssistant:", [" c</s>", " d</s>"]), (PLAIN,)
+    ),
+    "no template, trimmed": Case(
+        HI,
+        ["c ", "d"],
+        None,
+        ("<s>User: hi\n\nAssistant:", [" c</s>", " d</s>"]),
+        (PLAIN, TRIMMED),
+    ),
+    "no template for tools": Case(HI, ["c", "d"], None, NEEDS_TEMPLATE, more={"tools": [TOOL]}),
+    "text with tools": Case("hi", ["c", "d"], CALLS, NEEDS_TEMPLATE, more={"tools": [TOOL]}),
+    "no template for calls": Case(HI, [call({}), "d"], None, NEEDS_TEMPLATE),
+    "no template for reasoning": Case(
+        HI, [answer("c", reasoning_content="r"), "d"], None, NEEDS_TEMPLATE
+    ),
+    "chat": Case(HI, ["c", "d\n"], CHAT, (ASK, ["c<|end|>", "d\n<|end|>"])),
+    "the same text twice in a turn": Case(
+        HI, ["end", "user"], CHAT, (ASK, ["end<|end|>", "user<|end|>"])
+    ),
+    "text as chat": Case(
+        "hi", ["c", "d"], CHAT, (ASK, ["c<|end|>", "d<|end|>"]), options={"as_chat": True}
+    ),
+    "text for a chat model": Case("hi ", ["c", "d"], CHAT, ("<s>hi ", ["c</s>", "d</s>"])),
+    "trim": Case(HI, [" c", "d\n"], TRIM, (ASK, ["c<|end|>", "d<|end|>"]), (TRIMMED,)),
+    "trim to the same": Case(
+        HI, ["c", "c "], TRIM, (ASK, ["c<|end|>", "c<|end|>"]), (TRIMMED, SAME_TOKENS)
+    ),
+    "inner space stays": Case(HI, ["c  c", "d"], TRIM, (ASK, ["c  c<|end|>", "d<|end|>"])),
+    "upper case": Case(
+        HI,
+        ["cd", "e"],
+        UPPER,
+        ("<|user|>HI<|end|><|assistant|>", ["cd<|end|>", "e<|end|>"]),
+        (BY_HAND, HIDDEN_PROMPT),
+    ),
+    "upper case of what is": Case(
+        [{"role": "user", "content": "HI"}],
+        ["CD", "4"],
+        UPPER,
+        ("<|user|>HI<|end|><|assistant|>", ["CD<|end|>", "4<|end|>"]),
+    ),
+    "cut": Case(HI, ["long one", "two"], CUT, (ASK, ["long one<|end|>", "two<|end|>"]), (BY_HAND,)),
+    "short enough": Case(HI, ["one", "two"], CUT, (ASK, ["one<|end|>", "two<|end|>"])),
+    "dropped": Case(HI, ["c", "d"], DROP, CHANGED),
+    "twice": Case(HI, ["c", "d"], TWICE, CHANGED),
+    "silent about the assistant": Case(HI, ["c", "d"], SILENT, CHANGED),
+    "R1 thinking": Case(
+        HI,
+        ["<think>good</think>4", "<think>bananas</think>4"],
+        R1_BEFORE,
+        (ASK, ["<think>good</think>4<|end|>", "<think>bananas</think>4<|end|>"]),
+        (BY_HAND,),
+    ),
+    "R1 opens thinking": Case(
+        HI,
+        ["<think>good</think>4", "<think>bananas</think>4"],
+        R1,
+        (ASK, ["<think>good</think>4<|end|>", "<think>bananas</think>4<|end|>"]),
+        (BY_HAND,),
+    ),
+    "R1 goes on thinking": Case(
+        HI,
+        ["good</think>4", "bananas</think>4"],
+        R1,
+        (ASK + "<think>\n", ["good</think>4<|end|>", "bananas</think>4<|end|>"]),
+        (BY_HAND,),
+    ),
+    "R1 without a thought": Case(HI, ["4", "5"], R1, (ASK, ["4<|end|>", "5<|end|>"]), (PARTED,)),
+    "Qwen3 without a thought": Case(
+        HI,
+        ["4", "5"],
+        QWEN,
+        (ASK + "<think>\n\n</think>\n\n", ["4<|end|>", "5<|end|>"]),
+        (PARTED,),
+    ),
+    "Qwen3 told not to think": Case(
+        HI,
+        ["4", "5"],
+        QWEN,
+        (ASK + "<think>\n\n</think>\n\n", ["4<|end|>", "5<|end|>"]),
+        kwargs={"enable_thinking": False},
+    ),
+    "Qwen3 thinking": Case(
+        HI,
+        ["<think>a</think>4", "5"],
+        QWEN,
+        (ASK, ["<think>a</think>4<|end|>", "5<|end|>"]),
+        (BY_HAND,),
+    ),
+    "Qwen3 reasoning": Case(
+        HI,
+        [answer("4", reasoning_content="good"), answer("4", reasoning_content="bad")],
+        QWEN,
+        (ASK, ["<think>\ngood\n</think>\n\n4<|end|>", "<think>\nbad\n</think>\n\n4<|end|>"]),
+    ),
+    "Qwen3 reasoning and a call": Case(
+        HI,
+        [answer("", reasoning_content="r", tool_calls=call({"x": "y"})["tool_calls"]), "n"],
+        QWEN,
+        (
+            ASK,
+            [
+                '<think>\nr\n</think>\n\n<call>{"name": "clock", "arguments": {"x": "y"}}</call>'
+                "<|end|>",
+                "<think>\n\n</think>\n\nn<|end|>",
+            ],
+        ),
+    ),
+    "reasoning that is not shown": Case(
+        HI, [answer("4", reasoning_content="good"), answer("5")], CHAT, CHANGED
+    ),
+    "thinking that is not shown": Case(HI, [answer("4", thinking="good"), "5"], CHAT, CHANGED),
+    "a call": Case(
+        HI,
+        [call({"city": "Köln"}), "d"],
+        CALLS,
+        (
+            ASK,
+            ['<call>{"name": "clock", "arguments": {"city": "Köln"}}</call><|end|>', "d<|end|>"],
+        ),
+    ),
+    "a call, arguments as text": Case(
+        HI,
+        [call('{"city": "Bonn"}'), call("{}")],
+        CALLS,
+        (
+            ASK,
+            [
+                '<call>{"name": "clock", "arguments": {"city": "Bonn"}}</call><|end|>',
+                '<call>{"name": "clock", "arguments": {}}</call><|end|>',
+            ],
+        ),
+    ),
+    "a call that is not shown": Case(HI, [call({}), "d"], CHAT, CHANGED),
+    "a call with a line break": Case(
+        HI,
+        [call({"x": 'a\n"b"'}), "d"],
+        CALLS,
+        (
+            ASK,
+            [
+                '<call>{"name": "clock", "arguments": {"x": "a\\n\\"b\\""}}</call><|end|>',
+                "d<|end|>",
+            ],
+        ),
+    ),
+    "tools": Case(
+        HI, ["c", "d"], CALLS, ("[clock]" + ASK, ["c<|end|>", "d<|end|>"]), more={"tools": [TOOL]}
+    ),
+    "tools as JSON": Case(
+        HI,
+        ["c", "d"],
+        CALLS,
+        ("[clock]" + ASK, ["c<|end|>", "d<|end|>"]),
+        more={"tools": json.dumps([TOOL])},
+    ),
+    "no tools": Case(HI, ["c", "d"], CALLS, (ASK, ["c<|end|>", "d<|end|>"]), more={"tools": []}),
+    "tools that are not shown": Case(
+        HI, ["c", "d"], CHAT, (ASK, ["c<|end|>", "d<|end|>"]), (HIDDEN_PROMPT,), {"tools": [TOOL]}
+    ),
+    "a call in the prompt": Case(
+        [*HI, call({}), {"role": "tool", "content": "noon"}],
+        ["c", "d"],
+        CALLS,
+        (
+            '<|user|>hi<|end|><|assistant|><call>{"name": "clock", "arguments": {}}</call><|end|>'
+            "<|tool|>noon<|end|><|assistant|>",
+            ["c<|end|>", "d<|end|>"],
+        ),
+    ),
+    "nulls of a table": Case(
+        [{**HI[0], "tool_calls": None, "name": None}],
+        [answer("c", tool_calls=None), answer("d", reasoning_content=None)],
+        CALLS,
+        (ASK, ["c<|end|>", "d<|end|>"]),
+    ),
+    "parts of text": Case(
+        [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}],
+            }
+        ],
+        ["c", "d"],
+        CHAT,
+        (ASK, ["c<|end|>", "d<|end|>"]),
+    ),
+    "a hidden system message": Case(
+        [{"role": "system", "content": "be kind"}, *HI],
+        ["c", "d"],
+        CHAT.replace("{{ m.content }}", "{{ '' if m.role == 'system' else m.content }}"),
+        ("<|system|><|end|>" + ASK, ["c<|end|>", "d<|end|>"]),
+        (HIDDEN_PROMPT,),
+    ),
+    "date": Case(HI, ["c", "d"], DATED, ("01 Jan 2026" + ASK, ["c<|end|>", "d<|end|>"])),
+    "no end of turn": Case(HI, ["c", "d"], COLON, ("user: hi\nassistant:", [" c</s>", " d</s>"])),
+    "a turn opened otherwise": Case(
+        HI,
+        ["c", "d"],
+        OTHER,
+        ("<|user|>\nhi<|end|><|assistant|>\n", ["c<|end|>", "d<|end|>"]),
+        (PARTED,),
+    ),
+    "refused": Case(HI, ["c", "d"], "{{ raise_exception('no') }}", TEMPLATE_REFUSED),
+    "a template that adds text to nothing": Case(
+        HI, ["c", "d"], "{{ 1 + messages }}", TEMPLATE_REFUSED
+    ),
+    "blank beside a call": Case(HI, [answer(" "), "c", "d"], CHAT, (ASK, ["c<|end|>", "d<|end|>"])),
+    "alpaca": Case(
+        HI,
+        ["c", "d"],
+        "alpaca",
+        (
+            "Below is an instruction that describes a task. Write a response that appropriately "
+            "completes the request.\n\n### Instruction:\nhi\n\n### Response:",
+            ["c</s>", "d</s>"],
+        ),
+    ),
+    "hh": Case(
+        HI, [" c", "d"], "hh", ("\n\nHuman: hi\n\nAssistant:", [" c</s>", " d</s>"]), (TRIMMED,)
+    ),
+    "oasst": Case(HI, ["c", "d"], "oasst", ("<|prompter|>hi</s><|assistant|>", ["c</s>", "d</s>"])),
+    "chatml": Case(
+        HI,
+        ["c", "d"],
+        "chatml",
+        (
+            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+            ["c<|im_end|>", "d<|im_end|>"],
+        ),
+    ),
+    "content null": Case(
+        [{"role": "user", "content": None}], ["c", "d"], CHAT, "error: prompt[0].content is None"
+    ),
+    "no content": Case([{"role": "user"}], ["c", "d"], CHAT, "error: expected a message"),
+    "no content in a response": Case(
+        HI, [{"role": "assistant", "content": None}, "d"], CHAT, "error: responses[0][0].content is"
+    ),
+    "tools that are none": Case(
+        HI, ["c", "d"], CALLS, "error: tools is 'clock'", more={"tools": "clock"}
+    ),
+    "tools that are names": Case(
+        HI, ["c", "d"], CALLS, "error: tools[0] is 'clock'", more={"tools": ["clock"]}
+    ),
+    "calls that are none": Case(
+        HI, [{"role": "assistant", "tool_calls": "f"}, "d"], CALLS, "error: tool_calls is 'f'"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_table(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    tokenizer = make_tokenizer()
+    if case.template in ("alpaca", "chatml", "hh", "oasst"):
+        set_chat_template(tokenizer, case.template)
+    else:
+        tokenizer.chat_template = case.template
+    if case.kwargs is not None:
+        set_chat_template(tokenizer, None, case.kwargs)
+    scores = [float(-i) for i in range(len(case.responses))]
+    row = {"prompt": case.prompt, "responses": case.responses, "scores": scores, **case.more}
+    path = tmp_path / "data.jsonl"
+    # A second, harmless row, so that a file whose first record is dropped still leaves something.
+    other = {"prompt": "x ", "responses": ["y", "z"], "scores": [1, 0]}
+    path.write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n", encoding="utf-8")
+    options = TokenizeOptions(**case.options)
+    if isinstance(case.expected, str) and case.expected.startswith("error: "):
+        with pytest.raises(InputError) as error:
+            load_groups(path, tokenizer, options=options)
+        assert case.expected.removeprefix("error: ") in str(error.value)
+        assert "line 1" in str(error.value) or ":1" in str(error.value)
+        assert "\n" not in str(error.value)
+        return
+    groups, report = load_groups(path, tokenizer, options=options)
+    if isinstance(case.expected, str):
+        assert report.dropped == {case.expected: [1]} and len(groups) == 1
+        return
+    assert report.dropped == {}
+    assert {note: lines[0] for note, lines in report.notes.items() if 1 in lines} == dict.fromkeys(
+        case.notes, 1
+    )
+    prompt, responses = case.expected
+    said = tokenizer.decode(groups[0].prompt_ids), *map(tokenizer.decode, groups[0].response_ids)
+    assert said == (prompt, *responses)
+    for text, ids in zip(
+        (prompt, *responses), (groups[0].prompt_ids, *groups[0].response_ids), strict=True
+    ):
+        assert ids.tolist() == tokenizer(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize(
+    "content", [CHAT, "\n" + CHAT, "{% macro f() %}{{ x }}{% endmacro %}{{ f() }}"]
+)
+def test_values_change_nothing_else_of_a_template(content: str) -> None:
+    tokenizer = make_tokenizer(chat_template=content)
+    before = tokenizer.apply_chat_template(HI, tokenize=False, x="é\n'\"😀")
+    set_chat_template(tokenizer, None, {"x": "é\n'\"😀", "unused": [None, True, {"k": 1.5}]})
+    assert tokenizer.apply_chat_template(HI, tokenize=False) == before
+
+
+@pytest.mark.parametrize(
+    ("template", "kwargs", "expected"),
+    [
+        ("absent.jinja", None, "must be a file or one of alpaca, chatml, hh, oasst"),
+        (None, "[1]", "must be a JSON object"),
+        (None, "{", "must be a JSON object"),
+        (None, '{"a b": 1}', "'a b' is no name of a variable"),
+        (None, '{"a": 1}', "no chat template to take them"),
+    ],
+)
+def test_templates_that_cannot_be_used(
+    template: str | None, kwargs: str | None, expected: str
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        set_chat_template(make_tokenizer(), template, kwargs)
+
+
+def test_a_template_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "own.jinja"
+    path.write_text(CHAT)
+    assert set_chat_template(make_tokenizer(), str(path)).chat_template == CHAT
+    path.write_text("{% for m in messages %}")
+    with pytest.raises(InputError, match="own.jinja, line 1"):
+        set_chat_template(make_tokenizer(), str(path))
+
+
+def test_sampling_shows_the_tools_and_the_date_of_training() -> None:
+    tokenizer = make_tokenizer(chat_template=CALLS + "{{ strftime_now('%Y') }}")
+    ids = encode_prompt(HI, tokenizer, tools=[TOOL])
+    assert tokenizer.decode(ids) == "[clock]" + ASK + "2026"
+    with pytest.raises(InputError, match=NEEDS_TEMPLATE):
+        encode_prompt("hi", tokenizer, tools=[TOOL])
+
+
+# ---- random templates -------------------------------------------------------------------------
+
+CONTENTS = [
+    "{{ m.content }}",
+    "{{ m.content | trim }}",
+    "{{ m.content | upper }}",
+    "{{ m.content[:4] }}",
+    "{{ m.content[1:] }}",
+    "{{ m.content | replace('a', '') }}",
+    "{{ m.content | reverse }}",
+    "{{ m.content.split('</think>')[-1] }}",
+    "{{ m.content.split('</think>')[-1] | trim }}",
+    "{{ m.content if m.role == 'user' else '' }}",
+    "{{ strftime_now('%H:%M') }}{{ m.content }}",
+    "{{ m.role }} said {{ m.content | length }} {{ m.content }}",
+]
+LEADS = ["", " ", "\n", "<think>\n\n</think>\n\n", "a", "assistant"]
+said = st.text("ab4 \n<>", max_size=8) | st.sampled_from(
+    ["<think>a</think>4", "<think>b</think>4", "a</think>4", "<|end|>", "user", "12:00"]
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    content=st.sampled_from(CONTENTS),
+    lead=st.sampled_from(LEADS),
+    opened=st.sampled_from(LEADS),
+    end=st.sampled_from(["<|end|>", "", "\n", "a", "<|end|>\n"]),
+    responses=st.lists(said.filter(str.strip), min_size=2, max_size=4),
+    ask=said,
+)
+def test_any_template_shows_every_response_or_the_record_is_counted(
+    content: str, lead: str, opened: str, end: str, responses: list[str], ask: str
+) -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>"
+        f"{{{{ {lead!r} if m.role == 'assistant' else '' }}}}{content}{{{{ {end!r} }}}}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+        f"{{{{ {opened!r} }}}}{{% endif %}}"
+    )
+    tokenizer = make_tokenizer(chat_template=template)
+    record = Record([{"role": "user", "content": ask}], responses, [0.0] * len(responses), 3)
+    report = Report()
+    report.add_read(len(responses))
+    report.keep(record.scores)
+    encoded = encode_record(record, tokenizer, report)
+    if encoded is None:
+        assert report.dropped == {CHANGED: [3]} and report.kept == 0
+        return
+    prompt, whole = encoded
+    for response, ids in zip(responses, whole, strict=True):
+        trained = tokenizer.decode(ids)
+        assert response.strip() in trained
+        # Nothing but its own text, white space and an end of turn.
+        rest = trained.replace(response if response in trained else response.strip(), "", 1)
+        assert rest.strip() in ("", "</s>", end.strip(), end.strip() + "</s>")
+        if response not in trained:
+            assert report.notes.get(TRIMMED) == [3]
+    assert "<|assistant|>" in tokenizer.decode(prompt)
