@@ -8,7 +8,7 @@ small function; all of them give a `ParsedRow`, candidates in the file's order, 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastrank.data import fields
@@ -28,6 +28,12 @@ class ParsedRow(NamedTuple):
 
 
 Reader = Callable[[Row, Place, str | None], ParsedRow]
+
+#: Fields that may hold the prompt of a preference pair that has no ``prompt``, in the order tried.
+ASKED = ("question", "instruction", "query", "input")
+
+#: Text fields that are a part of the prompt wherever a file has them.
+PROMPT_LIKE = (*ASKED, "context", "history", "post", "problem", "system_prompt", "system_message")
 
 #: Fields that may hold the score of a flat row, in the order tried; the last is HelpSteer's.
 FLAT_SCORES = ("score", "reward", "rating", "overall_score", "helpfulness")
@@ -154,10 +160,39 @@ def _unscored(row: Row, place: Place, score_key: str | None) -> ParsedRow:
 def _preference(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     from fastrank.data.preference import split_pair
 
-    asked = fields.prompt(row.get("prompt"), place, "prompt")
+    key = "prompt"
+    if key not in row:
+        key = next((name for name in ASKED if _is_said(row.get(name))), key)
+    asked = fields.prompt(row.get(key), place, key)
     chosen, rejected = field_of(row, "chosen", place), field_of(row, "rejected", place)
+    if _are_texts(chosen) or _are_texts(rejected):
+        return _several(row, asked, place)
     prompt, responses = split_pair(asked, chosen, rejected, place)
     return ParsedRow(prompt, responses, [1.0, 0.0], _identity(row))
+
+
+def _is_said(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, str) for x in value)
+
+
+def _several(row: Row, asked: Prompt | None, place: Place) -> ParsedRow:
+    """Several chosen or several rejected texts beside one prompt."""
+    responses: list[Said | None] = []
+    scores: list[float | None] = []
+    for key, score in (("chosen", 1.0), ("rejected", 0.0)):
+        items = row[key] if isinstance(row[key], list) else [row[key]]
+        responses += [response(item, place, f"{key}[{i}]") for i, item in enumerate(items)]
+        scores += [score] * len(items)
+    if asked is None:
+        raise InputError(f"{place}: lists of chosen or rejected texts need a field 'prompt'")
+    texts = [text for text in responses if isinstance(text, str)]
+    if isinstance(asked, str) and texts and all(text.startswith(asked) for text in texts):
+        responses = [r.removeprefix(asked) if isinstance(r, str) else r for r in responses]
+    return ParsedRow(asked, responses, scores, _identity(row))
 
 
 def _flat(row: Row, place: Place, score_key: str | None) -> ParsedRow:
@@ -207,7 +242,10 @@ def detect(row: Row, place: Place, score_key: str | None = None) -> str:
             if name != "canonical" or _scored(row) or score_key is not None:
                 return name
     have = one_line(", ".join(map(str, row)) or "none", 80)
-    raise InputError(f"{place}: fields of no known format ({have}); known: {', '.join(FORMATS)}")
+    raise InputError(
+        f"{place}: fields of no known format ({have}); known: {', '.join(FORMATS)}; "
+        "--columns maps names, e.g. prompt=question"
+    )
 
 
 def _scored(row: Row) -> bool:
@@ -226,10 +264,100 @@ def reader(name: str, score_key: str | None = None) -> Reader:
 
 
 def parse(name: str, row: Row, place: Place, score_key: str | None = None) -> ParsedRow:
-    """A row of a known format, with the tools beside it that every format may have."""
+    """A row of a known format, completed."""
     found = FORMATS[name].read(row, place, score_key)
-    tools = row.get("tools")
-    return found if tools is None else found._replace(tools=fields.tools(tools, place))
+    return complete(found, row, place, FORMATS[name].fields)
+
+
+def complete(found: ParsedRow, row: Row, place: Place, used: Sequence[str]) -> ParsedRow:
+    """A parsed row with what any format may have beside it: a system message, and tools.
+
+    With a field ``system``, a text prompt becomes a message of the user.
+
+    Args:
+        found: what the format's fields ``used`` gave.
+
+    Raises:
+        InputError: a field that is a part of the prompt is not read.
+    """
+    if row.get("tools") is not None:
+        found = found._replace(tools=fields.tools(row["tools"], place))
+    if row.get("system") is not None and found.prompt is not None:
+        system = fields.text(row["system"], place, "system")
+        found = found._replace(prompt=_with_system(found.prompt, system, place))
+    unread = [name for name in PROMPT_LIKE if name in row and name not in used]
+    if unread:
+        asked = found.prompt or ""
+        said = asked if isinstance(asked, str) else "\n".join(m["content"] for m in asked)
+        for name in unread:
+            if _is_said(row[name]) and row[name].strip() not in said:
+                raise InputError(
+                    f"{place}: the field '{name}' looks like a part of the prompt and is not read; "
+                    f"map it (--columns prompt={name}) or leave it out (--columns {name}=)"
+                )
+    return found
+
+
+def _with_system(prompt: Prompt, system: str, place: Place) -> Prompt:
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not system.strip():
+        return turns
+    if turns and turns[0]["role"] == "system":
+        if turns[0]["content"].strip() != system.strip():
+            raise InputError(f"{place}: the field 'system' and the prompt's system message differ")
+        return turns
+    return [{"role": "system", "content": system}, *turns]
+
+
+#: The fields of a file by the names that the formats know; an empty name leaves a field out.
+Columns = tuple[tuple[str, str], ...]
+
+
+def column_names() -> list[str]:
+    """The names that `columns` maps to fields of a file."""
+    names = {"scores", "ranks", "system", "tools", "id", *FLAT_SCORES}
+    return sorted(names.union(*(known.fields for known in FORMATS.values())))
+
+
+def columns(given: str | Mapping[str, str] | Columns | None) -> Columns:
+    """A field map, from a text such as ``"prompt=question,system=instructions"`` or a mapping.
+
+    Raises:
+        InputError: it cannot be read, or maps a name that no format knows.
+    """
+    if given is None:
+        return ()
+    if isinstance(given, str):
+        parts = [part.partition("=") for part in given.split(",")]
+        if any(not equals or not ours.strip() for ours, equals, _ in parts):
+            raise InputError(f"columns must be like prompt=question,system=role, got '{given}'")
+        pairs = [(ours.strip(), theirs.strip()) for ours, _, theirs in parts]
+    else:
+        pairs = [(str(a), str(b)) for a, b in (dict(given).items())]
+    known = column_names()
+    for ours, theirs in pairs:
+        if theirs and ours not in known:
+            raise InputError(f"columns: no format has '{ours}'; known: {', '.join(known)}")
+    if len({ours for ours, _ in pairs}) < len(pairs):
+        raise InputError(f"columns: a name is mapped twice in '{given}'")
+    return tuple(pairs)
+
+
+def check_columns(pairs: Columns, row: Row, place: Place) -> None:
+    """Refuse a field map that names what a file's first row does not have."""
+    for ours, theirs in pairs:
+        if (theirs or ours) not in row:
+            have = one_line(", ".join(map(str, row)) or "none", 200)
+            raise InputError(f"{place}: columns names the field '{theirs or ours}'; it has: {have}")
+
+
+def renamed(row: Row, pairs: Columns) -> Row:
+    """A row with its fields under the names that the formats know."""
+    if not pairs:
+        return row
+    taken = {theirs or ours for ours, theirs in pairs}
+    out = {key: value for key, value in row.items() if key not in taken}
+    return out | {ours: row[theirs] for ours, theirs in pairs if theirs and theirs in row}
 
 
 def check_still(name: str, row: Row, place: Place) -> None:

@@ -6,7 +6,7 @@ of work, they go through the cache (`fastrank.data.cache`), and only what a step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -41,6 +41,7 @@ def load_groups(
     max_candidates: int | None = None,
     normalize_rewards: NormalizeRewards = "none",
     min_candidates: int = 2,
+    columns: str | Mapping[str, str] | None = None,
     cache: bool | None = None,
     cache_dir: str | Path | None = None,
     num_proc: int | None = None,
@@ -48,7 +49,7 @@ def load_groups(
     """All usable groups of a file or data set, in order, and the report of all records.
 
     Args:
-        source, format, score_key, max_candidates, normalize_rewards, min_candidates: see
+        source, format, score_key, max_candidates, normalize_rewards, min_candidates, columns: see
             `fastrank.data.records.read_records`.
         tokenizer: a transformers tokenizer.
         context_length: the model's context in tokens. Longer input is truncated to it unless
@@ -71,7 +72,7 @@ def load_groups(
     if cache is False and cache_dir is not None:
         raise InputError("cache_dir has no use without a cache")
     options = fit_context(options or TokenizeOptions(), context_length)
-    reading = Reading(format, score_key, max_candidates, normalize_rewards, min_candidates)
+    reading = Reading(format, score_key, max_candidates, normalize_rewards, min_candidates, columns)
     opened = open_source(source)
     large = opened.num_bytes >= CACHE_FROM
     if num_proc is None:

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -66,8 +66,10 @@ class Reading:
     max_candidates: int | None = None
     normalize_rewards: NormalizeRewards = "none"
     min_candidates: int = 2
+    columns: Any = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", formats.columns(self.columns))
         if self.max_candidates is not None and self.max_candidates < 2:
             raise InputError(f"max_candidates must be at least 2, got {self.max_candidates}")
         if self.normalize_rewards not in get_args(NormalizeRewards):
@@ -85,6 +87,7 @@ def read_records(
     max_candidates: int | None = None,
     normalize_rewards: NormalizeRewards = "none",
     min_candidates: int = 2,
+    columns: str | Mapping[str, str] | None = None,
     report: Report | None = None,
 ) -> Iterator[Record]:
     """Yield the usable records of a file or data set, in order.
@@ -100,13 +103,15 @@ def read_records(
         normalize_rewards: "none", or "group": zero mean and unit (population) deviation within each
             group; a group of equal rewards becomes zeros.
         min_candidates: drop records with fewer usable candidates.
+        columns: names of the file's fields by the names that the formats know, as a mapping or a
+            text such as ``"prompt=question,system=role"``; an empty name leaves a field out.
         report: counts are added to it.
 
     Raises:
         InputError: the file cannot be used (its text names the line), an option is wrong, or no
             record at all is usable. Raised while iterating, except for options.
     """
-    reading = Reading(format, score_key, max_candidates, normalize_rewards, min_candidates)
+    reading = Reading(format, score_key, max_candidates, normalize_rewards, min_candidates, columns)
     return _records(source, reading, Report() if report is None else report)
 
 
@@ -141,6 +146,7 @@ class RecordReader:
         """The prompt and candidates of a row in the file's format."""
         name, score_key = self.reading.format, self.reading.score_key
         assert name is not None
+        row = formats.renamed(row, self.reading.columns)
         if self.detected:
             formats.check_still(name, row, place)
         return formats.parse(name, row, place, score_key)
@@ -182,9 +188,12 @@ def open_records(
     if len(pieces) == 1:  # read on from here; several are opened again where they are read
         pieces = [itertools.chain([first], rows)]
     detected = reading.format is None
+    place, raw = first
+    if reading.columns:
+        formats.check_columns(reading.columns, parse_row(place, raw), place)
     if detected:
-        place, raw = first
-        found = formats.detect(parse_row(place, raw), place, reading.score_key)
+        row = formats.renamed(parse_row(place, raw), reading.columns)
+        found = formats.detect(row, place, reading.score_key)
         reading = dataclasses.replace(reading, format=found)
     report.format = reading.format or ""
     reader = RecordReader(reading, detected)

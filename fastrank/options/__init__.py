@@ -67,6 +67,11 @@ class FormatOptions(Options):
         "best_first, flat or unscored (default: recognised by its fields).",
         default=None,
     )
+    columns: str | None = option(
+        "Names of the file's fields, e.g. prompt=question,system=role; an empty name (context=) "
+        "leaves a field out.",
+        default=None,
+    )
 
 
 @options

@@ -8,7 +8,7 @@ other fields of a row travel along unchanged.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,18 @@ class PromptItem:
         }
 
 
-def read_items(path: str | Path, *, format: str | None = None) -> Iterator[PromptItem]:
+def read_items(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    columns: str | Mapping[str, str] | None = None,
+) -> Iterator[PromptItem]:
     """Yield the rows of a file, a folder or a Hub data set that have a prompt, in order.
 
     Args:
         path: see `fastrank.data.files.read_rows`.
         format: one of `fastrank.data.formats.FORMATS`; by default told from each row's fields.
+        columns: see `fastrank.data.records.read_records`.
 
     Raises:
         InputError: the file cannot be used; its text names the line.
@@ -95,8 +101,12 @@ def read_items(path: str | Path, *, format: str | None = None) -> Iterator[Promp
         formats.reader(format)
     flat: list[tuple[Place, ParsedRow]] = []
     num_rows = num_items = 0
-    for place, row in read_rows(path):
+    pairs = formats.columns(columns)
+    for place, given in read_rows(path):
+        if not num_rows:
+            formats.check_columns(pairs, given, place)
         num_rows += 1
+        row = formats.renamed(given, pairs)
         name = format or _format_of(row, place)
         if name == "flat":
             flat.append((place, formats.parse(name, row, place)))
@@ -104,7 +114,8 @@ def read_items(path: str | Path, *, format: str | None = None) -> Iterator[Promp
         item = _item(place, row, name)
         if item is not None:
             num_items += 1
-            yield item
+            unread = {key: given[key] for key, theirs in pairs if not theirs and key in given}
+            yield replace(item, extra=item.extra | unread)
     for place, found in gather_flat(flat):
         if found.prompt is not None:
             num_items += 1
@@ -128,12 +139,14 @@ def _item(place: Place, row: Row, name: str | None) -> PromptItem | None:
     if name is None:
         key = next(key for key in _PROMPT_KEYS if row.get(key) is not None)
         found = ParsedRow(fields.prompt(row[key], place, key), [], [])
+        found = formats.complete(found, row, place, (key,))
         used = {key}
     else:
         found = formats.parse(name, row, place)
         used = {*formats.FORMATS[name].fields, *_score_fields(name)}
     if found.prompt is None:
         return None
+    used |= {"system"}  # a message of the prompt by now
     extra = {key: value for key, value in row.items() if key not in used | _OWN}
     has_scores = name is not None and formats.FORMATS[name].has_scores
     return _build(place, found, extra, has_scores, _sources(row, place, len(found.responses)))

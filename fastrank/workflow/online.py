@@ -64,7 +64,9 @@ def _load(
     """Load model, prompts, reward, reference and evaluation data."""
     path = str(options.model)
     trust = options.trust_remote_code
-    items = list(read_items(str(options.online_prompts), format=options.format))
+    items = list(
+        read_items(str(options.online_prompts), format=options.format, columns=options.columns)
+    )
     tokenizer = load_tokenizer(
         path,
         trust_remote_code=trust,
@@ -110,8 +112,8 @@ def _load(
             options.eval_data,
             tokenizer,
             options=limit,
-            # --format is that of the prompts.
-            **(values_of(options, ReadOptions) | {"format": None}),
+            # --format and --columns are those of the prompts.
+            **(values_of(options, ReadOptions) | {"format": None, "columns": None}),
         )
         job.reports.append(report)
     return job, maker

@@ -68,7 +68,9 @@ def reward_file(options: RewardOptions) -> dict[str, Any]:
     function = is_function(options.reward)
     identity = file_identity if function else model_identity
     reward = options.reward.rpartition(":")[0] if function else options.reward
-    next(read_items(options.data, format=options.format))  # before a model is loaded
+    next(
+        read_items(options.data, format=options.format, columns=options.columns)
+    )  # before a model is loaded
     scorer, kind = load_reward(
         options.reward,
         options.reward_kind,
@@ -77,7 +79,7 @@ def reward_file(options: RewardOptions) -> dict[str, Any]:
         as_chat=options.as_chat,
     )
     plan = {
-        "data file": [file_identity(options.data), options.format],
+        "data file": [file_identity(options.data), options.format, options.columns],
         "reward": [options.reward, identity(reward), kind, options.as_chat, options.dtype],
     }
     began = time.perf_counter()
@@ -103,7 +105,9 @@ def reward_file(options: RewardOptions) -> dict[str, Any]:
         path = stack.enter_context(atomic_path(target))
         rows: list[Scores] = []
         with path.open("w", encoding="utf-8") as file:
-            for number, item in enumerate(read_items(options.data, format=options.format)):
+            for number, item in enumerate(
+                read_items(options.data, format=options.format, columns=options.columns)
+            ):
                 rows.append(journal.finished[str(number)])
                 file.write(as_line(replace(item, scores=rows[-1]).as_row()))
     journal.remove()
@@ -178,7 +182,7 @@ def _score_missing(
 ) -> None:
     """Score the records that the journal does not have, a function's one by one."""
     size = 1 if kind == "function" else options.batch_size
-    items = enumerate(read_items(options.data, format=options.format))
+    items = enumerate(read_items(options.data, format=options.format, columns=options.columns))
     missing = ((n, item) for n, item in items if str(n) not in journal.finished)
     while chunk := list(islice(missing, size)):
         found = scorer([item for _, item in chunk])

@@ -55,9 +55,9 @@ def sample_file(options: SampleOptions) -> dict[str, Any]:
     for model in options.model:
         check_model_path(model)
         check_model_path(model, needed="tokenizer_config.json")
-    items = list(read_items(options.prompts, format=options.format))
+    items = list(read_items(options.prompts, format=options.format, columns=options.columns))
     plan = {
-        "prompts file": [file_identity(options.prompts), options.format],
+        "prompts file": [file_identity(options.prompts), options.format, options.columns],
         "set of models": [model_identity(model) for model in options.model],
         "way of decoding": [values_of(options, shared.Decoding), options.as_chat],
         "seed": options.seed,
