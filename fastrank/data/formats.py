@@ -8,11 +8,12 @@ small function; all of them give a `ParsedRow`, candidates in the file's order, 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastrank.data import fields
-from fastrank.data.fields import Prompt, Said, field_of, listed, number, numbers, response
+from fastrank.data.fields import Message, Prompt, Said, field_of, listed, number, numbers, response
 from fastrank.data.files import Place, Row, one_line
 from fastrank.errors import InputError
 
@@ -158,8 +159,6 @@ def _unscored(row: Row, place: Place, score_key: str | None) -> ParsedRow:
 
 
 def _preference(row: Row, place: Place, score_key: str | None) -> ParsedRow:
-    from fastrank.data.preference import split_pair
-
     key = "prompt"
     if key not in row:
         key = next((name for name in ASKED if _is_said(row.get(name))), key)
@@ -167,7 +166,7 @@ def _preference(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     chosen, rejected = field_of(row, "chosen", place), field_of(row, "rejected", place)
     if _are_texts(chosen) or _are_texts(rejected):
         return _several(row, asked, place)
-    prompt, responses = split_pair(asked, chosen, rejected, place)
+    prompt, responses = _split_pair(asked, chosen, rejected, place)
     return ParsedRow(prompt, responses, [1.0, 0.0], _identity(row))
 
 
@@ -366,3 +365,83 @@ def check_still(name: str, row: Row, place: Place) -> None:
         raise InputError(
             f"{place}: has scores or ranks, but the first record had none; give the format by name"
         )
+
+
+# ---- preference pairs: where the prompt ends and the two responses begin -------------------------
+#
+# Published sets disagree: the prompt stands apart, or is repeated inside ``chosen`` and
+# ``rejected``, or is only there (implicit). Conversations are cut at their common leading messages.
+# Texts with an implicit prompt are cut after the last ``Assistant:`` of their common beginning, as
+# Anthropic's HH data needs; without that marker at the last white space, so that no word is split.
+
+_MARKER = "Assistant:"
+
+
+def _split_pair(
+    prompt: Prompt | None, chosen: Any, rejected: Any, place: Place
+) -> tuple[Prompt | None, list[Said | None]]:
+    """(prompt, [chosen, rejected]) of one pair; null responses stay None.
+
+    Raises:
+        InputError: the two are not of one kind, or conversations differ in more than their last
+            message.
+    """
+    if isinstance(chosen, dict):
+        chosen = [chosen]
+    if isinstance(rejected, dict):
+        rejected = [rejected]
+    if fields.is_messages(chosen) and fields.is_messages(rejected):
+        return _split_messages(
+            prompt,
+            fields.messages(chosen, place, "chosen"),
+            fields.messages(rejected, place, "rejected"),
+            place,
+        )
+    first = None if chosen is None else fields.text(chosen, place, "chosen")
+    second = None if rejected is None else fields.text(rejected, place, "rejected")
+    if first is None or second is None:
+        return prompt, [first, second]
+    if (
+        isinstance(prompt, str)
+        and prompt
+        and first.startswith(prompt)
+        and second.startswith(prompt)
+    ):
+        return prompt, [first.removeprefix(prompt), second.removeprefix(prompt)]
+    if prompt is not None:
+        return prompt, [first, second]
+    start = _common_text(first, second)
+    return first[:start] or None, [first[start:], second[start:]]
+
+
+def _split_messages(
+    prompt: Prompt | None, chosen: list[Message], rejected: list[Message], place: Place
+) -> tuple[Prompt | None, list[Said | None]]:
+    if not chosen or not rejected:
+        return prompt, [fields.said(m[-1]) if m else None for m in (chosen, rejected)]
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    for name, conversation in (("chosen", chosen), ("rejected", rejected)):
+        if len(conversation) != shared + 1:
+            extra = f"differ from message {shared + 1} on, {name} has {len(conversation)}"
+            raise InputError(f"{place}: chosen and rejected {extra}, expected one last message")
+    responses: list[Said | None] = [fields.said(chosen[-1]), fields.said(rejected[-1])]
+    lead = chosen[:shared]
+    if not lead:
+        return prompt, responses
+    if isinstance(prompt, list) and lead[: len(prompt)] != prompt:
+        return [*prompt, *lead], responses
+    return lead, responses
+
+
+def _common_text(first: str, second: str) -> int:
+    """Where the implicit prompt of two texts ends."""
+    common = os.path.commonprefix([first, second])
+    marker = common.rfind(_MARKER)
+    if marker >= 0:
+        return marker + len(_MARKER)
+    end = len(common)
+    while end and not common[end - 1].isspace():
+        end -= 1
+    return end

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrank.data.files import content_hash, looks_like_path, one_line
-from fastrank.data.templates import set_chat_template
+from fastrank.data.render import set_chat_template
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or Hub name.
 
-    ``chat_template`` and ``chat_template_kwargs``: see `fastrank.data.templates.set_chat_template`.
+    ``chat_template`` and ``chat_template_kwargs``: see `fastrank.data.render.set_chat_template`.
 
     Raises:
         InputError: it does not exist or cannot be read; the template cannot be used.

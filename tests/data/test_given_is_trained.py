@@ -28,9 +28,9 @@ from fastrank.data.render import (
     PLAIN,
     TEMPLATE_REFUSED,
     TRIMMED,
+    set_chat_template,
 )
 from fastrank.data.report import SAME_TOKENS, Report
-from fastrank.data.templates import set_chat_template
 from fastrank.data.tokenize import TokenizeOptions, encode_prompt, encode_record
 from fastrank.errors import InputError
 
