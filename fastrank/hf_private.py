@@ -39,6 +39,15 @@ def set_attention_implementation(config: PretrainedConfig, name: str | None) -> 
     config._attn_implementation_internal = name
 
 
+def portable_settings(config: Any) -> dict[str, Any]:
+    """A model's configuration, without where it came from and which version wrote it; empty for
+    what is no configuration."""
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    for name in ("_name_or_path", "transformers_version"):
+        settings.pop(name, None)
+    return dict(settings)
+
+
 def has_attention_interface(model: PreTrainedModel) -> bool:
     """Whether the model's attention can be exchanged; only ``set_attn_implementation`` itself
     tells, by a warning."""
@@ -55,6 +64,13 @@ def set_sync_gradients(accelerator: Accelerator, value: bool) -> None:
 
 
 # ---- Trainer -----------------------------------------------------------------------------
+
+
+class _Unloaded:
+    """Stands in for what is to keep its own state."""
+
+    def load_state_dict(self, state: Any) -> None:
+        del state
 
 
 class TrainerHooks(abc.ABC, _Trainer):
@@ -98,6 +114,23 @@ class TrainerHooks(abc.ABC, _Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def loads(self, what: str) -> bool:
+        """Whether a resumed run takes the state of its "optimizer" or "lr_scheduler" from the
+        checkpoint; otherwise both begin anew."""
+        return True
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Trainer loads both or none.
+        anew = {name: getattr(self, name) for name in ("optimizer", "lr_scheduler")}
+        for name in anew:
+            if not self.loads(name):
+                setattr(self, name, _Unloaded())
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        finally:
+            for name, kept in anew.items():
+                setattr(self, name, kept)
 
     def is_prepared(self) -> bool:
         """Whether accelerate has the model already; preparing it twice would wrap it twice."""

@@ -23,6 +23,7 @@ _EXTRAS = {
     "peft": "train",
     "pyarrow": "train",
     "sacrebleu": "eval",
+    "xxhash": "train",
 }
 
 _INTERRUPTED = 130

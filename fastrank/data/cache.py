@@ -120,9 +120,9 @@ def cached_groups(
     return found
 
 
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, *, with_template: bool = True) -> str:
     """Hash of everything that a tokenizer's output depends on: its serialised content, the
-    chat template, the special tokens."""
+    special tokens, and the chat template unless that is to be left out."""
     digest = hashlib.blake2b(digest_size=16)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -139,7 +139,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     about = [
         type(tokenizer).__name__,
-        tokenizer.chat_template,
+        tokenizer.chat_template if with_template else None,
         special,
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,

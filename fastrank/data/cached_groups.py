@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrank.data.columns import GroupSizes, prompt_key
+from fastrank.data.columns import FlatGroups, GroupSizes, prompt_key
 from fastrank.data.files import content_hash
 from fastrank.data.records import Record
 from fastrank.data.tokenize import Encoded
@@ -178,11 +178,53 @@ class CachedGroups(Sequence["Group"]):
             digest.update(self._index.tobytes())
         return digest.hexdigest()
 
+    def flat_parts(self) -> Iterator[FlatGroups]:
+        """See `fastrank.data.columns.flat_parts`: stretches of neighbours, without copies."""
+        columns = [self.dataset.data.column(name) for name in list(COLUMNS)[:3]]
+        chunks = list(zip(*(column.chunks for column in columns), strict=True))
+        starts = np.cumsum([0, *(len(prompts) for prompts, _, _ in chunks)])
+        rows = np.arange(len(self)) if self._index is None else self._index
+        chunk_of = np.searchsorted(starts, rows, side="right") - 1
+        breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(chunk_of) != 0)) + 1
+        opened, at = None, -1
+        for stretch in np.split(np.arange(len(rows)), breaks) if len(rows) else ():
+            chunk = int(chunk_of[stretch[0]])
+            if opened is None or chunk != at:
+                opened, at = _FlatChunk(*chunks[chunk]), chunk
+            first = int(rows[stretch[0]] - starts[chunk])
+            yield opened.groups(first, first + len(stretch))
+
     def _column(self, name: str) -> NDArray[np.int64]:
         return self._chosen(self.dataset.data.column(name).to_numpy()).astype(np.int64)
 
     def _chosen(self, values: NDArray[Any]) -> NDArray[Any]:
         return values if self._index is None else values[self._index]
+
+
+class _FlatChunk:
+    """A chunk of the files as NumPy arrays over its memory."""
+
+    def __init__(self, prompts: Any, responses: Any, rewards: Any) -> None:
+        self._prompts = (prompts.offsets.to_numpy(), prompts.values.to_numpy())
+        self._candidates = responses.offsets.to_numpy()
+        self._responses = (responses.values.offsets.to_numpy(), responses.values.values.to_numpy())
+        self._rewards = (rewards.offsets.to_numpy(), rewards.values.to_numpy())
+
+    def groups(self, start: int, stop: int) -> FlatGroups:
+        """The groups from ``start`` to ``stop``."""
+        candidates = self._candidates[start : stop + 1]
+        prompts, lengths = _some_lists(*self._prompts, start, stop)
+        responses, response_lengths = _some_lists(*self._responses, *candidates[[0, -1]])
+        rewards, num_candidates = _some_lists(*self._rewards, start, stop)
+        return FlatGroups(prompts, lengths, responses, response_lengths, num_candidates, rewards)
+
+
+def _some_lists(
+    offsets: NDArray[Any], values: NDArray[Any], start: int, stop: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The values of the lists from ``start`` to ``stop``, and the lists' lengths."""
+    edges = offsets[start : stop + 1]
+    return values[edges[0] : edges[-1]], np.diff(edges)
 
 
 def _files(folder: Path) -> list[Path]:

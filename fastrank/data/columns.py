@@ -8,10 +8,10 @@ which of the two they have.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,51 @@ def tokens_digest(groups: Sequence[Group]) -> str:
         for ids in (group.prompt_ids, *group.response_ids):
             digest.update(len(ids).to_bytes(8, "little") + ids.numpy().tobytes())
     return digest.hexdigest()
+
+
+class FlatGroups(NamedTuple):
+    """The numbers of G groups with C candidates, group after group."""
+
+    prompt_ids: NDArray[np.integer]
+    prompt_lengths: NDArray[np.integer]
+    """[G]."""
+    response_ids: NDArray[np.integer]
+    response_lengths: NDArray[np.integer]
+    """[C]."""
+    num_candidates: NDArray[np.integer]
+    """[G]."""
+    rewards: NDArray[np.floating]
+    """[C]."""
+
+
+def flat_parts(groups: Sequence[Group]) -> Iterator[FlatGroups]:
+    """All groups, some at a time; the arrays of a cached data set are those of its files."""
+    stored = getattr(groups, "flat_parts", None)
+    if stored is not None:
+        yield from stored()
+        return
+    for group in groups:
+        yield FlatGroups(
+            group.prompt_ids.numpy(),
+            np.array([len(group.prompt_ids)]),
+            np.concatenate([ids.numpy() for ids in group.response_ids]),
+            np.array([len(ids) for ids in group.response_ids]),
+            np.array([len(group.response_ids)]),
+            group.rewards.numpy(),
+        )
+
+
+def groups_digest(groups: Sequence[Group]) -> str:
+    """Digest of tokens and rewards in this order, as 32 hexadecimal digits: the same for a list of
+    groups, for a cached data set of them, and wherever either comes from."""
+    from xxhash import xxh3_128
+
+    digests = [xxh3_128() for _ in FlatGroups._fields]
+    kinds = ["<f8" if name == "rewards" else "<i4" for name in FlatGroups._fields]
+    for part in flat_parts(groups):
+        for digest, values, kind in zip(digests, part, kinds, strict=True):
+            digest.update(np.ascontiguousarray(values, dtype=kind).data)
+    return xxh3_128(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def prompt_key(ids: NDArray[np.integer]) -> int:

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from fastrank.arguments import Normalize
 from fastrank.attention.gate import refusal
 from fastrank.data.columns import (
+    FlatGroups,
     GroupSizes,
+    flat_parts,
     group_sizes,
     largest_ids,
     prompt_keys,
@@ -100,6 +102,17 @@ class ReferenceGroups(Sequence[Group]):
     def largest_ids(self) -> NDArray[np.int64]:
         """See `fastrank.data.columns.largest_ids`."""
         return largest_ids(self._groups)
+
+    @cached_property
+    def reference_scores(self) -> Tensor:
+        """float32 [C], group after group."""
+        bounds = [self._cu_groups[self._index + end].tolist() for end in (0, 1)]
+        parts = [self._scores[begin:end] for begin, end in zip(*bounds, strict=True)]
+        return torch.cat([self._scores[:0], *parts])
+
+    def flat_parts(self) -> Iterator[FlatGroups]:
+        """See `fastrank.data.columns.flat_parts`; reference scores are no part of them."""
+        return flat_parts(self._groups)
 
     @cached_property
     def prompt_keys(self) -> NDArray[np.uint64]:

@@ -18,8 +18,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback, TrainerState
+from transformers import (
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from fastrank.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -40,6 +49,12 @@ _COLUMNS = {
     "skipped_records": ("skipped", "{:.0f}"),
 }
 _REFRESH_SECONDS = {True: 0.1, False: 30.0}  # whether stderr is a terminal
+
+
+#: Options that an optimiser's state depends on, so that another's does not fit.
+_OPTIMIZER = frozenset(["optim", "optim_target_modules"])
+_SCHEDULE = frozenset(["lr_scheduler_type"])
+_BEST = frozenset(["metric_for_best_model", "greater_is_better", "evaluation"])
 
 
 def format_line(logs: dict[str, Any], step: int, max_steps: int) -> str | None:
@@ -130,6 +145,79 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and logs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_line({"step": state.global_step, **logs}))
+
+
+class Renewal(TrainerCallback):
+    """Lays a run's own options over the state of a checkpoint, so that what may differ on resuming
+    takes effect.
+
+    An optimiser's state holds its hyperparameters, and a schedule's its learning rates: options
+    given at resume would do nothing, in silence. Here those of the options are put back after the
+    state was loaded, and the learning rate is worked out from the schedule as it is now, at the
+    step that was reached.
+
+    Attributes:
+        changed: names of the run's plan that differ from the checkpoint's; see
+            `fastrank.training.plan`.
+    """
+
+    def __init__(self) -> None:
+        self.changed: frozenset[str] = frozenset()
+        self._groups: list[dict[str, Any]] = []
+        self._schedule: dict[str, Any] = {}
+
+    @property
+    def new_optimizer(self) -> bool:
+        """Whether the optimiser begins without the state of another one."""
+        return bool(self.changed & _OPTIMIZER)
+
+    @property
+    def new_schedule(self) -> bool:
+        """Whether the schedule begins without the state of another one."""
+        return bool(self.changed & _SCHEDULE)
+
+    def remember_optimizer(self, optimizer: Any) -> None:
+        """Keep the options of a new optimiser, before a state is loaded into it."""
+        self._groups = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
+
+    def remember_schedule(self, scheduler: Any) -> None:
+        """Keep the options of a new schedule, before a state is loaded into it."""
+        self._schedule = scheduler.state_dict()
+        # A schedule notes in the optimiser the learning rate that it starts from.
+        for group, own in zip(self._groups, scheduler.optimizer.param_groups, strict=True):
+            if "initial_lr" in own:
+                group["initial_lr"] = own["initial_lr"]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Trainer goes on with the checkpoint's intervals of logs, evaluations and saves.
+        state.compute_steps(args, state.max_steps)
+        if not self.changed:
+            return
+        if self.changed & _BEST:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        self._renew(kwargs["optimizer"], kwargs["lr_scheduler"], state.global_step)
+
+    def _renew(self, optimizer: Any, scheduler: Any, step: int) -> None:
+        for group, own in zip(optimizer.param_groups, self._groups, strict=True):
+            group.update((name, value) for name, value in own.items() if name != "lr")
+        if isinstance(scheduler, LambdaLR):
+            bases = self._schedule["base_lrs"]
+            factors = scheduler.lr_lambdas
+            rates = [base * factor(step) for base, factor in zip(bases, factors, strict=True)]
+            now = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+            scheduler.load_state_dict(self._schedule | now)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        elif "learning_rate" in self.changed and not self.new_schedule:
+            raise InputError(
+                "--resume_changed learning_rate: this schedule's learning rate is its own state; "
+                "change lr_scheduler_type too, or begin a new run"
+            )
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
 """Checkpoints that are whole or not there.
 
 A checkpoint is written into a staging folder, every file is flushed to the disk, a list of the
-files and their sizes is added, and only then does a rename give the folder its name. Whatever
-kills the run leaves at worst a staging folder, which the next start removes. A folder that has
-the name of a checkpoint but lacks files of its list (an interrupted copy, a disk that lost its
-tail) is skipped with a warning when the latest one is looked for.
+files with their sizes and checksums is added, and only then does a rename give the folder its name.
+Whatever kills the run leaves at worst a staging folder, which the next start removes. A folder that
+has the name of a checkpoint but not the bytes of its list (an interrupted copy, a disk that lost
+its tail or a bit) is skipped with a warning when the latest one is looked for. The list covers
+itself too, so that nothing in a checkpoint is believed that was not written by a run.
 
 transformers writes checkpoints in place and takes the highest number for the latest; a run
 killed while writing then resumes from a broken folder, or cannot resume at all.
@@ -17,10 +18,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from fastrank.data.files import file_checksum, value_checksum
 from fastrank.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,8 @@ MANIFEST = "checkpoint_files.json"
 STAGING = ".staging"
 _DISCARDED = ".discarded"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_THREADS = 4  # that read files to hash them, or wait for the disk
+_LARGEST_MANIFEST = 1 << 24  # bytes; a list of files has a few thousand
 
 
 def checkpoint_name(step: int) -> str:
@@ -45,9 +50,10 @@ def find_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The whole checkpoint with the highest step, or None. Logs a warning for each one skipped."""
+    """The undamaged checkpoint with the highest step, or None; all bytes of it have been read. Logs
+    a warning for each one skipped."""
     for path in reversed(find_checkpoints(run_dir)):
-        problem = incomplete(path)
+        problem = damage(path)
         if problem is None:
             return path
         logger.warning("%s is skipped: %s", path, problem)
@@ -62,53 +68,91 @@ def last_good(run_dir: str | Path) -> str:
     return f"the last good checkpoint is {os.fspath(found)} (--resume_from_checkpoint true)"
 
 
-def resolve_resume(value: str | bool | None, run_dir: str | Path) -> Path | None:
+def wants_resume(value: str | bool | None) -> bool:
+    """Whether ``--resume_from_checkpoint`` asks for a checkpoint: the latest, or a named one."""
+    return str(value).strip().lower() not in ("none", "false", "no", "")
+
+
+def resolve_resume(
+    value: str | bool | None, run_dir: str | Path, *, checksums: bool = True
+) -> Path | None:
     """The checkpoint that ``--resume_from_checkpoint`` means: none, the latest (true), or a folder.
 
     With ``true`` and no checkpoint yet the result is None: a run that is restarted after every
     failure has to start the first time, too.
 
+    Args:
+        checksums: whether to read all bytes of it, or to look at the sizes of its files only.
+
     Raises:
-        InputError: the named folder is no whole checkpoint.
+        InputError: the named folder is no undamaged checkpoint.
     """
-    text = str(value).strip().lower() if value is not None else "false"
-    if text in ("false", "no", ""):
+    if not wants_resume(value):
         return None
-    if text in ("true", "yes", "latest"):
-        return latest_checkpoint(run_dir)
+    if str(value).strip().lower() in ("true", "yes", "latest"):
+        if checksums:
+            return latest_checkpoint(run_dir)
+        found = reversed(find_checkpoints(run_dir))
+        return next((path for path in found if damage(path, checksums=False) is None), None)
     path = Path(str(value)).expanduser()
     if not path.is_dir():
         raise InputError(
             f"resume_from_checkpoint: {value} is no folder; expected a checkpoint or true"
         )
-    problem = incomplete(path)
+    problem = damage(path, checksums=checksums)
     if problem is not None:
         raise InputError(f"resume_from_checkpoint: {path} cannot be used: {problem}")
     return path
 
 
-def incomplete(path: Path) -> str | None:
-    """The reason that a checkpoint folder is not whole, in a few words; None if it is."""
+def damage(path: Path, *, checksums: bool = True) -> str | None:
+    """What distinguishes a checkpoint folder from what a run wrote, in a few words; None if nothing
+    does.
+
+    Args:
+        checksums: whether to read all files, or to look at their sizes only.
+    """
     manifest = read_manifest(path)
     if manifest is None:
         return f"it has no readable {MANIFEST}, so it was not written to its end"
-    for name, size in manifest["files"].items():
+    files = manifest["files"]
+    for name, about in files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if file.stat().st_size != about["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {about['bytes']}"
+    if not checksums:
+        return None
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = threads.map(_readable_checksum, [path / name for name in files])
+        for (name, about), checksum in zip(files.items(), found, strict=True):
+            if checksum != about["xxh3"]:
+                return f"the bytes of {name} are not those that were written"
     return None
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+def _readable_checksum(file: Path) -> str | None:
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return file_checksum(file)
+    except OSError:  # a defective disk
         return None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The list of a checkpoint's files as it was written, with plan and notes; None for anything
+    else."""
+    try:
+        if (path / MANIFEST).stat().st_size > _LARGEST_MANIFEST:
+            return None
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        manifest.pop("xxh3")
+        if text != _manifest_text(manifest):
+            return None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return None
-    return manifest
+    return manifest if isinstance(manifest, dict) else None
 
 
 def read_notes(path: Path) -> dict[str, Any]:
@@ -128,10 +172,12 @@ def clean_staging(run_dir: str | Path) -> None:
         shutil.rmtree(Path(run_dir) / name, ignore_errors=True)
 
 
-def publish(staged: Path, run_dir: str | Path, plan: dict[str, Any], notes: dict[str, Any]) -> Path:
-    """Give a finished staged folder its name in ``run_dir``."""
+def publish(
+    staged: Path, run_dir: str | Path, plan: Mapping[str, Any], notes: Mapping[str, Any]
+) -> Path:
+    """Give a finished staged folder its name in ``run_dir``; arguments as of `write_manifest`."""
     write_manifest(staged, plan, notes)
-    for path in (*_files(staged), staged, *(path for path in staged.rglob("*") if path.is_dir())):
+    for path in (*(path for path in staged.rglob("*") if path.is_dir()), staged):
         _sync(path)
     final = Path(run_dir) / staged.name
     if final.exists():  # a broken one that was passed over
@@ -141,17 +187,34 @@ def publish(staged: Path, run_dir: str | Path, plan: dict[str, Any], notes: dict
     return final
 
 
-def write_manifest(staged: Path, plan: dict[str, Any], notes: dict[str, Any]) -> None:
-    """Write the list of a checkpoint's files.
+def write_manifest(staged: Path, plan: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Write the list of a checkpoint's files and flush all of them to the disk.
 
     Args:
         staged: the folder, complete otherwise.
-        plan: settings that a resumed run must share to train on the same groups.
+        plan: what determines the run, for a resumed run to be compared with.
         notes: settings for a resumed run to take over.
     """
-    files = {str(file.relative_to(staged)): file.stat().st_size for file in _files(staged)}
-    text = json.dumps({"files": files, "plan": plan, "notes": notes}, indent=1)
-    (staged / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    files = [file for file in _files(staged) if file != staged / MANIFEST]
+    with ThreadPoolExecutor(_THREADS) as threads:  # some hash while others wait for the disk
+        found = list(threads.map(_flushed, files))
+    listed = {
+        str(file.relative_to(staged)): about for file, about in zip(files, found, strict=True)
+    }
+    manifest = json.loads(json.dumps({"files": listed, "plan": plan, "notes": notes}))
+    (staged / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
+    _sync(staged / MANIFEST)
+
+
+def _manifest_text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest | {"xxh3": value_checksum(manifest)}, indent=1) + "\n"
+
+
+def _flushed(file: Path) -> dict[str, Any]:
+    """A file's entry of the list; its bytes are on the disk."""
+    about = {"bytes": file.stat().st_size, "xxh3": file_checksum(file)}
+    _sync(file)
+    return about
 
 
 def publish_files(staged: Path, target: Path) -> None:
@@ -184,21 +247,6 @@ def rotate(run_dir: str | Path, limit: int | None, keep: str | None = None) -> N
     doomed = [path for path in paths if path not in spared]
     for path in doomed[: max(0, len(paths) - max(limit, len(spared)))]:
         discard(path)
-
-
-def check_same_plan(checkpoint: Path, plan: dict[str, Any]) -> None:
-    """Refuse to resume a run whose steps would hold other groups than the checkpoint's did.
-
-    Raises:
-        InputError: naming the first setting that differs.
-    """
-    before = (read_manifest(checkpoint) or {}).get("plan") or {}
-    for name, value in plan.items():
-        if name in before and before[name] != value:
-            raise InputError(
-                f"{checkpoint} was written with {name}={before[name]}, got {value}: "
-                "resuming would not continue the same run"
-            )
 
 
 def _files(folder: Path) -> Iterator[Path]:

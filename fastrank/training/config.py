@@ -74,6 +74,11 @@ class RankConfig(
         "On a loss or gradient that is not finite: stop, or skip the records at fault.",
         default="stop",
     )
+    resume_changed: list[str] | None = option(
+        "What may differ from the run that wrote the checkpoint, e.g. learning_rate,loss; it then "
+        "takes effect.",
+        default=None,
+    )
     shared_prompts: bool = change("Encode a prompt once for all of its candidates.", default=True)
     dtype: Literal["auto", "float32", "bfloat16"] = change(
         "Type of the weights: float32, bfloat16 (small updates are lost), or auto: float32, "

@@ -35,8 +35,9 @@ from fastrank.options import LengthOptions, ReadOptions
 from fastrank.options.declare import values_of
 from fastrank.training.adapters import export_merged, lora_config, trainable
 from fastrank.training.callbacks import METRICS_FILE, MetricsFile, read_metrics
-from fastrank.training.checkpoint import find_checkpoints, resolve_resume
+from fastrank.training.checkpoint import find_checkpoints, resolve_resume, wants_resume
 from fastrank.training.config import RankConfig
+from fastrank.training.plan import changed_names, check_resumed, option_plan
 from fastrank.training.references import attach_references, check_reference
 from fastrank.training.run_options import TrainOptions
 from fastrank.training.run_report import plot_metrics, summary_table
@@ -80,7 +81,7 @@ def train(
     """
     output_dir = Path(config.output_dir or "")
     check_output_dir(output_dir, config, options.overwrite_output_dir)
-    resume = resolve_resume(config.resume_from_checkpoint, output_dir)
+    _check_resume(config, output_dir)
     adapter = lora_config(options)
     if job is None:
         job = _load(options, config)
@@ -106,10 +107,11 @@ def train(
     trained: Any = trainer.train_dataset
     for line in describe(job, trainer, options, splits):
         say(line)
+    resume = config.resume_from_checkpoint if wants_resume(config.resume_from_checkpoint) else None
     if options.overwrite_output_dir and resume is None and config.should_save:
         _remove_earlier_run(output_dir)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.train(resume_from_checkpoint=resume)
     seconds = time.perf_counter() - started
     after = {name: _at_end(trainer, groups, name) for name, groups in splits.items()}
     trainer.save_model()
@@ -159,13 +161,23 @@ def check_output_dir(output_dir: Path, config: RankConfig, overwrite: bool) -> N
         raise InputError(
             f"output_dir {output_dir} cannot be written: no right to write in {parent}"
         )
-    resuming = str(config.resume_from_checkpoint or "false").lower() not in ("false", "no")
+    resuming = wants_resume(config.resume_from_checkpoint)
     if find_checkpoints(output_dir) and not resuming and not overwrite:
         raise InputError(
             f"output_dir {output_dir} holds the checkpoints of an earlier run: pass "
             "--resume_from_checkpoint true to go on, --overwrite_output_dir to begin anew, "
             "or another --output_dir"
         )
+
+
+def _check_resume(config: RankConfig, output_dir: Path) -> None:
+    """Raise `InputError` for a checkpoint that is not there or that other options wrote, before
+    data and model are loaded to compare the rest."""
+    found = resolve_resume(config.resume_from_checkpoint, output_dir, checksums=False)
+    if found is not None:
+        check_resumed(found, option_plan(config), changed_names(config.resume_changed))
+    elif config.resume_changed and not wants_resume(config.resume_from_checkpoint):
+        raise InputError("--resume_changed needs --resume_from_checkpoint, got none")
 
 
 def _remove_earlier_run(output_dir: Path) -> None:

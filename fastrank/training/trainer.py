@@ -40,7 +40,7 @@ from fastrank.hf_private import TrainerHooks
 from fastrank.modeling.dropout import disable_dropout
 from fastrank.modeling.prepare import prepare_model
 from fastrank.modeling.reference_scores import ReferenceGroups
-from fastrank.training import checkpoint
+from fastrank.training import checkpoint, plan
 from fastrank.training.adapters import adapt
 from fastrank.training.backprop import JointBackprop, StepResult, TwoPhaseBackprop
 from fastrank.training.batching import (
@@ -52,7 +52,7 @@ from fastrank.training.batching import (
     StepSampler,
     too_large,
 )
-from fastrank.training.callbacks import RankProgress
+from fastrank.training.callbacks import RankProgress, Renewal
 from fastrank.training.config import RankConfig
 from fastrank.training.engine import AccelerateEngine
 from fastrank.training.guards import FiniteGuard, name_groups
@@ -122,6 +122,8 @@ class RankTrainer(TrainerHooks, Trainer):
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(RankProgress(self.args.disable_tqdm))
+        self._renewal = Renewal()
+        self.add_callback(self._renewal)
         self.engine = AccelerateEngine(self.accelerator)
         self.backprop = (TwoPhaseBackprop if args.two_phase else JointBackprop)(
             loss=self.loss,
@@ -135,6 +137,7 @@ class RankTrainer(TrainerHooks, Trainer):
         self._guard = FiniteGuard(self.engine, run_dir)
         self._saver = Saver(args.should_save, self.accelerator.wait_for_everyone)
         self._window = StepWindow()
+        self._plan: dict[str, Any] = {}
 
     @property
     def max_tokens(self) -> int:
@@ -174,28 +177,103 @@ class RankTrainer(TrainerHooks, Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As ``Trainer.train``; ``True`` or ``"true"`` resumes from the latest whole checkpoint, or
-        starts anew if there is none yet."""
+        """As ``Trainer.train``; ``True`` or ``"true"`` resumes from the latest undamaged
+        checkpoint, or starts anew if there is none yet.
+
+        Raises:
+            InputError: the checkpoint is damaged, or of a run that differs in more than
+                ``resume_changed`` allows.
+        """
         run_dir = Path(self.args.output_dir or ".")
-        found = checkpoint.resolve_resume(resume_from_checkpoint, run_dir)
+        found = self._found_checkpoint(resume_from_checkpoint, run_dir)
+        self._plan = self.run_plan()
+        self._renewal.changed = frozenset()
         if found is not None:
-            checkpoint.check_same_plan(found, self.run_plan())
+            self._renewal.changed = self._check_resumed(found)
         self._saver.clean(run_dir)
         if self.args.auto_find_pack_size:
             notes = {} if found is None else checkpoint.read_notes(found)
+            if "max_tokens" in self._renewal.changed:
+                notes = {}
             # A resumed run takes the size it had: the same packs give the same bits.
             self.backprop.max_tokens = notes.get("max_tokens") or self._fitting_pack_size()
         with explained_loading(found):
             return super().train(None if found is None else str(found), *args, **kwargs)
 
+    def _found_checkpoint(self, wanted: str | bool | None, run_dir: Path) -> Path | None:
+        """The checkpoint to go on from: one process reads all of its bytes, for all of them."""
+        found: list[Any] = []
+        if self.engine.rank == 0:
+            try:
+                found = [checkpoint.resolve_resume(wanted, run_dir)]
+            except InputError as error:
+                found = [error]
+        (answer,) = self.engine.gather(found)
+        if isinstance(answer, InputError):
+            raise answer
+        return answer
+
+    def _check_resumed(self, found: Path) -> frozenset[str]:
+        """What differs from the run that wrote the checkpoint; says where this one goes on."""
+        allowed = plan.changed_names(self.args.resume_changed)
+        changed = plan.check_resumed(found, self._plan, allowed, known=self._plan)
+        if changed and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise InputError(
+                f"--resume_changed {','.join(sorted(changed))}: not possible under FSDP or "
+                "DeepSpeed, which load the optimizer's state themselves"
+            )
+        if self.is_world_process_zero():
+            rest = f", with another {', '.join(sorted(changed))}" if changed else ""
+            print(f"resuming from {found}{rest}", flush=True)
+        return changed
+
     def run_plan(self) -> dict[str, Any]:
-        """Settings that a resumed run must share for a step number to mean the same groups."""
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        """What determines the run; a resumed one must share it."""
         return {
+            "data": self.data_plan(),
+            **plan.option_plan(self.args),
             "groups_per_step": self.groups_per_step,
-            "num_groups": 0 if self.train_dataset is None else len(self.train_dataset),  # type: ignore[arg-type]
-            "data_seed": seed,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "reference": self.reference_plan(),
+            "evaluation": self._evaluation_plan(),
+            **plan.tokenizer_plan(self.processing_class),
+            **plan.model_plan(self.lm),
         }
+
+    def data_plan(self) -> str | None:
+        """The training data, by its content."""
+        groups: Any = self.train_dataset
+        return None if groups is None else plan.groups_plan(groups)
+
+    def reference_plan(self) -> str | None:
+        """The reference scores, by their content; None for a loss that uses none."""
+        groups: Any = self.train_dataset
+        return plan.reference_plan(groups) if self.loss.uses_reference and groups else None
+
+    def _evaluation_plan(self) -> dict[str, str] | None:
+        """The held-out data, where it decides about the best model or the learning rate."""
+        plateau = self.args.lr_scheduler_type == "reduce_lr_on_plateau"
+        if self.args.metric_for_best_model is None and not plateau:
+            return None
+        sets = _named_sets(None, self.eval_dataset)
+        return {name: plan.groups_plan(groups) for name, groups in sets}
+
+    def loads(self, what: str) -> bool:
+        renewed = {
+            "optimizer": self._renewal.new_optimizer,
+            "lr_scheduler": self._renewal.new_schedule,
+        }
+        return not renewed[what]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._renewal.remember_optimizer(self.optimizer)
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        scheduler = super().create_scheduler(*args, **kwargs)
+        self._renewal.remember_schedule(self.lr_scheduler)
+        return scheduler
 
     def _fitting_pack_size(self) -> int:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -232,11 +310,11 @@ class RankTrainer(TrainerHooks, Trainer):
         )
 
     def _sampler(self) -> StepSampler:
-        plan = self.run_plan()
+        groups: Any = self.train_dataset
         return StepSampler(
-            plan["num_groups"],
+            len(groups),
             self.groups_per_step,
-            seed=plan["data_seed"],
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=self.args.dataloader_drop_last,
         )
 
@@ -423,7 +501,7 @@ class RankTrainer(TrainerHooks, Trainer):
             if self.state.best_model_checkpoint == str(staged):
                 self.state.best_model_checkpoint = str(run_dir / name)
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            checkpoint.publish(staged, run_dir, self.run_plan(), {"max_tokens": self.max_tokens})
+            checkpoint.publish(staged, run_dir, self._plan, {"max_tokens": self.max_tokens})
 
         self._saver.save(name, run_dir, write_staged, publish)
         if self.args.should_save:

@@ -29,17 +29,25 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fastrank.data.columns import GroupSizes, prompt_key
+from fastrank.data.files import value_checksum
 from fastrank.data.packing import Group
 from fastrank.errors import InputError, TrainingStopped
+from fastrank.modeling.pretrained import model_identity
 from fastrank.modeling.score import score
 from fastrank.modeling.unwrap import causal_lm, evaluation_mode
 from fastrank.training.batching import StepBatch, StepCutter
 from fastrank.training.config import RankConfig
 from fastrank.training.trainer import RankTrainer
+from fastrank.workflow.items import file_identity
 from fastrank.workflow.online_data import Round, round_line, round_metrics
 from fastrank.workflow.online_round import RoundMaker
+from fastrank.workflow.reward_function import is_function
 
 ROUNDS_FOLDER = "online"
+
+#: The options of online training that determine a run, and those among them that do not.
+_OPTIONS = ("online_", "kl_", "reward_kind")
+_WITHOUT_EFFECT = ("online_prompts", "online_perplexity")  # the prompts count by their content
 
 
 class OnlineGroups(Sequence[Group]):
@@ -147,11 +155,25 @@ class OnlineTrainer(RankTrainer):
             )
 
     def run_plan(self) -> dict[str, Any]:
-        return super().run_plan() | {
-            "online_every": self.online.online_every,
-            "online_responses": self.online.online_responses,
-            "online_batch_size": self.online.online_batch_size,
+        reward = str(self.online.reward)
+        found = file_identity(reward.rpartition(":")[0]) if is_function(reward) else None
+        own = {
+            name: value for name, value in vars(self.online).items() if name.startswith(_OPTIONS)
         }
+        return (
+            super().run_plan()
+            | {name: value for name, value in own.items() if name not in _WITHOUT_EFFECT}
+            | {"reward": model_identity(reward) if found is None else found}
+        )
+
+    def data_plan(self) -> str | None:
+        rows = [[item.prompt, item.responses, item.scores] for item in self.maker.items]
+        return f"{len(rows)} prompts {value_checksum([rows, self.maker.encoded.ids])[:12]}"
+
+    def reference_plan(self) -> str | None:
+        if not (self.online.kl_weight or self.loss.uses_reference):
+            return None
+        return model_identity(self.online.reference_model or str(self.online.model))[:12]
 
     def _cutter(self) -> StepCutter:
         # Prompts that gave nothing are left out of their step.

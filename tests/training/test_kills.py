@@ -17,7 +17,7 @@ import pytest
 from torchrun import command, environment, torchrun
 
 from fastrank.training.callbacks import read_metrics
-from fastrank.training.checkpoint import find_checkpoints, incomplete
+from fastrank.training.checkpoint import damage, find_checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def _assert_same_run(run: Path, whole: Path) -> None:
     assert not (run / ".staging").exists() and not (run / ".discarded").exists()
     names = [path.name for path in find_checkpoints(run)]
     assert names == [path.name for path in find_checkpoints(whole)]
-    assert all(incomplete(path) is None for path in find_checkpoints(run))
+    assert all(damage(path) is None for path in find_checkpoints(run))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
