@@ -178,11 +178,12 @@ def check_resumed(
     Raises:
         InputError: something else differs, or something that never may; a name is not known.
     """
-    for name in sorted(allowed - set(known)) if known is not None else ():
-        near = difflib.get_close_matches(name, [*(known or ()), *_HINTS], 1)
+    before = (read_manifest(checkpoint) or {}).get("plan") or {}
+    names = {*before, *(known or ())}
+    for name in sorted(allowed - names) if known is not None else ():
+        near = difflib.get_close_matches(name, [*names, *_HINTS], 1)
         hint = _HINTS.get(name) or (f"did you mean {near[0]}?" if near else "see its help")
         raise InputError(f"--resume_changed: a run has no {name[:60]}; {hint}")
-    before = (read_manifest(checkpoint) or {}).get("plan") or {}
     plan = json.loads(json.dumps(plan))
     differing = {
         name: list(_differences(name, before[name], value))
