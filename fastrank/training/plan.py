@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -21,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrank.data.cache import tokenizer_identity
 from fastrank.data.columns import groups_digest
-from fastrank.data.files import value_checksum
+from fastrank.data.files import content_hash, value_checksum
 from fastrank.data.packing import Group
+from fastrank.data.user_functions import is_function
 from fastrank.errors import InputError
 from fastrank.hf_private import portable_settings
 from fastrank.modeling.reference_scores import ReferenceGroups
@@ -87,9 +89,18 @@ def option_plan(config: RankConfig) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(config)]
     return {
         **{name: _plain(getattr(config, name)) for name in names if name not in left_out},
+        **_loss_plan(config.loss),
         "data_seed": config.seed if config.data_seed is None else config.data_seed,
         "groups_per_step": config.groups_per_step,
     }
+
+
+def _loss_plan(loss: Any) -> dict[str, Any]:
+    """A loss by its name, or by what it prints; a function's file by its content."""
+    if not isinstance(loss, str):
+        return {"loss": re.sub(r" at 0x[0-9a-f]+", "", repr(loss)), "loss_file": None}
+    file = loss.rpartition(":")[0] if is_function(loss) else None
+    return {"loss": loss, "loss_file": file and content_hash(Path(file).expanduser())[:_DIGITS]}
 
 
 def groups_plan(groups: Sequence[Group]) -> str:

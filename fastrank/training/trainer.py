@@ -3,7 +3,8 @@
 It inherits optimisers, schedules, DDP, FSDP2, DeepSpeed, trackers, callbacks and resuming. It
 replaces the data (a step is cut into packs, `fastrank.training.batching`), the computation over
 them (`fastrank.training.backprop`) and the log values. Checkpoints are whole or not there
-(`fastrank.training.saving`); a run stops before bad numbers spread (`fastrank.training.guards`).
+(`fastrank.training.checkpoint`); a run stops before bad numbers spread
+(`fastrank.training.guards`).
 
 The loss is computed inside the wrapped module's forward, ``model(pack=…, loss=…)``: on the bare
 model DDP and FSDP would silently synchronise nothing.
@@ -53,11 +54,11 @@ from fastrank.training.batching import (
     too_large,
 )
 from fastrank.training.callbacks import RankProgress, Renewal
+from fastrank.training.checkpoint import Saver, explained_loading
 from fastrank.training.config import RankConfig
 from fastrank.training.engine import AccelerateEngine
 from fastrank.training.guards import FiniteGuard, name_groups
 from fastrank.training.memory import largest_fitting
-from fastrank.training.saving import Saver, explained_loading
 from fastrank.training.step_metrics import Evaluated, StepWindow, summarize
 from fastrank.training.two_phase import check_deterministic
 

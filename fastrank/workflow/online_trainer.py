@@ -31,6 +31,7 @@ from tqdm import tqdm
 from fastrank.data.columns import GroupSizes, prompt_key
 from fastrank.data.files import value_checksum
 from fastrank.data.packing import Group
+from fastrank.data.user_functions import is_function
 from fastrank.errors import InputError, TrainingStopped
 from fastrank.modeling.pretrained import model_identity
 from fastrank.modeling.score import score
@@ -41,7 +42,6 @@ from fastrank.training.trainer import RankTrainer
 from fastrank.workflow.items import file_identity
 from fastrank.workflow.online_data import Round, round_line, round_metrics
 from fastrank.workflow.online_round import RoundMaker
-from fastrank.workflow.reward_function import is_function
 
 ROUNDS_FOLDER = "online"
 

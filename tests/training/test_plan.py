@@ -261,6 +261,19 @@ def test_every_option_is_in_the_plan_or_known_to_have_no_effect(tmp_path: Path) 
     assert json.loads(json.dumps(plan.option_plan(config))) == plan.option_plan(config)
 
 
+def test_a_loss_of_ones_own_counts_by_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    code = "def loss(scores, rewards):\n    return (scores - rewards).square().mean() * {}\n"
+    found = []
+    for factor in (1, 1, 2):
+        file.write_text(code.format(factor))
+        config = RankConfig(output_dir=str(tmp_path), loss=f"{file}:loss")
+        found.append(plan.option_plan(config)["loss_file"])
+    assert found[0] == found[1] != found[2]
+    given = RankConfig(output_dir=str(tmp_path), loss=lambda scores, rewards: scores.sum())
+    assert "0x" not in plan.option_plan(given)["loss"]
+
+
 def test_tokenizer_and_template_are_told_apart() -> None:
     tokenizer = word_tokenizer()
     before = plan.tokenizer_plan(tokenizer)
