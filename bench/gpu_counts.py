@@ -35,13 +35,24 @@ import fastrank
 from bench.model_counts import count_attention, count_model
 from bench.recorder import Counts, Recorder
 from fastrank.benchmarks.workloads import MODEL_SHAPES, WORKLOADS, Workload
-from fastrank_kernels import compact, dlogits, linear, rank, rescale, row_stats, unit_dlogits
+from fastrank_kernels import (
+    compact,
+    dlogits,
+    linear,
+    rank,
+    rescale,
+    reuse_head_cast,
+    row_stats,
+    unit_dlogits,
+)
 from fastrank_kernels.linear import Ranking
 from fastrank_kernels.planner import plan_logprobs, plan_ranking
 from fastrank_kernels.projection import Projection
 
 H100_MEMORY = 85_017_755_648
 WAYS = ("one pass", "two passes", "log-probabilities")
+# The packs of a step after its first, which find the head cast.
+NEXT_PACK = "one pass, next pack"
 
 
 def get_item(tensor: Tensor, index: Any) -> Tensor:
@@ -82,8 +93,10 @@ def recording(counts: Counts, way: str) -> Iterator[None]:
 def count(workload: Workload, way: str) -> Counts:
     """Counts of one call, forward and backward."""
     counts = Counts(workload.name, way)
-    with FakeTensorMode():
+    with FakeTensorMode(), reuse_head_cast():
         call, ranking = inputs(workload)
+        if way == NEXT_PACK:
+            call.cast()  # by the pack before
         tokens, vocab = workload.tokens, workload.vocab
         groups = [workload.candidates * i for i in range(workload.groups + 1)]
         sizes: dict[str, Any] = {
@@ -92,7 +105,9 @@ def count(workload: Workload, way: str) -> Counts:
             "budget": H100_MEMORY // 8, "device_type": "cuda",
         }  # fmt: skip
         factor = torch.empty((), device="cuda")
+        leaves = (call.hidden, call.weight)
         with recording(counts, way):
+            call = call.cast()
             if way == "log-probabilities":
                 plan = plan_logprobs(**sizes)
                 done = linear.forward(call, plan)
@@ -102,9 +117,9 @@ def count(workload: Workload, way: str) -> Counts:
                 plan = plan_ranking(largest_group=rows_per_group, **sizes)
                 starts = [workload.response * i for i in groups]
                 _, _, gradients = linear.rank(call, ranking, plan, groups, starts)
-                for gradient in gradients:
+                for gradient, leaf in zip(gradients[:2], leaves, strict=True):
                     if gradient is not None:
-                        call.module.rescale_(gradient, factor)
+                        call.module.rescale_(gradient, factor).to(leaf.dtype)
     counts.strategy = plan.strategy
     counts.chunks = math.ceil(tokens / plan.chunk_rows)
     for name in ("read", "written", "products_read", "products_written"):
@@ -116,10 +131,11 @@ def inputs(workload: Workload) -> tuple[Projection, Ranking]:
     """A workload's tensors, without memory. No row is dropped: at the workloads' accuracy of 0
     every one is live."""
     dtype = getattr(torch, workload.dtype)
+    head = torch.float32 if workload.autocast else dtype
     candidates = workload.groups * workload.candidates
     call = Projection(
         torch.empty(workload.tokens, workload.hidden, dtype=dtype, device="cuda"),
-        torch.empty(workload.vocab, workload.hidden, dtype=dtype, device="cuda"),
+        torch.empty(workload.vocab, workload.hidden, dtype=head, device="cuda"),
         torch.empty(workload.tokens, dtype=torch.int64, device="cuda"),
         needs=(True, not workload.frozen_head, False),
     )
@@ -149,10 +165,12 @@ def kernel_bytes(workload: Workload) -> dict[str, int]:
 
 
 def all_counts() -> list[Counts]:
-    """K1 to K4 by every way to their gradients, A1, and S1: its model, and its loss."""
+    """K1 to K4 by every way to their gradients, K1 with a float32 head, A1, and S1: its
+    model, and its loss."""
     gpu = [w for w in WORKLOADS.values() if "cuda" in w.devices]
     plain = [w for w in gpu if w.suite == "loss" and not (w.autocast or w.softcap or w.accuracy)]
     rows = [count(w, way) for w in plain for way in WAYS]
+    rows += [count(w, way) for w in gpu if w.autocast for way in (WAYS[0], NEXT_PACK)]
     rows += [count_attention(w) for w in gpu if w.suite == "attention"]
     for w in gpu:
         if w.suite == "step":

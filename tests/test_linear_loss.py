@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from plain_linear import ErrorComparison, largest_error, make_problem
@@ -227,6 +229,28 @@ def test_autocast_computes_narrow_and_returns_wide_gradients() -> None:
     grads = torch.autograd.grad(out.loss, problem.leaves())
     assert [g.dtype for g in grads] == [torch.float32, torch.float32]
     assert 1e-6 < largest_error([out.loss, *grads], want) < 3e-2
+
+
+@pytest.mark.parametrize("memory", [None, 97 * 2 * 2], ids=["at once", "in parts"])
+def test_autocast_does_not_round_the_sum_of_a_wide_bias_or_head(memory) -> None:
+    """Of the head, where it is a sum over chunks; a CPU's one product is narrow."""
+    problem = make_problem(25, softcap=None, longest=20).on("cpu", torch.float32)
+    want = problem.exact(fastrank.PRO())[1:]
+    errors = {}
+    for name in ("narrow", "wide"):
+        leaves = [x.detach() for x in (problem.hidden, problem.weight, problem.bias)]
+        if name == "narrow":
+            leaves = [x.bfloat16() for x in leaves]
+        case = replace(problem, **dict(zip(("hidden", "weight", "bias"), leaves, strict=True)))
+        for leaf in (case.hidden, case.weight, case.bias):
+            leaf.requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            grads = case.value_and_gradients(fastrank.PRO(), logits_memory=memory)[1:]
+        assert all(g.dtype == x.dtype for g, x in zip(grads, case.leaves(), strict=True))
+        rounded = [torch.equal(g, g.bfloat16().to(g.dtype)) for g in grads]
+        assert rounded == [True, name == "narrow" or memory is None, name == "narrow"]
+        errors[name] = [float((g - w).norm() / w.norm()) for g, w in zip(grads, want, strict=True)]
+    assert errors["wide"][2] < errors["narrow"][2]
 
 
 def test_mixed_and_float16_inputs_are_computed_in_the_wider_dtype() -> None:

@@ -26,6 +26,7 @@ from fastrank.training.engine import Engine
 from fastrank.training.memory import explained_out_of_memory
 from fastrank.training.step_metrics import Computed, Evaluated, StepWindow
 from fastrank.training.two_phase import Phases
+from fastrank_kernels import reuse_head_cast
 
 
 class StepResult(NamedTuple):
@@ -97,18 +98,19 @@ class JointBackprop(Backprop):
         # DDP and FSDP take the mean over processes, so the sum needs their number.
         share = self.engine.world_size / batch.num_groups
         last = len(batch.packs) - 1
-        for number, (whole, weight) in enumerate(zip(batch.packs, batch.weights, strict=True)):
-            with (
-                explained_out_of_memory(whole, self.max_tokens),
-                self.engine.synchronising(model, number == last),
-                self.computing(),
-            ):
-                whole = whole.to(self.device, non_blocking=True)
-                output = model(pack=whole, loss=self.loss, reduction="sum")
-                self.engine.backward(output.loss * (weight * share))
-            if weight:
-                total += output.loss.detach() * share
-                computed.append(Computed(whole, output._replace(loss=output.loss.detach())))
+        with reuse_head_cast(enabled=last > 0):
+            for number, (whole, weight) in enumerate(zip(batch.packs, batch.weights, strict=True)):
+                with (
+                    explained_out_of_memory(whole, self.max_tokens),
+                    self.engine.synchronising(model, number == last),
+                    self.computing(),
+                ):
+                    whole = whole.to(self.device, non_blocking=True)
+                    output = model(pack=whole, loss=self.loss, reduction="sum")
+                    self.engine.backward(output.loss * (weight * share))
+                if weight:
+                    total += output.loss.detach() * share
+                    computed.append(Computed(whole, output._replace(loss=output.loss.detach())))
         return StepResult(total, computed)
 
     def evaluate(self, model: nn.Module, batch: StepBatch) -> Evaluated | None:
@@ -131,7 +133,7 @@ class TwoPhaseBackprop(Backprop):
 
     def step(self, model: nn.Module, batch: StepBatch, window: StepWindow) -> StepResult:
         phases = self._phases(model, self.engine)
-        with self.computing():
+        with self.computing(), reuse_head_cast():
             scored = phases.score(batch.groups)
             ranked = phases.rank(scored, 1.0 / batch.num_groups)
             output = phases.differentiate(batch.groups, scored, ranked)

@@ -44,7 +44,7 @@ from fastrank.modeling.unwrap import causal_lm, unwrap, vocab_size
 from fastrank.ranking import rank_coefficients
 from fastrank.training.engine import Engine, engine_of
 from fastrank.training.step_metrics import work_saved
-from fastrank_kernels import live_candidates
+from fastrank_kernels import live_candidates, reuse_head_cast
 
 
 class TwoPhaseOutput(NamedTuple):
@@ -129,9 +129,10 @@ def two_phase_backward(
     )
     if num_groups is None:
         num_groups = sum(phases.engine.gather_count(len(groups), phases.device))
-    scored = phases.score(groups)
-    ranked = phases.rank(scored, 1.0 / max(num_groups, 1))
-    return phases.differentiate(groups, scored, ranked)
+    with reuse_head_cast():
+        scored = phases.score(groups)
+        ranked = phases.rank(scored, 1.0 / max(num_groups, 1))
+        return phases.differentiate(groups, scored, ranked)
 
 
 class ScoredCandidates(NamedTuple):

@@ -78,6 +78,21 @@ def test_a_backward_of_kept_log_probabilities_is_products_alone(counts) -> None:
         assert row.read + row.written < 7.4
 
 
+def test_a_float32_head_is_read_once_per_step_and_its_gradient_written_once(counts, script) -> None:
+    """Beside a bfloat16 head: 4 bytes read and 2 written per weight to cast it, for the first pack
+    alone, and 2 more where the product writes its gradient."""
+    plain = counts["K1", "one pass"]
+    first, then = (counts["K1-autocast", way] for way in ("one pass", script.NEXT_PACK))
+    per_logit = script.WORKLOADS["K1"].hidden / script.WORKLOADS["K1"].tokens
+    near = lambda value: pytest.approx(value, abs=2e-3)  # noqa: E731
+    assert first.read - plain.read == near(4 * per_logit)
+    assert first.written - plain.written == near(2 * per_logit)
+    assert (then.read, then.written) == (plain.read, plain.written)
+    for row in (first, then):
+        assert row.products_written - plain.products_written == near(2 * per_logit)
+    assert (first.operations, then.operations) == (plain.operations + 1, plain.operations)
+
+
 def test_a_pass_too_many_is_counted(script, monkeypatch) -> None:
     """The recorder sees what it is there for: one more operation over a matrix of logits' size."""
     make = script.linear.Logits.make

@@ -61,11 +61,12 @@ def within(mode: TorchDispatchMode, function: Callable[..., Any]) -> Callable[..
     return inner
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["narrow inputs", "autocast"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["head", "frozen head"])
 @pytest.mark.parametrize("logits_memory", [None, 2 * 128 * 30, 2 * 128 * 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_without_instructions_products_are_made_in_float32(
-    monkeypatch, dtype, logits_memory, frozen
+    monkeypatch, dtype, logits_memory, frozen, autocast
 ) -> None:
     monkeypatch.setattr(products, "narrow_products", lambda dtype: (False, "for a test"))
     monkeypatch.setattr(products, "_BLOCK", 40)
@@ -86,9 +87,11 @@ def test_without_instructions_products_are_made_in_float32(
     # A mode does not look into an operator from outside.
     for name in ("rank", "forward", "backward"):
         monkeypatch.setattr(linear, name, within(seen, getattr(linear, name)))
-    got = fused(problem)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = fused(problem.to(torch.float32) if autocast else problem)
     assert seen.dtypes == {torch.float32}
-    assert largest_error(got, exact) < {torch.bfloat16: 0.05, torch.float16: 0.006}[dtype]
+    computed = torch.bfloat16 if autocast else dtype
+    assert largest_error(got, exact) < {torch.bfloat16: 0.05, torch.float16: 0.006}[computed]
 
 
 @pytest.mark.parametrize("add", [False, True], ids=["set", "add"])
@@ -155,6 +158,18 @@ def test_dropping_rows_pays_by_their_share_and_the_width() -> None:
     assert dropping.decide(CPU, 16)
     assert not dropping.pays(1.0, 4096) and not dropping.pays(0.97, 4096)
     assert dropping.pays(0.9, 4096) and dropping.pays(0.0, 64)
+
+
+def test_a_cpu_remembers_no_share(monkeypatch) -> None:
+    """The same call gives the same bits whatever was live in the calls between."""
+    monkeypatch.setattr(dropping, "_last", {})
+    problem = make_problem(8, groups=(6, 5)).to(torch.float32)
+    own, results = problem.rewards, []
+    for rewards in (own, torch.zeros_like(own), torch.arange(11.0), own):
+        problem.rewards = rewards
+        results.append(problem.value_and_gradients(fastrank.RRHF(sft_weight=0.0)))
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True))
+    assert not results[1][0] and results[2][0] and not dropping._last
 
 
 def test_a_gpu_decides_by_the_call_before(monkeypatch) -> None:

@@ -17,9 +17,14 @@ import fastrank
 from fastrank import Group
 from fastrank.data.candidate_packs import Candidates, candidate_packs
 from fastrank.modeling.dropout import disable_dropout
+from fastrank.training.backprop import JointBackprop, TwoPhaseBackprop
+from fastrank.training.engine import Engine
+from fastrank.training.step_metrics import StepWindow
 from fastrank.training.two_phase import two_phase_backward
+from fastrank_kernels import head_cast, projection
 
 PACK = 24
+COPY = head_cast._Copy
 
 
 def large_groups(seed: int = 0, *, references: bool = False) -> list[Group]:
@@ -214,6 +219,39 @@ def test_under_autocast_both_phases_compute_in_bfloat16():
     for name, gradient in reference.items():
         rounding = float((expected[name] - gradient).norm())
         assert float((got[name] - gradient).norm()) <= 2 * rounding + 1e-3, name
+
+
+@pytest.mark.parametrize("way", ["two phases", "joint"])
+def test_the_packs_of_a_step_share_one_narrow_head(way, monkeypatch):
+    """Bit for bit what a cast per pack gives, and no copy from one step in the next."""
+    found = {}
+    small = [group for group in large_groups() if group.num_tokens_shared <= 64]
+    for shared in (True, False):
+        if not shared:
+            monkeypatch.setattr(head_cast, "cast_head", lambda weight, dtype: weight.to(dtype))
+            monkeypatch.setattr(projection, "cast_head", head_cast.cast_head)
+        model = fastrank.prepare_model(llama())
+        head = model.get_output_embeddings().weight
+        kept = []
+        monkeypatch.setattr(
+            head_cast, "_Copy", lambda *made, kept=kept: kept.append(made) or COPY(*made)
+        )
+        backprop = (TwoPhaseBackprop if way == "two phases" else JointBackprop)(
+            fastrank.PRO(), Engine(), torch.device("cpu"), 64, True,
+            lambda: torch.autocast("cpu", torch.bfloat16),
+        )  # fmt: skip
+        batch = backprop.cutter()(list(enumerate(small)))
+        assert way == "two phases" or len(batch.packs) > 1
+        steps = []
+        for _ in range(2):
+            backprop.step(model, batch, StepWindow())
+            steps.append(take_gradients(model))
+            head.data.mul_(0.5)  # beside the version counter, as some optimisers write
+        assert len(kept) == (2 if shared else 0)
+        found[shared] = steps
+    for ours, plain in zip(found[True], found[False], strict=True):
+        assert all(torch.equal(ours[name], plain[name]) for name in plain)
+    assert not torch.equal(*(step[next(iter(step))] for step in found[True]))
 
 
 def test_packs_hold_every_live_candidate_once_with_its_prompt():

@@ -8,8 +8,16 @@ the specification and the CPU implementation; on a GPU the same functions are Tr
 the vendor's matrix products.
 """
 
-from .autograd import linear_logprobs, linear_ranking, rank_scores, rank_tokens, token_ranking
+from .autograd import (
+    first_order_only,
+    linear_logprobs,
+    linear_ranking,
+    rank_scores,
+    rank_tokens,
+    token_ranking,
+)
 from .dispatch import Backend, choose_backend
+from .head_cast import reuse_head_cast
 from .ops import segment_sum
 from .projection import Projection
 from .reference import RankResult, length_divisor, live_candidates, sft_weights
@@ -23,12 +31,14 @@ __all__ = [
     "RankResult",
     "RankSpec",
     "choose_backend",
+    "first_order_only",
     "length_divisor",
     "linear_logprobs",
     "linear_ranking",
     "live_candidates",
     "rank_scores",
     "rank_tokens",
+    "reuse_head_cast",
     "segment_sum",
     "sft_weights",
     "token_ranking",

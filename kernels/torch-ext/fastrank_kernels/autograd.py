@@ -39,8 +39,8 @@ def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     def checked(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "fastrank's gradients are made in the forward and cannot be differentiated again: "
-                "expected a backward without create_graph=True"
+                "fastrank's gradients have no graph and cannot be differentiated again: expected a "
+                "backward without create_graph=True"
             )
         return backward(ctx, *grads)
 
@@ -217,11 +217,11 @@ class _LinearRanking(torch.autograd.Function):
         call: Projection,
         groups: dict[str, Any],
     ) -> tuple[Tensor, ...]:
-        *values, dh, dw, db = ops.linear_ranking(**call._asdict(), **groups)
+        ctx.needs, ctx.dtypes = call.needs, _dtypes(call)
+        *values, dh, dw, db = ops.linear_ranking(**call.cast()._asdict(), **groups)
         rank_loss, sft_loss, _, _ = values
         loss = (rank_loss + sft_loss).sum() * group_scale(groups["scale"], groups["cu_groups"])
         ctx.save_for_backward(dh, dw, db)
-        ctx.needs, ctx.dtypes = call.needs, _dtypes(call)
         ctx.mark_non_differentiable(*values)
         ctx.set_materialize_grads(False)
         return loss, *values
@@ -250,6 +250,8 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Projection
     ) -> Tensor:
         logp: Tensor
+        ctx.dtypes = _dtypes(call)
+        call = call.cast()  # for the backward as well
         logp, norm, saved = ops.linear_logprobs(**call._asdict())
         ctx.save_for_backward(*call[:5], logp, norm, saved)  # its tensors come first
         ctx.options = call[5:]
@@ -263,7 +265,7 @@ class _LinearLogprobs(torch.autograd.Function):
         made = ops.linear_logprobs_backward(
             **call._asdict(), grad=grad, logp=logp, norm=norm, saved=saved
         )
-        grads = zip(made, call.needs, _dtypes(call), strict=True)
+        grads = zip(made, call.needs, ctx.dtypes, strict=True)
         return *[g.to(dtype) if need else None for g, need, dtype in grads], None
 
 

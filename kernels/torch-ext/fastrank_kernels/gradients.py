@@ -1,8 +1,9 @@
 """Where the gradients of hidden rows and head are gathered, chunk by chunk.
 
 Sums over chunks are kept in float32 whatever the inputs' dtype, so that cutting the work into
-chunks costs no accuracy, and are cast once at the end. float16 gets float32 results to the end: its
-range is too small for a gradient before the upstream factor is known.
+chunks costs no accuracy, and are cast once at the end, where the parameter is narrower. float16
+gets float32 results to the end: its range is too small for a gradient before the upstream factor is
+known.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 from . import host_memory
-from .products import product
+from .products import product, wide_is_free
 from .projection import Projection
 from .reference import accumulation_dtype
 
 
 class Gradients(NamedTuple):
-    """Gradients of one call; None where none was asked for. float32 for float16 inputs."""
+    """Gradients of one call, in its `Projection.gradient_dtypes`; None where none was asked
+    for."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
@@ -37,10 +39,12 @@ class GradientSums:
         self._hidden: Tensor | None = None
         if call.need_hidden:
             self._hidden = hidden_gradient(call, sparse=sparse)
-        # One chunk needs no sum: the product's own float32 accumulation is rounded once.
-        dtype = call.weight.dtype
-        narrow = chunks == 1 and dtype != torch.float16
-        self._sum_dtype = dtype if narrow else accumulation_dtype(dtype)
+        # One chunk needs no sum: the product's own float32 accumulation is rounded once. A CPU that
+        # multiplies narrow matrices fast would take longer to spare a wider head that rounding.
+        dtype, device = call.weight.dtype, call.weight.device
+        wanted = call.gradient_dtypes[1]
+        narrow = dtype == wanted or not (dtype == torch.float16 or wide_is_free(device, dtype))
+        self._sum_dtype = dtype if chunks == 1 and narrow else accumulation_dtype(dtype)
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
 
@@ -69,18 +73,19 @@ class GradientSums:
 
     def finish(self, lift: float | Tensor | None = None) -> Gradients:
         """The sums, divided by ``lift``; zeros where nothing was added."""
-        call, wide = self._call, self._call.gradient_dtype
+        call = self._call
+        _, weight_dtype, bias_dtype = call.gradient_dtypes
         weight, bias = self._weight, self._bias
         if call.needs[1] and weight is None:
-            weight = call.weight.new_zeros(call.weight.shape, dtype=wide)
+            weight = call.weight.new_zeros(call.weight.shape, dtype=weight_dtype)
         if call.needs[2] and bias is None:
-            bias = call.weight.new_zeros(call.weight.shape[0], dtype=wide)
+            bias = call.weight.new_zeros(call.weight.shape[0], dtype=bias_dtype)
         gradients = Gradients(
             None
             if self._hidden is None
             else scatter_rows(self._hidden, call.rows, call.hidden.shape[0]),
-            None if weight is None else weight.to(wide),
-            None if bias is None else bias.to(wide),
+            None if weight is None else weight.to(weight_dtype),
+            None if bias is None else bias.to(bias_dtype),
         )
         if lift is not None:
             for gradient in gradients:

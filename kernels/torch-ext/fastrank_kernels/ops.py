@@ -131,6 +131,7 @@ def linear_ranking(
     logit_scale: float,
     softcap: float | None,
     compute_dtype: torch.dtype | None,
+    head_dtype: torch.dtype | None,
     logits_memory: int | None,
     validate: bool,
     backend: str | None,
@@ -143,11 +144,12 @@ def linear_ranking(
     dW, db)``, the gradients being of ``scale · Σ_g (rank_loss + sft_loss)_g``; None is 1 / G, which
     as a number would bind a compiled graph to one number of groups.
 
-    A gradient that was not asked for is an empty tensor; for float16 they are float32.
+    A gradient that was not asked for is an empty tensor; the others are in the call's
+    `Projection.gradient_dtypes`.
     """
     call = Projection(
-        hidden, weight, labels, rows, bias, logit_scale, softcap, compute_dtype, logits_memory,
-        validate, backend, needs,
+        hidden, weight, labels, rows, bias, logit_scale, softcap, compute_dtype, head_dtype,
+        logits_memory, validate, backend, needs,
     )  # fmt: skip
     _check_groups(labels, "labels", rewards, cu_responses, cu_groups, validate)
     _check_rows(call)
@@ -179,9 +181,12 @@ def linear_ranking(
 def _(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
     rewards: Tensor, cu_responses: Tensor, cu_groups: Tensor, *_: Any, needs: Sequence[bool],
-    compute_dtype: torch.dtype | None, **__: Any,
+    compute_dtype: torch.dtype | None, head_dtype: torch.dtype | None, **__: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    call = Projection(hidden, weight, labels, compute_dtype=compute_dtype, needs=needs).cast()
+    call = Projection(
+        hidden, weight, labels, bias=bias, compute_dtype=compute_dtype, head_dtype=head_dtype,
+        needs=needs,
+    ).cast()  # fmt: skip
     groups, candidates = cu_groups.shape[0] - 1, rewards.shape[0]
     sizes = (groups, groups, candidates, call.num_tokens)
     return (*(_empty(call.hidden, n) for n in sizes), *_fake_gradients(call))
@@ -198,6 +203,7 @@ def linear_logprobs(
     logit_scale: float,
     softcap: float | None,
     compute_dtype: torch.dtype | None,
+    head_dtype: torch.dtype | None,
     logits_memory: int | None,
     validate: bool,
     backend: str | None,
@@ -205,8 +211,8 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(logp [T], norm [T], saved)``, with what `linear.Forward` saves for the backward."""
     call = Projection(
-        hidden, weight, labels, rows, bias, logit_scale, softcap, compute_dtype, logits_memory,
-        validate, backend, needs,
+        hidden, weight, labels, rows, bias, logit_scale, softcap, compute_dtype, head_dtype,
+        logits_memory, validate, backend, needs,
     )  # fmt: skip
     _check_rows(call)
     call = call.cast()
@@ -247,6 +253,7 @@ def linear_logprobs_backward(
     logit_scale: float,
     softcap: float | None,
     compute_dtype: torch.dtype | None,
+    head_dtype: torch.dtype | None,
     logits_memory: int | None,
     validate: bool,
     backend: str | None,
@@ -254,8 +261,8 @@ def linear_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dh, dW, db)`` of ``Σ_t grad_t · logp_t``; an empty tensor where none was asked for."""
     call = Projection(
-        hidden, weight, labels, rows, bias, logit_scale, softcap, compute_dtype, logits_memory,
-        validate, backend, needs,
+        hidden, weight, labels, rows, bias, logit_scale, softcap, compute_dtype, head_dtype,
+        logits_memory, validate, backend, needs,
     ).cast()  # fmt: skip
     # Finding dead rows waits for a GPU; on a CPU it is free.
     gradients = linear.backward(
@@ -326,8 +333,6 @@ def _empty(like: Tensor, size: int) -> Tensor:
 def _fake_gradients(call: Projection) -> tuple[Tensor, ...]:
     shapes = (call.hidden.shape, call.weight.shape, call.weight.shape[:1])
     return tuple(
-        call.hidden.new_empty(shape if need else 0, dtype=call.gradient_dtype)
-        if need
-        else call.hidden.new_empty(0)
-        for shape, need in zip(shapes, call.needs, strict=True)
+        call.hidden.new_empty(shape, dtype=dtype) if need else call.hidden.new_empty(0)
+        for shape, dtype, need in zip(shapes, call.gradient_dtypes, call.needs, strict=True)
     )

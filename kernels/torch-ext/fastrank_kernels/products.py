@@ -41,6 +41,11 @@ def writes_wide(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def wide_is_free(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a float32 product of matrices of a dtype takes no longer than one in that dtype."""
+    return writes_wide(device) or not narrow_products(dtype)[0]
+
+
 def product(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     """``left @ right`` into ``out``, or added to it, in ``out``'s dtype: the factors' or a wider.
 
@@ -55,7 +60,9 @@ def product(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> T
         return out
     if not wide and (left.device.type != "cpu" or narrow_products(left.dtype)[0]):
         return out.addmm_(left, right) if add else torch.mm(left, right, out=out)
-    return _product_in_blocks(left, right, out, add=add)
+    # Autocast would narrow what is widened here; the operations above write where they are told.
+    with torch.autocast(left.device.type, enabled=False):
+        return _product_in_blocks(left, right, out, add=add)
 
 
 def _product_in_blocks(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> Tensor:

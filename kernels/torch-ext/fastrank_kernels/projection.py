@@ -11,8 +11,10 @@ from torch import Tensor
 
 from . import host_memory, reference
 from .dispatch import backend_module
+from .head_cast import cast_head
 from .planner import row_pitch
 from .products import product, writes_wide
+from .reference import accumulation_dtype
 
 
 class Projection(NamedTuple):
@@ -38,6 +40,8 @@ class Projection(NamedTuple):
     """κ."""
     compute_dtype: torch.dtype | None = None
     """What the products are made in; None for hidden's own dtype."""
+    head_dtype: torch.dtype | None = None
+    """The dtype of the head that ``weight`` is a copy of: set by `cast`."""
     logits_memory: int | None = None
     """Bytes of logits that may exist at once; None for the device's default."""
     validate: bool = False
@@ -50,7 +54,11 @@ class Projection(NamedTuple):
     def cast(self) -> Projection:
         """The same call with hidden and weight in the dtype of the products."""
         dtype = self.compute_dtype or self.hidden.dtype
-        return self._replace(hidden=self.hidden.to(dtype), weight=self.weight.to(dtype))
+        return self._replace(
+            hidden=self.hidden.to(dtype),
+            weight=cast_head(self.weight, dtype),
+            head_dtype=self.head_dtype or self.weight.dtype,
+        )
 
     def take(self, at: slice | Tensor) -> Tensor:
         """The hidden rows that predict the labels ``at``."""
@@ -92,6 +100,20 @@ class Projection(NamedTuple):
         the upstream factor is known."""
         dtype = self.hidden.dtype
         return torch.float32 if dtype == torch.float16 else dtype
+
+    @property
+    def gradient_dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        """Of the gradients of hidden, weight and bias: `gradient_dtype`, but float32 for a weight
+        or bias that is itself wider than the products. Their sums are made in float32 or wider and
+        reach the parameter without being rounded on the way."""
+        narrow, compute = self.gradient_dtype, self.hidden.dtype
+        head = self.head_dtype or self.weight.dtype
+        bias = head if self.bias is None else self.bias.dtype
+        wide = accumulation_dtype(compute)
+        weight_dtype, bias_dtype = (
+            wide if own.itemsize > compute.itemsize else narrow for own in (head, bias)
+        )
+        return narrow, weight_dtype, bias_dtype
 
 
 class Logits:

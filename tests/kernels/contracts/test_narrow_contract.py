@@ -30,9 +30,11 @@ def wide_products(device, monkeypatch) -> Iterator[None]:
         return
     library = torch.library.Library("aten", "IMPL", "CPU")
 
+    @torch.autocast("cpu", enabled=False)
     def mm(left: Tensor, right: Tensor, dtype: torch.dtype, *, out: Tensor) -> Tensor:
         return out.copy_(left.to(dtype) @ right.to(dtype))
 
+    @torch.autocast("cpu", enabled=False)
     def addmm(total, left, right, dtype, *, beta=1, alpha=1, out) -> Tensor:
         assert out.data_ptr() == total.data_ptr() and beta == alpha == 1
         return out.add_(left.to(dtype) @ right.to(dtype))
@@ -118,6 +120,23 @@ def test_every_strategy(device, logits_memory, frozen) -> None:
     problem = narrow_problem(device, 5, dtype, frozen_head=frozen, longest=10, vocab=VOCAB)
     check_ranking(problem, fastrank.ListMLE(sft_weight=1.0), logits_memory=logits_memory)
     check_logprobs(problem, logits_memory=logits_memory)
+
+
+@pytest.mark.parametrize("logits_memory", BUDGETS.values(), ids=BUDGETS)
+def test_a_float32_head_under_autocast(device, logits_memory) -> None:
+    """Its gradient comes out of the products in float32 and is not rounded after them."""
+    problem = narrow_problem(device, 6, torch.bfloat16, longest=10, vocab=VOCAB)
+    for name in ("weight", "bias"):
+        wide = getattr(problem, name).detach().float().requires_grad_()
+        setattr(problem, name, wide)
+    with torch.autocast(device.type, torch.bfloat16):
+        check_ranking(problem, fastrank.PRO(), logits_memory=logits_memory)
+        check_logprobs(problem, logits_memory=logits_memory)
+        out = problem.fused(fastrank.PRO(), backend="triton", logits_memory=logits_memory)
+    grads = torch.autograd.grad(out.loss, problem.leaves())
+    assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
+    for grad in grads[1:]:
+        assert ((grad != grad.bfloat16()).float().mean() > 0.9).item()
 
 
 def test_dead_rows_are_kept_or_dropped_with_the_same_result(device, monkeypatch) -> None:
