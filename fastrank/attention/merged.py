@@ -17,9 +17,7 @@ every layer; windowed and soft-capped layers, which cannot be merged, take it (`
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from fastrank.attention.flash_parts import cpu_backward, cpu_forward, cuda_backward, cuda_forward
 from fastrank.attention.segments import SegmentTable
+from fastrank_kernels import first_order_only
 
 
 def merged_attention(
@@ -63,25 +62,6 @@ def same_head_size(*tensors: Tensor) -> tuple[Tensor, ...]:
         else torch.nn.functional.pad(tensor, (0, size - tensor.shape[-1]))
         for tensor in tensors
     )
-
-
-def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """An autograd function's backward that cannot itself be differentiated, and says so.
-
-    PyTorch's ``once_differentiable`` notices only upstream gradients that need a gradient; that of
-    a scalar loss never does, and the second derivative would silently lack this term.
-    """
-
-    @functools.wraps(backward)
-    def checked(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():  # true in a backward for create_graph=True only
-            raise RuntimeError(
-                "shared-prompt attention has first-order gradients only: its backward cannot run "
-                "with create_graph=True"
-            )
-        return backward(ctx, *grads)
-
-    return checked
 
 
 class _MergedAttention(torch.autograd.Function):

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fastrank.attention.backends import AttentionName, attend, recording
-from fastrank.attention.merged import first_order_only
 from fastrank.attention.segments import SegmentTable
 from fastrank.attention.visibility import Visibility, recognise
+from fastrank_kernels import first_order_only
 
 
 def opaque_attention(

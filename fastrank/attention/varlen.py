@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastrank.attention.merged import first_order_only, same_head_size
+from fastrank.attention.merged import same_head_size
 from fastrank.attention.segments import SegmentTable
 from fastrank.attention.visibility import FULL, Visibility
+from fastrank_kernels import first_order_only
 
 MAX_HEAD_SIZE = 256
 
