@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -17,6 +18,13 @@ def pytest_collection_finish() -> None:
     """Leave what the imports made to no later collection: walking over it takes a second each."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test draws the same numbers, whatever ran before it in its process: which tests those
+    are depends on how busy the machine is."""
+    torch.manual_seed(20240229)
 
 
 def _shared_or_skip(relative: str) -> Path:

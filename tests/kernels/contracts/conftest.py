@@ -85,8 +85,3 @@ def approximate(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, function in {"exp": exp, "log": log, "fdiv": divide}.items():
         monkeypatch.setattr(InterpreterBuilder, f"create_{name}", function)
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(20240229)
