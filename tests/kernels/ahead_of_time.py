@@ -55,7 +55,7 @@ PRO = RankSpec("staged", stage_scale="reward_gap")
 SOFTMAX = RankSpec("softmax")
 # What takes most registers among margins and label smoothing, and among the forms without pairs.
 EXTREMES = (
-    RankSpec("pairwise", "logistic", "all", "lambda", margin_by="rank", wrong=0.1),
+    RankSpec("pairwise", "logistic", margin_by="rank", wrong=0.1),
     RankSpec("positions"),
 )
 FORMS = [
@@ -209,6 +209,7 @@ def rank_cases(few: bool) -> Iterator[Case]:
         for spec in (HINGE, LAMBDA, SOFTMAX, *EXTREMES):
             yield *rank_from_tokens(spec, 64), PAIR
         yield *rank_from_tokens(PRO, 8), PAIR
+        yield *rank_from_tokens(SOFTMAX, 16), NVIDIA[:1]
         yield *rank_from_tokens(PRO, 64), TARGETS
         yield *rank_from_scores(PRO, 64, valid=True), PAIR
         return
