@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from fastrank.attention.operator import opaque_attention
 from fastrank.attention.segments import SegmentTable
 from fastrank.attention.visibility import Visibility, ask, recognise
 from fastrank.hf_private import attention_implementation, set_attention_implementation
+from fastrank.outputs import Opaque
 
 IMPLEMENTATION = "fastrank"
 
@@ -34,17 +34,16 @@ IMPLEMENTATION = "fastrank"
 _REFUSED_ARGUMENTS = ("position_bias", "head_mask", "cache")
 
 
-@dataclass(eq=False)
 class PackContext:
     """One forward over one pack, as the mask function hands it to the layers."""
 
-    segments: SegmentTable
-    backend: AttentionName
-    calls: int = field(default=0)
+    def __init__(self, segments: SegmentTable, backend: AttentionName) -> None:
+        self.segments = segments
+        self.backend = backend
+        self.calls = 0
 
 
-@dataclass(frozen=True, eq=False)
-class AttentionLayout:
+class AttentionLayout(Opaque):
     """Takes the place of ``attention_mask`` on its way through the model.
 
     Attributes:

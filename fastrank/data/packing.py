@@ -12,7 +12,6 @@ splits larger ones).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor
 from fastrank.attention.segments import SegmentTable
 from fastrank.data.bins import best_fit, fill_padded
 from fastrank.data.group import Group
+from fastrank.outputs import Opaque
 
 __all__ = ["Group", "Pack", "pack", "sharing_pays"]
 
@@ -29,9 +29,10 @@ SHARING_PAYS_FROM = 1.08  # tokens of padded rows over tokens of shared rows
 PAD_TOKEN = 0  # fills padded rows; no label and no attended position ever reads it
 
 
-@dataclass(frozen=True, eq=False)
-class Pack:
+class Pack(Opaque):
     """Whole groups, laid out for one forward pass: C candidates in G groups, T response tokens.
+
+    Engines that cast the arguments of a forward leave it as it is (`fastrank.outputs.Opaque`).
 
     Attributes:
         input_ids: int64 [1, N] with shared prompts, else [C, L] padded on the right.
@@ -67,7 +68,7 @@ class Pack:
     sequence_lengths: tuple[int, ...]
     longest_sequence: int
     shortest_sequence: int
-    names: tuple[str | None, ...] = field(default=())
+    names: tuple[str | None, ...] = ()
 
     @property
     def num_groups(self) -> int:
@@ -98,20 +99,20 @@ class Pack:
         """The pack with its tensors on ``device``; the host offsets and segments stay there."""
         on_host = ("cu_responses", "cu_groups")
         moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if f.name not in on_host and isinstance(value := getattr(self, f.name), Tensor)
+            name: value.to(device, non_blocking=non_blocking)
+            for name in self.field_names
+            if name not in on_host and isinstance(value := getattr(self, name), Tensor)
         }
-        return replace(self, **moved)
+        return self.replace(**moved)
 
     def pin_memory(self) -> Pack:
         """The pack in page-locked memory, for copies that overlap with computation."""
         pinned: dict[str, Any] = {
-            f.name: value.pin_memory()
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
+            name: value.pin_memory()
+            for name in self.field_names
+            if isinstance(value := getattr(self, name), Tensor)
         }
-        return replace(self, **pinned)
+        return self.replace(**pinned)
 
 
 def pack(

@@ -175,7 +175,7 @@ class StepCutter:
             shared_prompts=self.shared_prompts,
         )
         index = tuple(chosen[i] for i in whole.group_index)
-        return replace(whole, group_index=index), float(bool(members))
+        return whole.replace(group_index=index), float(bool(members))
 
 
 class PackDataset(Dataset):
