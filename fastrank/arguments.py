@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Reduction = Literal["mean", "sum", "none"]
+HeadPathName = Literal["auto", "fused", "logits"]
 Pooling = Literal["mean", "sum"]
 Normalize = Pooling | float
 """How token log-probabilities become a score: their mean, their sum, or for a number α their sum

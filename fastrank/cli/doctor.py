@@ -123,6 +123,7 @@ def _model(options: DoctorOptions) -> dict[str, Any]:
     from fastrank.attention.gate import refusal
     from fastrank.data.files import one_line
     from fastrank.modeling.context import context_length
+    from fastrank.modeling.heads import not_plain
     from fastrank.modeling.pretrained import check_model_path
 
     name = check_model_path(str(options.model))
@@ -135,6 +136,8 @@ def _model(options: DoctorOptions) -> dict[str, Any]:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{name}: no causal language model: {reason}") from error
     refused = refusal(model)
+    obstacle = not_plain(model, model)
+    plain = "a plain linear layer; that it reproduces the logits is measured when a run starts"
     return {
         "path": str(options.model),
         "class": type(model).__name__,
@@ -143,6 +146,7 @@ def _model(options: DoctorOptions) -> dict[str, Any]:
         "context": context_length(config),
         "shared_prompts": refused is None,
         "reason": refused or "every layer is attention that a pack can be laid out for",
+        "head": {"path": "fused" if obstacle is None else "logits", "reason": obstacle or plain},
     }
 
 
@@ -254,6 +258,7 @@ def doctor_text(result: dict[str, Any]) -> str:
             f"Model {model['path']}: {model['class']}, {model['parameters']:,} parameters, "
             f"vocabulary {model['vocab']:,}, context {model['context']}",
             f"  {shares}: {model['reason']}",
+            f"  head path {model['head']['path']}: {model['head']['reason']}",
         ]
     for device in result["devices"]:
         lines += ["", *_device_text(device)]

@@ -4,76 +4,223 @@ The fused loss multiplies by the head itself, so it must know exactly what the m
 last hidden state. Configuration names do not tell: Granite divides by ``logits_scaling``,
 HyperCLOVAX multiplies by an attribute of the same name. So the head is *measured*: the model's own
 logits on a few rows are compared with those computed from the head, and a scale is accepted only if
-it reproduces them. What cannot be reproduced, and a head that is not a plain linear layer (with an
-adapter, quantised, partitioned by ZeRO-3), takes the logits fallback: the model computes its own
+it reproduces them.
+
+The loss is computed inside the head module's own forward (`call_head`): there, and only there,
+every engine has made the weight whole (FSDP2 gathers the unit that the head belongs to, ZeRO-3 the
+module), and a hook that casts or moves the head's input takes effect. What cannot be reproduced,
+and a head that is not a plain linear layer (with an adapter, quantised, sharded over a
+tensor-parallel mesh, with a hook on its logits), takes the logits path: the model computes its own
 logits, at the cost of memory for all response rows' logits, with the same values and gradients.
-Multiplying by an adapter's factors here would save memory for one kind of adapter; the fallback is
-right for every kind.
+Multiplying by an adapter's factors here would save memory for one kind of adapter; the logits path
+is right for every kind.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from types import MethodType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.modules import module as torch_module
 from transformers import PretrainedConfig, PreTrainedModel
 
+from fastrank.arguments import HeadPathName
 from fastrank.data.packing import Pack
+from fastrank.errors import InputError
 
+ResultT = TypeVar("ResultT", bound="Tensor | tuple[Tensor, ...]")
+Compute = Callable[[Tensor, Tensor, "Tensor | None"], ResultT]
+"""From the head's input, weight and bias to a result."""
 
-class HeadWeights(NamedTuple):
-    """Logits are ``softcap * tanh(logit_scale * (weight @ h + bias) / softcap)``."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
+# Hooks of these packages gather weights and leave values alone.
+_GATHERING = ("torch.distributed.fsdp", "torch.distributed._composable", "deepspeed")
 
 
 @dataclass(frozen=True)
 class Head:
-    """How logits are computed: by the loss from the head's weights (``fused``), or by the model."""
+    """What was measured: whether the loss can be computed from the head's weights, and how."""
 
-    fused: bool
+    reproduced: bool
     reason: str
     softcap: float | None = None
     logit_scale: float = 1.0
 
-    def weights(self, model: PreTrainedModel) -> HeadWeights | None:
-        """The head's current tensors; None for the logits fallback."""
-        if not self.fused or not_plain(model) is not None:
-            return None
-        linear: Any = _linear(model)
-        return HeadWeights(linear.weight, linear.bias, self.softcap, self.logit_scale)
+
+class HeadPath(NamedTuple):
+    """How a pack's log-probabilities are made: ``fused`` in the head's own forward, or by the
+    model's logits."""
+
+    fused: bool
+    reason: str
+
+    def __str__(self) -> str:
+        """E.g. ``"fused: the head reproduces the model's logits"``."""
+        return f"{'fused' if self.fused else 'logits'}: {self.reason}"
 
 
-def not_plain(model: PreTrainedModel) -> str | None:
-    """Reason why the head is not a plain weight matrix; None if it is one.
+def choose_path(model: nn.Module, lm: PreTrainedModel, head: Head, asked: HeadPathName) -> HeadPath:
+    """Choose the path for the next pack; adapters and hooks come and go.
 
-    Checked before every pack, because adapters come and go.
+    Args:
+        model: the prepared model, PEFT-wrapped or not.
+        lm: the transformers model in it.
+        head: as measured.
+        asked: ``"auto"`` for the fused path where it is possible.
+
+    Raises:
+        InputError: the fused path was asked for and is not possible; the message says why.
     """
-    module = _linear(model)
+    if asked == "logits":
+        return HeadPath(False, "asked for")
+    obstacle = (None if head.reproduced else head.reason) or not_plain(model, lm)
+    if obstacle is None:
+        return HeadPath(True, head.reason)
+    if asked == "fused":
+        raise InputError(
+            f"head_path=fused is not possible: {obstacle}; head_path=auto takes the model's logits "
+            "instead, with more memory"
+        )
+    return HeadPath(False, obstacle)
+
+
+def not_plain(model: nn.Module, lm: PreTrainedModel) -> str | None:
+    """Reason why the head's own forward is not a product with a weight matrix, whole there; None if
+    it is."""
+    module = head_module(lm)
     if not isinstance(module, nn.Linear):
         return f"the head is a {type(module).__name__}"
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+    replaced = "forward" in vars(module) and not _is_installed(module)
+    if replaced or type(module).forward is not nn.Linear.forward:
         return f"the head is a {type(module).__name__} with a forward of its own"
+    hook = _hook_on_result(module)
+    if hook is not None:
+        return hook
     weight = module.weight
-    if hasattr(weight, "ds_id"):
-        return "the head is partitioned by ZeRO-3, which gathers it for its own forward only"
     if isinstance(weight, DTensor):
-        return "the head is sharded by itself"
-    if type(weight) not in (Tensor, nn.Parameter):
+        gathered = any(isinstance(part, FSDPModule) for part in model.modules())
+        return None if gathered else "the head is sharded over a mesh that no forward gathers"
+    if type(weight) not in (Tensor, nn.Parameter) and not hasattr(weight, "ds_id"):
         return f"the head's weight is a {type(weight).__name__}"
     if not weight.is_floating_point():
         return f"the head is quantised ({weight.dtype})"
     return None
+
+
+def _hook_on_result(module: nn.Module) -> str | None:
+    """A hook that expects the head's logits, or their gradient, in words. Hooks on the input take
+    effect in both paths."""
+    kinds: dict[str, tuple[Mapping[int, Any], ...]] = {
+        "forward": (module._forward_hooks, torch_module._global_forward_hooks),
+        "backward": (
+            *(module._backward_hooks, torch_module._global_backward_hooks),
+            *(module._backward_pre_hooks, torch_module._global_backward_pre_hooks),
+        ),
+    }
+    for kind, places in kinds.items():
+        for place in places:
+            for hook in place.values():
+                if not _origin(hook).startswith(_GATHERING):
+                    return f"a {kind} hook on the head reads logits ({_name(hook)})"
+    return None
+
+
+def _origin(hook: Any) -> str:
+    if isinstance(hook, functools.partial):
+        return _origin(hook.func)
+    return getattr(hook, "__module__", None) or type(hook).__module__
+
+
+def _name(hook: Any) -> str:
+    if isinstance(hook, functools.partial):
+        return _name(hook.func)
+    return getattr(hook, "__qualname__", None) or type(hook).__qualname__
+
+
+def head_module(lm: PreTrainedModel) -> nn.Module:
+    """The module that makes logits: the output embedding, or PEFT's trained copy of it."""
+    module: nn.Module = lm.get_output_embeddings()
+    copies = getattr(module, "modules_to_save", None)
+    if copies is not None and not getattr(module, "disable_adapters", False):
+        return copies[module.active_adapter]
+    return module
+
+
+# ---- the head's own forward ------------------------------------------------------------------
+
+
+def call_head(lm: PreTrainedModel, hidden: Tensor, compute: Compute[ResultT]) -> ResultT:
+    """Call ``compute(hidden, weight, bias)`` inside the head module's forward, where the weight is
+    whole; a plain head (`not_plain`) is required.
+
+    Raises:
+        InputError: the weight is not whole even there.
+    """
+    module = head_module(lm)
+    install_forward(module)
+    made: list[ResultT] = []
+
+    def keep(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> ResultT:
+        made.append(compute(hidden, weight, bias))
+        return made[0]
+
+    return uncast(made, module(hidden, compute=keep))
+
+
+def uncast(made: list[ResultT], returned: ResultT) -> ResultT:
+    """What a module's forward ``made``, as its hooks ``returned`` it but for a change of dtype.
+
+    FSDP2 casts the outputs of its units to ``output_dtype``. The hooks that its backward needs are
+    on the tensors that it cast.
+    """
+    (exact,) = made
+    if isinstance(exact, Tensor):
+        assert isinstance(returned, Tensor)
+        return exact if returned.dtype != exact.dtype else returned
+    pairs = zip(exact, returned, strict=True)
+    kept = (own if got.dtype != own.dtype else got for own, got in pairs)
+    return type(exact)(*kept)
+
+
+def install_forward(module: nn.Module) -> None:
+    """Let a linear layer's forward take ``compute``; every other call behaves as before."""
+    if not _is_installed(module):
+        module.forward = MethodType(_head_forward, module)
+
+
+def remove_forwards(model: nn.Module) -> None:
+    """Undo `install_forward` for every module of a model."""
+    for module in model.modules():
+        if _is_installed(module):
+            del module.forward
+
+
+def _is_installed(module: nn.Module) -> bool:
+    return getattr(vars(module).get("forward"), "__func__", None) is _head_forward
+
+
+def _head_forward(self: nn.Linear, input: Tensor, compute: Compute[Any] | None = None) -> Any:
+    if compute is None:
+        return nn.Linear.forward(self, input)
+    weight = self.weight
+    if isinstance(weight, DTensor) or weight.numel() == 0:
+        raise InputError(
+            "the head's weight is not whole in the head's own forward "
+            f"({type(weight).__name__} {list(weight.shape)}): use head_path=logits"
+        )
+    return compute(input, weight, self.bias)
+
+
+# ---- the model's own logits ------------------------------------------------------------------
 
 
 def logits_fallback(
@@ -99,7 +246,7 @@ def head_in_own_dtype(model: PreTrainedModel) -> Iterator[None]:
     The fused loss multiplies by a float32 head over a bfloat16 trunk in float32; the model itself
     need not be able to call such a head.
     """
-    module = _linear(model)
+    module = head_module(model)
     weight: Any = module.weight
     handle = module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(weight.dtype),))
     try:
@@ -108,32 +255,30 @@ def head_in_own_dtype(model: PreTrainedModel) -> Iterator[None]:
         handle.remove()
 
 
-def _linear(model: PreTrainedModel) -> nn.Module:
-    module: nn.Module = model.get_output_embeddings()
-    copies = getattr(module, "modules_to_save", None)  # PEFT's trained copy of a whole module
-    if copies is not None and not getattr(module, "disable_adapters", False):
-        return copies[module.active_adapter]
-    return module
+# ---- measuring -------------------------------------------------------------------------------
 
 
-def measure_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> Head:
+def measure_head(lm: PreTrainedModel, hidden: Tensor, logits: Tensor) -> Head:
     """Find the scale and softcap with which the head maps ``hidden`` to ``logits``.
 
     Args:
-        model: a causal language model with a plain head (`not_plain`).
-        hidden: [S, D], last hidden states of some tokens.
-        logits: [S, V], the model's own logits of these tokens.
+        lm: a causal language model with a plain head (`not_plain`).
+        hidden: [B, L, D], last hidden states of some tokens.
+        logits: [B, L, V], the model's own logits of these tokens.
     """
-    module: Any = _linear(model)
-    if module.weight.shape[1] != hidden.shape[1]:
+    module: Any = head_module(lm)
+    if module.in_features != hidden.shape[-1]:
         return Head(False, "the model transforms its last hidden state before the head")
-    # Not by calling the module: its hooks belong to what is measured.
-    plain = nn.functional.linear(hidden.to(module.weight.dtype), module.weight, module.bias)
-    plain = plain.double()
+
+    def multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+
+    # The same way as the loss takes, hooks on the head's input included.
+    plain = call_head(lm, hidden, multiply).double()
     logits = logits.double()
     if plain.shape != logits.shape:
         return Head(False, "the model's logits are not the size of its head")
-    config = model.config.get_text_config()
+    config = lm.config.get_text_config()
     error = 1e-4 if module.weight.dtype in (torch.float32, torch.float64) else 3e-2
     for softcap in _softcaps(config):
         for scale in _scales(config):

@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from fastrank.arguments import Normalize, Reduction
+from fastrank.arguments import HeadPathName, Normalize, Reduction, check_choice
 from fastrank.attention.adapter import attention_modules, hook_attention, shared_prompt_attention
 from fastrank.attention.backends import BACKENDS, AttentionName
 from fastrank.attention.gate import check_shareable, trunk
@@ -34,7 +35,15 @@ from fastrank.linear_loss import linear_ranking_loss
 from fastrank.logprobs import sequence_scores, token_logprobs
 from fastrank.loss import Loss
 from fastrank.modeling.context import check_sequences
-from fastrank.modeling.heads import Head, logits_fallback
+from fastrank.modeling.heads import (
+    Head,
+    HeadPath,
+    call_head,
+    choose_path,
+    logits_fallback,
+    remove_forwards,
+    uncast,
+)
 from fastrank.modeling.probe import check_causal, check_sharing, probe_head
 from fastrank.modeling.unwrap import (
     causal_lm,
@@ -50,6 +59,7 @@ from fastrank_kernels import Backend
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+OutputT = TypeVar("OutputT", RankingOutput, ScoreOutput)
 
 _STATE = "_fastrank"
 
@@ -63,11 +73,19 @@ class Prepared:
     inner_forward: Callable[..., Any] | None  # an instance's own forward, if it had one
     num_attention_modules: int
     handles: list[Any]
+    head_path: HeadPathName
     head: Head | None = None
+    last_path: HeadPath | None = None
+    result: RankingOutput | ScoreOutput | None = None  # until the model's hooks have run
+    keeps_result: bool = False
 
 
 def prepare_model(
-    model: ModelT, *, attention: AttentionName = "auto", shared_prompts: bool = True
+    model: ModelT,
+    *,
+    attention: AttentionName = "auto",
+    shared_prompts: bool = True,
+    head_path: HeadPathName = "auto",
 ) -> ModelT:
     """Prepare a causal language model to take packs, in place, and return it.
 
@@ -86,12 +104,18 @@ def prepare_model(
             (every sequence by itself). ``"auto"`` tries them in this order, per layer.
         shared_prompts: False for models that cannot share prompts (recurrent, hybrid, ALiBi); they
             take packs made with ``shared_prompts=False``.
+        head_path: ``"fused"`` computes the loss inside the head's own forward, without the logits
+            of all response rows at once, under DDP, FSDP2 and ZeRO-3 too; ``"logits"`` lets the
+            model make them; ``"auto"`` is fused wherever the head is a plain linear layer, and logs
+            a warning where that changes from one pack to the next. `head_path_of` tells.
 
     Raises:
         TypeError: the model is not a transformers model.
-        InputError: the model cannot share prompts; the message says why.
-        ValueError: the backend is unknown.
+        InputError: the model cannot share prompts, or its head cannot take the fused path asked
+            for; the message says why.
+        ValueError: the backend or the head path is unknown.
     """
+    check_choice("head_path", head_path, HeadPathName)
     if attention not in ("auto", *BACKENDS):
         expected = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"attention must be one of {expected}, got {attention!r}")
@@ -111,12 +135,14 @@ def prepare_model(
         inner_forward=model.__dict__.get("forward"),
         num_attention_modules=len(modules),
         handles=hook_attention(modules),
+        head_path=head_path,
     )
     model.__dict__[_STATE] = state
     model.forward = MethodType(_forward_of(type(model)), model)
     try:
         if is_materialized(lm):
             _check(model, state)
+            _choose_path(model, lm, state)
     except Exception:
         release_model(model)
         raise
@@ -130,6 +156,7 @@ def release_model(model: nn.Module) -> None:
         return
     for handle in state.handles:
         handle.remove()
+    remove_forwards(model)
     del model.forward
     if state.inner_forward is not None:
         model.forward = state.inner_forward
@@ -138,6 +165,23 @@ def release_model(model: nn.Module) -> None:
 def prepared_state(model: nn.Module) -> Prepared | None:
     """State of a prepared model, wrapped or not; None if it is not prepared."""
     return unwrap(model).__dict__.get(_STATE)
+
+
+def head_path_of(model: nn.Module) -> HeadPath | None:
+    """How a prepared model, wrapped or not, would compute its next pack, and why; None if that is
+    measured with the first pack, when every weight is there.
+
+    Raises:
+        InputError: the fused path was asked for and is not possible.
+        ValueError: the model is not prepared.
+    """
+    inner = unwrap(model)
+    state = prepared_state(inner)
+    if state is None:
+        raise ValueError(f"model must be prepared, got {type(inner).__name__}")
+    if state.head is None:
+        return None
+    return choose_path(inner, causal_lm(inner), state.head, state.head_path)
 
 
 def _forward_of(cls: type[nn.Module]) -> Callable[..., Any]:
@@ -202,7 +246,7 @@ def _pack_forward(
     if state.head is None:
         _check(model, state)
     assert state.head is not None
-    head = state.head.weights(lm)
+    path = _choose_path(model, lm, state)
     groups: dict[str, Any] = {}
     if loss is not None:
         loss = as_loss(loss)
@@ -213,22 +257,64 @@ def _pack_forward(
             "reference_scores": pack.reference_scores if loss.uses_reference else None,
             "reduction": reduction,
         }
-    if head is None:
+    if not path.fused:
         logprobs = _model_logprobs(model, lm, state, pack)
         if loss is not None:
             rewards = pack.rewards.to(logprobs.dtype)
-            return ranking_from_logprobs(logprobs, rewards, backend=options["backend"], **groups)
+            found = ranking_from_logprobs(logprobs, rewards, backend=options["backend"], **groups)
+            return _keep(model, state, found)
     else:
         hidden = _pack_hidden(lm, state, pack)
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        common = {**head._asdict(), "rows": pack.rows, **options}
-        weight = common.pop("weight")
+        common = {
+            "rows": pack.rows,
+            "softcap": state.head.softcap,
+            "logit_scale": state.head.logit_scale,
+            **options,
+        }
         if loss is not None:
-            rewards = pack.rewards.to(torch.promote_types(hidden.dtype, torch.float32))
-            return linear_ranking_loss(hidden, weight, pack.labels, rewards, **groups, **common)
-        logprobs = token_logprobs(hidden, weight, pack.labels, **common)
+
+            def rank(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> RankingOutput:
+                hidden = hidden.flatten(0, -2)
+                rewards = pack.rewards.to(torch.promote_types(hidden.dtype, torch.float32))
+                how = {"bias": bias, **groups, **common}
+                return linear_ranking_loss(hidden, weight, pack.labels, rewards, **how)
+
+            return _keep(model, state, call_head(lm, hidden, rank))
+
+        def read(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return token_logprobs(hidden.flatten(0, -2), weight, pack.labels, bias=bias, **common)
+
+        logprobs = call_head(lm, hidden, read)
     scores = sequence_scores(logprobs, pack.cu_responses, normalize=normalize)
-    return ScoreOutput(scores, logprobs)
+    return _keep(model, state, ScoreOutput(scores, logprobs))
+
+
+def _choose_path(model: nn.Module, lm: PreTrainedModel, state: Prepared) -> HeadPath:
+    """Choose the path of the next pack; a change is no secret."""
+    assert state.head is not None
+    path = choose_path(model, lm, state.head, state.head_path)
+    if not torch.compiler.is_compiling():
+        if state.last_path is not None and state.last_path.fused != path.fused:
+            logger.warning("the head path changes from %s to %s", state.last_path, path)
+        state.last_path = path
+    return path
+
+
+def _keep(model: nn.Module, state: Prepared, result: OutputT) -> OutputT:
+    """The result of a forward, in its own dtypes whatever FSDP2's hooks on the model cast it to."""
+    if isinstance(model, FSDPModule):
+        if not state.keeps_result:
+            # Registered when it is first needed, it runs after those of ``fully_shard``.
+            state.handles.append(model.register_forward_hook(_give_back))
+            state.keeps_result = True
+        state.result = result
+    return result
+
+
+def _give_back(model: nn.Module, args: Any, returned: Any) -> Any:
+    state: Prepared = model.__dict__[_STATE]
+    made, state.result = state.result, None
+    return returned if made is None else uncast([made], returned)
 
 
 def _pack_hidden(lm: PreTrainedModel, state: Prepared, pack: Pack) -> Tensor:
@@ -277,7 +363,7 @@ def _check(model: nn.Module, state: Prepared) -> None:
     lm = causal_lm(model)
     hidden_states = functools.partial(_hidden_states, lm)
     with torch.no_grad(), evaluation_mode(model):
-        state.head = probe_head(lm, _inner(model), hidden_states)
+        state.head = probe_head(model, lm, _inner(model), hidden_states)
         if state.shared_prompts:
             # Segmentwise: the wiring is checked, and no kernel compiled that training may not use.
             segmentwise = replace(state, attention="segmentwise")

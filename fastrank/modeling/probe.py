@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastrank.data.files import one_line
@@ -29,18 +29,21 @@ def probe_group(model: PreTrainedModel) -> Group:
 
 
 def probe_head(
-    model: PreTrainedModel, forward: Callable[..., Any], hidden_states: Callable[..., Tensor]
+    model: nn.Module,
+    lm: PreTrainedModel,
+    forward: Callable[..., Any],
+    hidden_states: Callable[..., Tensor],
 ) -> Head:
     """Measure the head on one short row; ``forward`` is the model's own."""
-    reason = not_plain(model)
+    reason = not_plain(model, lm)
     if reason is not None:
         return Head(False, reason)
-    group = probe_group(model)
-    row = torch.cat((group.prompt_ids, group.response_ids[0]))[None].to(model.device)
+    group = probe_group(lm)
+    row = torch.cat((group.prompt_ids, group.response_ids[0]))[None].to(lm.device)
     hidden = hidden_states(input_ids=row)
-    with head_in_own_dtype(model):
+    with head_in_own_dtype(lm):
         logits = forward(input_ids=row).logits
-    return measure_head(model, hidden[0], logits[0])
+        return measure_head(lm, hidden, logits)
 
 
 def check_causal(model: PreTrainedModel, hidden_states: Callable[..., Tensor]) -> None:

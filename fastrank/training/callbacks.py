@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from fastrank.errors import InputError
+from fastrank.modeling.prepare import head_path_of
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -81,13 +82,16 @@ def format_line(logs: dict[str, Any], step: int, max_steps: int) -> str | None:
 
 
 class RankProgress(ProgressCallback):
-    """The bar and the lines; without a bar (``--disable_tqdm``) the lines alone."""
+    """The bar and the lines, the first of which names the head path; without a bar
+    (``--disable_tqdm``) the lines alone."""
 
     def __init__(self, disable_bar: bool | None = False) -> None:
         super().__init__()
         self.disable_bar = bool(disable_bar)
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         self.current_step = state.global_step
         if state.is_world_process_zero and not self.disable_bar:
             self.training_bar = tqdm(
@@ -97,6 +101,11 @@ class RankProgress(ProgressCallback):
                 unit="step",
                 mininterval=_REFRESH_SECONDS[sys.stderr.isatty()],
             )
+        if model is None:
+            return
+        path = head_path_of(model)  # raises, on every process, if it is not the one asked for
+        if state.is_world_process_zero:
+            self._write(f"head: {path or 'measured with the first pack'}")
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:
@@ -111,8 +120,10 @@ class RankProgress(ProgressCallback):
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         line = format_line(logs or {}, state.global_step, state.max_steps)
-        if line is None or not state.is_world_process_zero:
-            return
+        if line is not None and state.is_world_process_zero:
+            self._write(line)
+
+    def _write(self, line: str) -> None:
         if self.training_bar is not None:
             self.training_bar.write(line)
         else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from transformers import IntervalStrategy, TrainingArguments
 
 from fastrank import options as shared
+from fastrank.arguments import HeadPathName
 from fastrank.attention.backends import BACKENDS
 from fastrank.data.columns import GroupSizes
 from fastrank.data.user_functions import is_function, load_named
@@ -78,6 +79,11 @@ class RankConfig(
         "What may differ from the run that wrote the checkpoint, e.g. learning_rate,loss; it then "
         "takes effect.",
         default=None,
+    )
+    head_path: HeadPathName = option(
+        "fused: the loss inside the output head's own forward, or an error; logits: from the "
+        "model's logits, which takes more memory; auto: fused wherever the head is a plain layer.",
+        default="auto",
     )
     shared_prompts: bool = change("Encode a prompt once for all of its candidates.", default=True)
     dtype: Literal["auto", "float32", "bfloat16"] = change(
@@ -149,6 +155,7 @@ class RankConfig(
                 "auto_find_pack_size tries packs of whole groups, got backprop=two_phase, which "
                 "splits them: set max_tokens"
             )
+        _choice("head_path", self.head_path, get_args(HeadPathName))
         _choice("dtype", self.dtype, tuple(DTYPES))
         _choice("attention", self.attention, ("auto", *BACKENDS))
         check_least(

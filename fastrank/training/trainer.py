@@ -107,7 +107,12 @@ class RankTrainer(TrainerHooks, Trainer):
         if peft_config is not None:
             model = adapt(model, peft_config, args.seed)
         self.disabled_dropout = disable_dropout(model) if args.disable_dropout else []
-        prepare_model(model, attention=args.attention, shared_prompts=args.shared_prompts)  # type: ignore[arg-type]
+        prepare_model(
+            model,
+            attention=args.attention,  # type: ignore[arg-type]
+            shared_prompts=args.shared_prompts,
+            head_path=args.head_path,
+        )
         if args.two_phase:
             check_deterministic(model)
         super().__init__(

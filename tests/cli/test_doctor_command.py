@@ -57,6 +57,7 @@ def test_models(story_model_path: Path, tmp_path: Path, run_json, capsys) -> Non
     model = run_json("doctor", "--model", str(story_model_path))["model"]
     assert model["shared_prompts"] and model["vocab"] == model["context"] == 512
     assert model["parameters"] == 260_032
+    assert model["head"]["path"] == "fused" and "plain linear" in model["head"]["reason"]
     MambaConfig(num_hidden_layers=2, hidden_size=32, vocab_size=64).save_pretrained(tmp_path)
     model = run_json("doctor", "--model", str(tmp_path))["model"]
     assert not model["shared_prompts"] and model["reason"]

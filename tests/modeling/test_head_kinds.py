@@ -6,6 +6,7 @@ included, with log-softmax and the loss on top.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -22,7 +23,8 @@ from pack_cases import (
 from torch import Tensor, nn
 
 import fastrank
-from fastrank.modeling.prepare import prepared_state
+from fastrank.errors import InputError
+from fastrank.modeling.prepare import head_path_of, prepared_state, release_model
 
 
 def llama(*, tied: bool = False, **changed) -> nn.Module:
@@ -176,9 +178,8 @@ def test_value_and_every_gradient_equal_the_plain_computation(kind):
     fastrank.prepare_model(model)
     pack = one_pack(groups)
     output = model(pack=pack, loss=fastrank.RRHF())
-    head = prepared_state(model).head
-    lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    assert (head.weights(lm) is not None) == fused, head.reason
+    path = head_path_of(model)
+    assert path.fused == fused, path
     torch.testing.assert_close(output.loss, expected.detach(), atol=1e-5, rtol=1e-5)
     output.loss.backward()
     assert_same_gradients(take_gradients(model), reference, 1e-5)
@@ -312,7 +313,105 @@ def test_a_zero3_partitioned_head_is_gathered_by_its_own_forward():
     for _ in range(2):
         head.release()
         output = model(pack=pack, loss=fastrank.RRHF())
-        assert "ZeRO-3" in prepared_state(model).head.reason
+        assert head_path_of(model).fused
         torch.testing.assert_close(output.loss, expected.detach(), atol=1e-5, rtol=1e-5)
         output.loss.backward()
         assert_same_gradients(take_gradients(model), reference, 1e-5)
+
+
+# ---- the head's own forward ------------------------------------------------------------------
+
+
+def halved(module, inputs, output):
+    return output * 0.5
+
+
+def doubled_input(module, inputs):
+    return (inputs[0] * 2,)
+
+
+@pytest.mark.parametrize("change", ["forward hook", "global hook", "backward hook", "input hook"])
+def test_a_hook_on_the_head_takes_effect_whenever_it_comes(change, caplog):
+    model = fastrank.prepare_model(llama())
+    groups = random_groups()
+    assert head_path_of(model).fused
+    seen = []
+    if change == "forward hook":
+        handle = model.lm_head.register_forward_hook(halved)
+    elif change == "global hook":
+
+        def halved_head(module, inputs, output):
+            return output * 0.5 if module is model.lm_head else None
+
+        handle = nn.modules.module.register_module_forward_hook(halved_head)
+    elif change == "backward hook":
+        handle = model.lm_head.register_full_backward_hook(
+            lambda module, before, after: seen.append(after[0].shape[-1])
+        )
+    else:
+        handle = model.lm_head.register_forward_pre_hook(doubled_input)
+    try:
+        expected = separate_loss(model, groups, fastrank.RRHF())
+        expected.backward()
+        reference = take_gradients(model)
+        seen.clear()
+        path = head_path_of(model)
+        assert path.fused == (change == "input hook")
+        if not path.fused:
+            assert "hook on the head" in path.reason
+        output = model(pack=one_pack(groups), loss=fastrank.RRHF())
+        assert ("the head path changes" in caplog.text) != path.fused
+        torch.testing.assert_close(output.loss, expected.detach(), atol=1e-5, rtol=1e-5)
+        output.loss.backward()
+        assert_same_gradients(take_gradients(model), reference, 1e-5)
+        assert set(seen) == ({model.config.vocab_size} if change == "backward hook" else set())
+    finally:
+        handle.remove()
+    assert head_path_of(model).fused
+
+
+def test_an_input_hook_from_the_start_is_measured_with_the_head():
+    """Not taken for a scale of the logits and then applied a second time."""
+    model = build("cohere", logit_scale=0.5)
+    groups = random_groups()
+    model.lm_head.register_forward_pre_hook(doubled_input)
+    expected = separate_loss(model, groups, fastrank.RRHF())
+    fastrank.prepare_model(model)
+    assert head_path_of(model).fused
+    output = model(pack=one_pack(groups), loss=fastrank.RRHF())
+    torch.testing.assert_close(output.loss, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_path_that_was_asked_for_is_taken_or_refused_by_name():
+    model = llama()
+    expected = separate_loss(model, random_groups(), fastrank.RRHF())
+    fastrank.prepare_model(model, head_path="logits")
+    assert head_path_of(model) == (False, "asked for")
+    output = model(pack=one_pack(), loss=fastrank.RRHF())
+    torch.testing.assert_close(output.loss, expected, atol=1e-5, rtol=1e-5)
+
+    fastrank.prepare_model(model, head_path="fused")
+    model(pack=one_pack(), loss=fastrank.RRHF())
+    handle = model.lm_head.register_forward_hook(halved)
+    with pytest.raises(InputError, match=r"head_path=fused .* forward hook on the head .*halved"):
+        model(pack=one_pack(), loss=fastrank.RRHF())
+    handle.remove()
+    model(pack=one_pack(), loss=fastrank.RRHF())
+
+    refused = KINDS["dora on head"][0]()
+    with pytest.raises(InputError, match="head_path=fused is not possible: the head is a"):
+        fastrank.prepare_model(refused, head_path="fused")
+    assert prepared_state(refused) is None
+    with pytest.raises(ValueError, match="head_path must be one of 'auto', 'fused', 'logits'"):
+        fastrank.prepare_model(llama(), head_path="fast")
+
+
+def test_the_head_is_left_as_it_was():
+    model = llama()
+    before = model.lm_head(torch.ones(2, 3, model.config.hidden_size))
+    fastrank.prepare_model(model)
+    assert torch.equal(model.lm_head(torch.ones(2, 3, model.config.hidden_size)), before)
+    twin = copy.deepcopy(model)
+    assert twin.lm_head.forward.__self__ is twin.lm_head
+    release_model(model)
+    assert "forward" not in vars(model.lm_head)
