@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,6 +111,10 @@ class AccelerateEngine(Engine):
         self.accelerator = accelerator
         self.rank = accelerator.process_index
         self.world_size = accelerator.num_processes
+        if accelerator.is_fsdp2:
+            _reduce_in_float32(accelerator.state.fsdp_plugin)
+        if accelerator.distributed_type == "DEEPSPEED":
+            _gather_when_saving(accelerator.state.deepspeed_plugin)
 
     def synchronising(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         set_sync_gradients(self.accelerator, last)
@@ -120,6 +125,21 @@ class AccelerateEngine(Engine):
         if self.accelerator.distributed_type == "DEEPSPEED":
             options["scale_wrt_gas"] = False  # the loss is normalised already
         self.accelerator.backward(total, **options)
+
+
+def _reduce_in_float32(plugin: Any) -> None:
+    """Add up the processes' gradients in float32: accelerate's mixed precision takes the dtype of
+    the computation for that too."""
+    policy = plugin.mixed_precision_policy
+    if policy is not None and policy.param_dtype is not None:
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
+
+
+def _gather_when_saving(plugin: Any) -> None:
+    """Let ZeRO-3 save whole weights; by default it leaves a folder without any."""
+    if plugin.zero_stage == 3:
+        zero = plugin.hf_ds_config.config["zero_optimization"]
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 def engine_of(model: nn.Module) -> Engine:

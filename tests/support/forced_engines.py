@@ -1,0 +1,257 @@
+"""accelerate's own FSDP2 and DeepSpeed code on CPU processes: ``forced_engines.py OUT CASE ...``.
+
+On a CPU accelerate turns FSDP2 into DDP without a word. Told that it runs on one GPU per process
+over gloo, it takes the code that users run. Each case trains for a few AdamW steps and leaves, for
+each process, the whole weights, the log, an evaluation, and how every pack was computed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from pack_cases import tied_groups
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from fastrank.data.group import Group
+from fastrank.modeling import prepare
+from fastrank.tasks.menu import tiny_llama
+from fastrank.training.config import RankConfig
+from fastrank.training.trainer import RankTrainer
+
+STEPS = 4
+GLOBAL_BATCH = 12
+
+_REDUCE_SCATTERS = ("reduce_scatter_single", "reduce_scatter_tensor")  # new and old name
+
+# What `accelerate launch` sets from a configuration file.
+_FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+_ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+ENGINES = {
+    "fsdp2": _FSDP2,
+    "zero2": {**_ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {**_ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    engine: str
+    tied: bool = False
+    two_phase: bool = False
+    bf16: bool = False
+
+    @property
+    def name(self) -> str:
+        words = [self.engine, "bf16" if self.bf16 else "float32", "tied" if self.tied else "untied"]
+        return "-".join([*words, "two_phase" if self.two_phase else "joint"])
+
+
+def cases(*engines: str, bf16: bool = True) -> dict[str, Case]:
+    made = [
+        Case(engine, tied, two_phase, narrow)
+        for engine in engines
+        for narrow in (False, True)[: 1 + bf16]
+        for tied in (False, True)
+        for two_phase in (False, True)
+    ]
+    return {case.name: case for case in made}
+
+
+CASES = cases("fsdp2") | cases("zero2", "zero3", bf16=False)
+
+
+def close_groups() -> list[Group]:
+    """Rewards from 300.00 in steps of 0.01, with ties: in bfloat16 all of them are equal."""
+    return [
+        Group(g.prompt_ids, g.response_ids, 300 + 0.01 * g.rewards, name=g.name)
+        for g in tied_groups(11, 6)
+    ]
+
+
+def make_model(tied: bool) -> PreTrainedModel:
+    model = tiny_llama(0)
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    return model
+
+
+def make_trainer(folder: Path, case: Case, world_size: int) -> RankTrainer:
+    config = RankConfig(
+        output_dir=str(folder / f"run-{case.name}"),
+        per_device_train_batch_size=GLOBAL_BATCH // world_size,
+        max_steps=STEPS,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        max_grad_norm=1000.0,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        max_tokens=24 if case.two_phase else 75,
+        backprop="two_phase" if case.two_phase else "joint",
+        head_path="fused",
+        bf16=case.bf16,
+    )
+    groups = close_groups()
+    return RankTrainer(make_model(case.tied), config, groups, groups[:7])
+
+
+class Watch:
+    """Counts how packs are computed, and the dtypes of what comes out and of reduced gradients."""
+
+    def __init__(self) -> None:
+        self.paths: Counter[str] = Counter()
+        self.dtypes: Counter[str] = Counter()
+        self.reduced: Counter[str] = Counter()
+
+    @contextmanager
+    def watching(self, trainer: RankTrainer) -> Iterator[None]:
+        def count(name: str, function: Any) -> Any:
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                self.paths[name] += 1
+                return function(*args, **kwargs)
+
+            return counted
+
+        name = next(n for n in _REDUCE_SCATTERS if hasattr(dist, n))
+        reduce_scatter = getattr(dist, name)
+
+        def reduced(*args: Any, **kwargs: Any) -> Any:
+            self.reduced[str(kwargs["input"].dtype)] += 1
+            return reduce_scatter(*args, **kwargs)
+
+        fused, logits = prepare.call_head, prepare.logits_fallback
+        step, evaluate = trainer.backprop.step, trainer.backprop.evaluate
+
+        def stepped(*args: Any) -> Any:
+            result = step(*args)
+            for part in result.computed:
+                self._note(part.output, part.candidates.rewards)
+            return result
+
+        def evaluated(*args: Any) -> Any:
+            result = evaluate(*args)
+            if result is not None:
+                self._note(result.output, result.candidates.rewards)
+            return result
+
+        with (
+            mock.patch.object(dist, name, reduced),
+            mock.patch.object(prepare, "call_head", count("fused", fused)),
+            mock.patch.object(prepare, "logits_fallback", count("logits", logits)),
+            mock.patch.object(trainer.backprop, "step", stepped),
+            mock.patch.object(trainer.backprop, "evaluate", evaluated),
+        ):
+            yield
+
+    def _note(self, output: Any, rewards: Tensor) -> None:
+        for tensor in (*output, rewards):
+            self.dtypes[str(tensor.dtype)] += 1
+
+
+def run_case(folder: Path, case: Case, world_size: int) -> dict[str, Any]:
+    trainer = make_trainer(folder, case, world_size)
+    watch = Watch()
+    with watch.watching(trainer):
+        trainer.train()
+        evaluation = trainer.evaluate()
+    saved = folder / f"saved-{case.name}"
+    trainer.save_model(str(saved))
+    return {
+        "engine": _engine(trainer),
+        "weights": whole_weights(trainer),
+        "log": [row for row in trainer.state.log_history if "grad_norm" in row],
+        "evaluation": evaluation,
+        "paths": dict(watch.paths),
+        "dtypes": dict(watch.dtypes),
+        "reduced": dict(watch.reduced),
+    }
+
+
+def _engine(trainer: RankTrainer) -> str:
+    accelerator = trainer.accelerator
+    if accelerator.is_fsdp2:
+        assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
+        return "fsdp2"
+    if accelerator.deepspeed_plugin is not None:
+        return f"zero{accelerator.deepspeed_plugin.zero_stage}"
+    return str(accelerator.distributed_type)
+
+
+def whole_weights(trainer: RankTrainer) -> dict[str, Tensor]:
+    return {
+        name: _whole(parameter).detach().clone() for name, parameter in _named(trainer.lm).items()
+    }
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters())
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter
+
+
+def force_engine(name: str) -> None:
+    """Let accelerate take the next trainer's model to an engine, whatever the device."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+
+    def on_gloo(self: Any, *args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        return "gloo", DistributedType.MULTI_GPU
+
+    for known in {key for environment in ENGINES.values() for key in environment}:
+        os.environ.pop(known, None)
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", **ENGINES[name]}
+    PartialState._prepare_backend = on_gloo
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    if name.startswith("zero"):
+        import deepspeed.comm.torch
+
+        deepspeed.comm.torch.build_shm_op = lambda: None  # needs a compiler
+
+
+def main(folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for name in names:
+        force_engine(CASES[name].engine)
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+        result = run_case(folder, CASES[name], world_size)
+        torch.save(result, folder / f"{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
