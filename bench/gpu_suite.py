@@ -93,6 +93,7 @@ TESTS = [
     "tests/kernels/contracts",
     "tests/gpu/test_kernels_gpu.py",
     "tests/gpu/test_linear_loss_gpu.py",
+    "tests/gpu/test_step_gpu.py",
     "tests/gpu/test_attention_gpu.py",
     "tests/gpu/test_two_phase_gpu.py",
 ]

@@ -38,6 +38,7 @@ def linear_ranking_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    device_offsets: tuple[Tensor, Tensor] | None = None,
     reference_scores: Tensor | None = None,
     reduction: Reduction = "mean",
     logits_memory: int | None = None,
@@ -57,6 +58,9 @@ def linear_ranking_loss(
         cu_groups: int32 [G + 1], group g's candidates, likewise.
         loss: e.g. ``fastrank.RRHF()``, or a function, see `fastrank.FunctionLoss`, whose gradient
             goes through `fastrank.token_logprobs`.
+        device_offsets: copies of ``cu_responses`` and ``cu_groups`` beside ``hidden``, as a
+            `fastrank.Pack` has them, where the offsets are on the host. Nothing is copied to a GPU
+            then, which a step captured in a CUDA graph needs.
         rows: int64 [T], the hidden row that predicts each label; a prompt's last row serves every
             one of its responses.
         bias: [V]. softcap: κ > 0. logit_scale: σ, in ``z = κ tanh(σ (W h + b) / κ)``.
@@ -84,6 +88,12 @@ def linear_ranking_loss(
     check_tensor("cu_groups", cu_groups, ("G + 1",), kind="offsets")
     candidates = cu_responses.shape[0] - 1
     check_tensor("rewards", rewards, (candidates,), device=hidden.device)
+    if device_offsets is not None:
+        for name, copy, like in zip(
+            ("cu_responses", "cu_groups"), device_offsets, (cu_responses, cu_groups), strict=True
+        ):
+            name = f"device_offsets of {name}"
+            check_tensor(name, copy, tuple(like.shape), kind="offsets", device=hidden.device)
     if reference_scores is not None:
         if not loss.uses_reference:
             raise ValueError(
@@ -110,6 +120,7 @@ def linear_ranking_loss(
         spec=loss.spec(),
         reference_scores=reference_scores,
         scale=None if reduction == "mean" else 1.0,
+        device_offsets=device_offsets,
     )
     rank_loss, sft_loss = reduce_groups(rank_loss, reduction), reduce_groups(sft_loss, reduction)
     return RankingOutput(total, rank_loss, sft_loss, scores, logprobs)

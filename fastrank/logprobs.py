@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastrank_kernels
 from fastrank_kernels import Backend, Projection
+from fastrank_kernels.host_memory import send
 
 from .arguments import Normalize, check_normalize, check_tensor, length_exponent
 
@@ -94,7 +95,7 @@ def sequence_scores(
     if exponent == 0.0:
         return sums
     lengths = cu_responses[1:] - cu_responses[:-1]
-    lengths = lengths.to(device=sums.device, dtype=sums.dtype, non_blocking=True)
+    lengths = send(lengths, sums.device).to(sums.dtype)
     # An empty response has no mean: 0 / 0 says so.
     return sums / fastrank_kernels.length_divisor(lengths, exponent)
 
@@ -120,17 +121,21 @@ def flatten(
     check_tensor("labels", labels, tuple(hidden.shape[:2]), kind="int64", device=hidden.device)
     keep = labels != ignore_index
     length = labels.shape[1]
-    counts = keep.sum(1).cpu()
-    if length and bool(keep[:, 0].any()):
-        row = int(keep[:, 0].nonzero()[0])
+    ahead = keep[:, 0] if length else keep.new_zeros(len(keep))
+    counts, first = torch.stack([keep.sum(1), ahead.long()]).cpu()  # the one synchronisation
+    if bool(first.any()):
+        row = int(first.nonzero()[0])
         raise ValueError(f"labels must not begin at position 0 (no row predicts it), got row {row}")
     if not bool((counts > 0).all()):
         row = int((counts == 0).nonzero()[0])
         raise ValueError(f"labels must have a token in every row, got none in row {row}")
     cu_responses = torch.zeros(labels.shape[0] + 1, dtype=torch.int32)
     cu_responses[1:] = counts.cumsum(0)
-    rows = keep.reshape(-1).nonzero().squeeze(1) - 1
-    return rows, labels[keep], cu_responses
+    # The k-th label stands where the running count reaches k: nobody has to ask how many there are.
+    running = keep.reshape(-1).cumsum(0)
+    numbers = torch.arange(1, int(cu_responses[-1]) + 1, device=running.device)
+    places = torch.searchsorted(running, numbers)
+    return places - 1, labels.reshape(-1)[places], cu_responses
 
 
 def checked_projection(

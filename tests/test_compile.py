@@ -35,10 +35,12 @@ def opcheck(operator, **arguments) -> None:
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False,) * 3])
 def test_opcheck_linear_ranking(needs, memory) -> None:
     problem = make_problem(0)
+    groups = problem.groups()
+    copies = [] if memory else [groups["cu_responses"].clone(), groups["cu_groups"].clone()]
     with torch.no_grad():
         opcheck(
-            ops.linear_ranking, **head_call(problem, needs, memory), **problem.groups(),
-            reference_scores=None, spec=RRHF, scale=0.2, drop_dead_rows=True,
+            ops.linear_ranking, **head_call(problem, needs, memory), **groups,
+            device_offsets=copies, reference_scores=None, spec=RRHF, scale=0.2, drop_dead_rows=True,
         )  # fmt: skip
 
 

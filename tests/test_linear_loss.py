@@ -103,7 +103,7 @@ def test_gradients_only_for_what_needs_them(needs, memory) -> None:
     assert largest_error(got, problem.exact(fastrank.RRHF(), 2.5)) < 1e-12
     call = problem.projection(needs=[bool(need) for need in needs], logits_memory=memory)
     grads = fastrank_kernels.ops.linear_ranking(
-        **call._asdict(), **problem.groups(), reference_scores=None,
+        **call._asdict(), **problem.groups(), device_offsets=[], reference_scores=None,
         spec=fastrank.RRHF().spec().encode(), scale=1.0, drop_dead_rows=True,
     )[4:]  # fmt: skip
     assert [g.numel() > 0 for g in grads] == list(map(bool, needs))

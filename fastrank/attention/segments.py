@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fastrank_kernels.host_memory import send
+
 DerivedT = TypeVar("DerivedT", bound="Tensor | tuple[Any, ...]")
 
 
@@ -149,11 +151,7 @@ class SegmentTable:
         """
 
         def move(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            # From pageable memory a copy may wait for the device all the same.
-            value = value.pin_memory() if device.type == "cuda" else value
-            return value.to(device, non_blocking=True)
+            return send(value, device) if isinstance(value, Tensor) else value
 
         kept: dict[Any, Any] = self.__dict__.setdefault("_on_device", {})
         if (name, device) not in kept:

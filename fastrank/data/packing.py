@@ -22,6 +22,7 @@ from fastrank.attention.segments import SegmentTable
 from fastrank.data.bins import best_fit, fill_padded
 from fastrank.data.group import Group
 from fastrank.outputs import Opaque
+from fastrank_kernels.host_memory import send
 
 __all__ = ["Group", "Pack", "pack", "sharing_pays"]
 
@@ -96,10 +97,15 @@ class Pack(Opaque):
         return self.input_ids.device
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Pack:
-        """The pack with its tensors on ``device``; the host offsets and segments stay there."""
+        """The pack with its tensors on ``device``; the host offsets and segments stay there.
+
+        With ``non_blocking`` the host does not wait for the copies to a device, whether the pack is
+        pinned or not.
+        """
         on_host = ("cu_responses", "cu_groups")
+        place = torch.empty(0, device=device).device  # with its index
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=non_blocking)
+            name: send(value, place) if non_blocking else value.to(place)
             for name in self.field_names
             if name not in on_host and isinstance(value := getattr(self, name), Tensor)
         }

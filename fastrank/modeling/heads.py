@@ -228,7 +228,9 @@ def logits_fallback(
 ) -> Tensor:
     """Log-probability of every label by the model's own forward: [T], in at least float32."""
     num_columns = pack.input_ids.shape[1]
-    rows, index = torch.unique(pack.rows, return_inverse=True)
+    # A prompt's last row stands once for each response: finding the repetitions would wait for the
+    # device, to save one row per response.
+    rows = pack.rows
     keeps_rows = "logits_to_keep" in inspect.signature(type(model).forward).parameters
     if pack.shared_prompts and keeps_rows:
         logits = forward(**inputs, logits_to_keep=rows).logits[0]
@@ -236,7 +238,8 @@ def logits_fallback(
         logits = forward(**inputs).logits
         logits = logits[rows // num_columns, rows % num_columns]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits[index, pack.labels] - torch.logsumexp(logits, dim=-1)[index]
+    chosen = logits.gather(1, pack.labels[:, None]).squeeze(1)
+    return chosen - torch.logsumexp(logits, dim=-1)
 
 
 @contextmanager

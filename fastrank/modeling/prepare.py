@@ -276,7 +276,8 @@ def _pack_forward(
             def rank(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> RankingOutput:
                 hidden = hidden.flatten(0, -2)
                 rewards = pack.rewards.to(torch.promote_types(hidden.dtype, torch.float32))
-                how = {"bias": bias, **groups, **common}
+                there = (pack.cu_responses_device, pack.cu_groups_device)
+                how = {"bias": bias, "device_offsets": there, **groups, **common}
                 return linear_ranking_loss(hidden, weight, pack.labels, rewards, **how)
 
             return _keep(model, state, call_head(lm, hidden, rank))

@@ -116,12 +116,14 @@ class JointBackprop(Backprop):
     def evaluate(self, model: nn.Module, batch: StepBatch) -> Evaluated | None:
         (whole,), (weight,) = batch.packs, batch.weights
         with torch.no_grad(), explained_out_of_memory(whole, self.max_tokens):
-            output = model(pack=whole.to(self.device), loss=self.loss, reduction="none")
+            whole = whole.to(self.device, non_blocking=True)
+            output = model(pack=whole, loss=self.loss, reduction="none")
         return Evaluated(output, whole, whole.group_index) if weight else None
 
     def is_sound(self, model: nn.Module, group: Group) -> bool:
         (alone,) = pack([group], max_tokens=self.max_tokens, shared_prompts=self.shared_prompts)
-        output = model(pack=alone.to(self.device), loss=self.loss, reduction="sum")
+        alone = alone.to(self.device, non_blocking=True)
+        output = model(pack=alone, loss=self.loss, reduction="sum")
         return bool(output.loss.isfinite()) and _finite_gradients(output.loss, model)
 
 

@@ -45,6 +45,7 @@ from fastrank.ranking import rank_coefficients
 from fastrank.training.engine import Engine, engine_of
 from fastrank.training.step_metrics import work_saved
 from fastrank_kernels import live_candidates, reuse_head_cast
+from fastrank_kernels.host_memory import send
 
 
 class TwoPhaseOutput(NamedTuple):
@@ -217,7 +218,7 @@ class Phases:
                 if logprobs is None:
                     logprobs = found.new_empty(candidates.num_response_tokens)
                 if len(chosen.tokens):
-                    logprobs[chosen.tokens.to(self.device)] = found
+                    logprobs[send(chosen.tokens, self.device)] = found
         assert logprobs is not None
         return ScoredCandidates(candidates, logprobs, sum(p.pack.num_tokens for p in packs))
 
@@ -258,7 +259,7 @@ class Phases:
             with self.explain(chosen.pack), self.engine.synchronising(self.model, last):
                 found = self._logprobs(chosen.pack)
                 if len(chosen.tokens):
-                    at = chosen.tokens.to(self.device)
+                    at = send(chosen.tokens, self.device)
                     total = (found * ranked.coefficients[at]).sum() * self.engine.world_size
                     drift = torch.maximum(drift, (found.detach() - logprobs[at]).abs().max())
                 else:
@@ -282,7 +283,7 @@ class Phases:
         )
 
     def _logprobs(self, pack: Pack) -> Tensor:
-        output = self.model(pack=pack.to(self.device), **self.how)
+        output = self.model(pack=pack.to(self.device, non_blocking=True), **self.how)
         logprobs: Tensor = output.token_logprobs
         return logprobs
 

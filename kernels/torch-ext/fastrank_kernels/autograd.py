@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import ops
 from .dispatch import backend_module
+from .host_memory import send
 from .projection import Projection
 from .reference import RankResult, accumulation_dtype, group_scale, segment_index
 from .spec import RankSpec
@@ -131,10 +132,10 @@ def rank_tokens(
     return RankResult(
         *ops.rank_tokens(
             token_logprobs=token_logprobs.detach(),
-            rewards=rewards.to(device),
+            rewards=send(rewards, device),
             cu_responses=cu_responses,
             cu_groups=cu_groups,
-            reference_scores=None if reference_scores is None else reference_scores.to(device),
+            reference_scores=None if reference_scores is None else send(reference_scores, device),
             spec=spec.encode(),
             scale=scale,
             validate=validate,
@@ -182,6 +183,7 @@ def linear_ranking(
     cu_responses: Tensor,
     cu_groups: Tensor,
     spec: RankSpec,
+    device_offsets: tuple[Tensor, Tensor] | None = None,
     reference_scores: Tensor | None = None,
     scale: float | None = 1.0,
     drop_dead_rows: bool = True,
@@ -190,12 +192,14 @@ def linear_ranking(
 
     ``loss`` is the scalar ``scale · Σ_g (rank_loss + sft_loss)_g`` (``scale=None``: the mean over
     groups), differentiable in the call's ``hidden``, ``weight`` and ``bias``; the rest is detached.
-    Shapes as in `linear.Ranking`.
+    Shapes as in `linear.Ranking`; ``device_offsets`` are copies of both offsets beside the hidden
+    rows.
     """
     groups = {
         "rewards": rewards,
         "cu_responses": cu_responses,
         "cu_groups": cu_groups,
+        "device_offsets": list(device_offsets or ()),
         "reference_scores": reference_scores,
         "spec": spec.encode(),
         "scale": scale,
@@ -304,5 +308,5 @@ def _keeps_graph() -> bool:
 
 def _scaled_by_segment(values: Tensor, factors: Tensor, offsets: Tensor) -> Tensor:
     """Each segment of ``values`` times its factor."""
-    offsets = offsets.to(factors.device, non_blocking=True)
+    offsets = send(offsets, factors.device)
     return values * factors[segment_index(offsets, values.shape[0])]

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .host_memory import send
 from .launch import FLOATS, INTEGERS, Launch, require_device, require_dtype, run
 
 
@@ -42,7 +43,7 @@ def plan_segment_sum(values: Tensor, offsets: Tensor, sums: Tensor) -> Launch:
     """The launch that `segment_sum` does, for tensors on any device."""
     arguments = {
         "values": values.contiguous(),
-        "offsets": offsets.to(values.device, non_blocking=True).contiguous(),
+        "offsets": send(offsets, values.device).contiguous(),
         "sums": sums,
         "total": values.numel(),
         "BLOCK": 256,

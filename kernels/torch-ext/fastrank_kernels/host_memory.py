@@ -1,4 +1,4 @@
-"""Large host buffers in pages of 2 MiB, where the system has them.
+"""Memory of the host: large buffers in pages of 2 MiB, and tensors on their way to a device.
 
 A buffer that lives for one call is mapped anew by every call, and touching it page by page, 4 KiB
 each, costs several percent of the matrix products that fill it. Linux gives larger pages on request
@@ -31,6 +31,23 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
         last = (out.data_ptr() + size) // _HUGE_PAGE * _HUGE_PAGE
         advise(first, last - first, _MADV_HUGEPAGE)  # a refusal changes nothing
     return out
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, without waiting for it where it comes from the host.
+
+    From pageable memory a copy to a GPU may wait for all that is queued there, so it is pinned
+    first. Nothing is copied that is there already; what comes *to* the host is waited for.
+    """
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type != "cpu":
+        return tensor.to(device)
+    if torch.compiler.is_compiling():
+        return tensor.to(device, non_blocking=True)
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @cache

@@ -20,6 +20,7 @@ from . import dropping, linear
 from .checks import check_not_nan, check_offsets, check_range
 from .dispatch import backend_module
 from .gradients import Gradients
+from .host_memory import send
 from .linear import Forward, Ranking
 from .planner import Plan, default_logits_memory, plan_logprobs, plan_ranking, row_pitch
 from .projection import Projection
@@ -109,7 +110,7 @@ def _segment_sum_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 def _segment_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (offsets,) = ctx.saved_tensors
-    index = segment_index(offsets.to(grad.device, non_blocking=True), ctx.length)
+    index = segment_index(send(offsets, grad.device), ctx.length)
     return grad[index].to(ctx.dtype), None, None
 
 
@@ -126,6 +127,7 @@ def linear_ranking(
     rewards: Tensor,
     cu_responses: Tensor,
     cu_groups: Tensor,
+    device_offsets: Sequence[Tensor],
     reference_scores: Tensor | None,
     *,
     logit_scale: float,
@@ -160,10 +162,11 @@ def linear_ranking(
         largest_group=max((b - a for a, b in pairwise(tokens)), default=0), **_sizes(call)
     )
     decoded = RankSpec.decode(spec)
+    there = device_offsets or [send(x, hidden.device) for x in (cu_responses, cu_groups)]
     ranking = Ranking(
         rewards=rewards,
-        cu_responses=cu_responses.to(hidden.device, non_blocking=True),
-        cu_groups=cu_groups.to(hidden.device, non_blocking=True),
+        cu_responses=there[0],
+        cu_groups=there[1],
         reference_scores=reference_scores,
         spec=decoded,
         scale=group_scale(scale, cu_groups),

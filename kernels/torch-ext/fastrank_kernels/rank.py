@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .host_memory import send
 from .launch import (
     FLOATS,
     INTEGERS,
@@ -211,7 +212,7 @@ def tile_of_groups(cu_groups: Tensor, num_candidates: int) -> int:
 def _vector(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     if tensor is None:
         return None
-    return tensor.to(device, non_blocking=True).contiguous()
+    return send(tensor, device).contiguous()
 
 
 def _require_offsets(cu_groups: Tensor, num_candidates: int) -> None:

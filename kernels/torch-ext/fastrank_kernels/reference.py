@@ -498,10 +498,11 @@ def sft_weights(rewards: Tensor, cu_groups: Tensor, spec: RankSpec, dtype: torch
     """[C] weight of the supervised term: λ at the best candidate of each group (the first of the
     highest), 0 elsewhere."""
     cu_groups = cu_groups.to(rewards.device)
-    weights = torch.zeros(rewards.shape[0], dtype=dtype, device=rewards.device)
+    # One place more than candidates: the best of an empty group.
+    weights = torch.zeros(rewards.shape[0] + 1, dtype=dtype, device=rewards.device)
     counts = (cu_groups[1:] - cu_groups[:-1]).long()
-    if spec.sft_weight == 0 or not weights.numel():
-        return weights
+    if spec.sft_weight == 0 or not rewards.numel():
+        return weights[:-1]
     groups = segment_index(cu_groups, rewards.shape[0])
     highest = torch.full(
         (counts.numel(),), float("-inf"), dtype=rewards.dtype, device=rewards.device
@@ -510,10 +511,10 @@ def sft_weights(rewards: Tensor, cu_groups: Tensor, spec: RankSpec, dtype: torch
     candidate = torch.arange(rewards.shape[0], device=rewards.device)
     tied = torch.where(rewards == highest[groups], candidate, rewards.shape[0])
     best = torch.full_like(counts, rewards.shape[0]).scatter_reduce_(0, groups, tied, "amin")
-    best, counts = best[counts > 0], counts[counts > 0]
-    growth = (counts - 1).to(dtype).square() if spec.sft_growth == "square" else 1.0
-    weights[best] = spec.sft_weight * torch.as_tensor(growth, dtype=dtype, device=rewards.device)
-    return weights
+    growth = torch.ones_like(counts, dtype=dtype)
+    if spec.sft_growth == "square":
+        growth = (counts - 1).to(dtype).square()
+    return weights.scatter_(0, best, spec.sft_weight * growth)[:-1]
 
 
 def _final_logits(
