@@ -126,7 +126,9 @@ def test_nothing_to_rank_still_has_a_graph() -> None:
     assert scores.grad.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("own", [SAME["function"][0], SAME["batched"][0], rrhf], ids=str)
+@pytest.mark.parametrize(
+    "own", [SAME["function"][0], SAME["batched"][0], rrhf], ids=["function", "batched", "bare"]
+)
 def test_two_phases_give_the_joint_gradients(own) -> None:
     model = fastrank.prepare_model(build("llama").train())
     groups = random_groups(LARGE, name="data")
