@@ -18,7 +18,7 @@ from torch import nn
 
 import fastrank
 import fastrank_kernels
-from fastrank.modeling.prepare import prepared_state
+from fastrank.modeling.prepare import head_path_of
 from fastrank.ranking import ranking_from_logprobs
 
 # In ListNet the loser keeps a share of the target distribution: an infinite loss, finite gradients.
@@ -155,7 +155,7 @@ def biased_model(adapted: bool) -> nn.Module:
     fastrank.prepare_model(model)  # which probes the head with finite logits
     with torch.no_grad():
         head.bias[60] = float("-inf")
-    assert prepared_state(model).head.fused == (not adapted)
+    assert head_path_of(model).fused == (not adapted)
     return model
 
 

@@ -68,7 +68,7 @@ def examine(options: DoctorOptions) -> dict[str, Any]:
 def packages(name: str = "fastrank") -> list[dict[str, Any]]:
     """Required and optional packages: version installed, version required, how to install.
 
-    ``status`` is "ok", "missing" or "too old"; ``install`` is the command that mends it.
+    ``status`` is "ok", "missing", "too old" or "too new"; ``install`` is the command that mends it.
     """
     import fastrank
 
@@ -98,12 +98,15 @@ def _installed(name: str) -> str | None:
 
 
 def _package(name: str, version: str | None, extra: str, requirement: Any) -> dict[str, Any]:
-    specifier = "" if requirement is None else str(requirement.specifier)
+    bounds = [] if requirement is None else sorted(requirement.specifier, key=str, reverse=True)
+    specifier = ",".join(map(str, bounds))  # lower bounds first
     status = "ok"
     if version is None:
         status = "missing"
-    elif requirement is not None and not requirement.specifier.contains(version, prereleases=True):
-        status = "too old"
+    else:
+        for bound in bounds:
+            if not bound.contains(version, prereleases=True):
+                status = "too new" if bound.operator.startswith("<") else "too old"
     target = f"fastrank[{extra}]" if extra else f"{name}{specifier}"
     return {
         "name": name,
@@ -246,7 +249,7 @@ def doctor_text(result: dict[str, Any]) -> str:
     for item in result["packages"]:
         extra = f" [{item['extra']}]" if item["extra"] else ""
         state = item["version"] or "not installed"
-        if item["status"] == "too old":
+        if item["status"].startswith("too "):
             state += f" (expected {item['requires']})"
         fix = f"    {item['install']}" if item["install"] else ""
         lines.append(f"  {item['name'] + extra:<32} {state}{fix}")

@@ -18,10 +18,12 @@ def test_versions_and_install_lines(
     run_json, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     versions = {"accelerate": "0.1.0", "torch": importlib.metadata.version("torch")}
+    versions["transformers"] = "99.0"
     monkeypatch.setattr(doctor, "_installed", versions.get)
     found = {item["name"]: item for item in run_json("doctor")["packages"]}
     assert found["torch"]["status"] == "ok" and found["torch"]["install"] is None
     assert found["accelerate"]["status"] == "too old"
+    assert found["transformers"]["status"] == "too new"
     assert found["accelerate"]["install"] == "pip install 'fastrank[train]'"
     assert found["matplotlib"]["status"] == "missing"
     assert found["matplotlib"]["extra"] == "train"

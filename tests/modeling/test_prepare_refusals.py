@@ -74,6 +74,7 @@ def test_bidirectional_attention_is_refused():
         **{k: COMMON[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers")},
         num_attention_heads=4, intermediate_size=32, attention_probs_dropout_prob=0.0,
         hidden_dropout_prob=0.0, max_position_embeddings=64, is_decoder=False,
+        initializer_range=0.5,
     )  # fmt: skip
     with pytest.raises(InputError, match="BertLMHeadModel cannot share prompts"):
         fastrank.prepare_model(BertLMHeadModel(config).eval())
