@@ -205,35 +205,3 @@ def test_calls_fit_the_machine():
     for call in gpu_travel.calls("travel", "0123456789ab"):
         assert len(call.command) < 2000 and call.seconds < 600
     assert "--include own tests peers cutlass" in gpu_travel.merge_command()
-
-
-@pytest.mark.slow
-def test_the_commands_that_are_printed_run(tmp_path):
-    """The whole dry run: each printed command, then the merge."""
-    command = [sys.executable, "-m", "bench.gpu_travel", "--dry_run"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    names = [line.split(":")[0].removeprefix("# ") for line in lines[::2]]
-    assert names[:3] == ["own", "tests", "peers"] and len(lines) == 8
-    for name, line in zip(names[:3], lines[1::2], strict=False):
-        out = tmp_path / name
-        out.mkdir()
-        script = line.replace("python3", sys.executable)
-        ended = subprocess.run(
-            ["bash", "-c", script], cwd=ROOT, env={**os.environ, "OUT": str(out)},
-            capture_output=True, text=True, timeout=580,
-        )  # fmt: skip
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        files = list(out.iterdir())
-        assert len(files) <= 8 and max(path.stat().st_size for path in files) < 16 << 20
-    assert "tests collected" in (tmp_path / "tests" / "summary.md").read_text()
-    merge = gpu_travel.merge_command(dry_run=True).split()
-    folders = [str(tmp_path / name) if name in names else name for name in merge]
-    folders[folders.index("bench/results")] = str(tmp_path / "all")
-    subprocess.run([sys.executable, *folders[1:]], cwd=ROOT, check=True)
-    paths = (tmp_path / "all").glob("*_cpu.csv")
-    rows = [row for path in paths for row in read_csv(path, Measurement)]
-    measured = {row.workload for row in rows if row.variant == "fastrank" and row.status == OK}
-    assert measured == {unit.workload for unit in gpu_suite.UNITS}
-    assert {row.workload for row in rows if row.variant == "plain PyTorch"} >= {"K1", RANK}
-    assert "| ceilings |" in (tmp_path / "all" / "summary.md").read_text()
