@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test test-slow bench compare check format clean
+.PHONY: train test test-slow test-exhaustive bench compare check format clean
 
 train: $(VENV)/.train  ## a small model learns to rank on the built-in task
 	$(BIN)/fastrank train --output_dir runs/built-in --overwrite_output_dir
@@ -14,6 +14,9 @@ test: $(VENV)/.dev check  ## formatting, types, and every test that is neither s
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes
 	$(BIN)/pytest -m "slow and not gpu"
+
+test-exhaustive: $(VENV)/.dev  ## every kernel configuration compiled for four GPUs, half an hour
+	$(BIN)/pytest -m exhaustive
 
 bench: $(VENV)/.dev $(VENV)/.peers  ## the CPU tables and curves of the README, about 30 minutes
 	set -e; for suite in loss rank attention step; do \

@@ -107,7 +107,7 @@ def test_representative_launches(subject: str, tmp_path: Path) -> None:
         assert registers <= 80 and assert_vectorised(records) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("subject", ["rows", "unit", "rank"])
 def test_every_launch(subject: str, tmp_path: Path) -> None:
     records = compile_cases(subject, "all", tmp_path)
