@@ -1,4 +1,5 @@
-"""Every private name of transformers and accelerate that fastrank uses or overrides, and why.
+"""Every private name of transformers and accelerate that fastrank uses or overrides, and why; and
+of FSDP2, which does not tell its mesh.
 
 Private names may change in any minor release, which is why ``pyproject.toml`` bounds both packages
 from above. The rest of fastrank uses the public names given here, and a test holds it to that, so
@@ -12,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers import Trainer as _Trainer
 else:
@@ -63,6 +64,17 @@ def set_sync_gradients(accelerator: Accelerator, value: bool) -> None:
     accelerator.gradient_state._set_sync_gradients(value)
 
 
+# ---- torch -------------------------------------------------------------------------------
+
+
+def fsdp_mesh(module: Any) -> DeviceMesh | None:
+    """The mesh over which ``fully_shard`` shards and replicates a module's own parameters; None if
+    it has none of its own."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return None if groups[0] is None else groups[0].mesh_info.mesh
+
+
 # ---- Trainer -----------------------------------------------------------------------------
 
 
@@ -75,6 +87,9 @@ class _Unloaded:
 
 class TrainerHooks(abc.ABC, _Trainer):
     """``Trainer`` with public names for the private methods that fastrank overrides or calls."""
+
+    engine: Any
+    """As `fastrank.training.engine.Engine`."""
 
     staging: Path | None = None
     """Where a checkpoint is written meanwhile, in place of the run's own folder."""
@@ -104,9 +119,9 @@ class TrainerHooks(abc.ABC, _Trainer):
     def _track_num_input_tokens(self, inputs: Any) -> None:
         # Trainer counts the input_ids of a dictionary; a step is not one.
         if self.args.include_num_input_tokens_seen != "no":
-            tokens = torch.tensor(inputs.num_tokens, device=self.args.device)
-            total = self.accelerator.gather(tokens).sum().item()
-            self.state.num_input_tokens_seen += total
+            # Tensor-parallel processes compute the same tokens.
+            counts = self.engine.gather_count(inputs.num_tokens, self.args.device)
+            self.state.num_input_tokens_seen += sum(counts)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Resumed from a checkpoint of the last step, Trainer would train one step more.

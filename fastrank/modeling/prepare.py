@@ -44,6 +44,7 @@ from fastrank.modeling.heads import (
     remove_forwards,
     uncast,
 )
+from fastrank.modeling.mesh import check_placement
 from fastrank.modeling.probe import check_causal, check_sharing, probe_head
 from fastrank.modeling.unwrap import (
     causal_lm,
@@ -111,8 +112,8 @@ def prepare_model(
 
     Raises:
         TypeError: the model is not a transformers model.
-        InputError: the model cannot share prompts, or its head cannot take the fused path asked
-            for; the message says why.
+        InputError: the model cannot share prompts, is spread over devices by a ``device_map``, or
+            its head cannot take the fused path asked for; the message says why.
         ValueError: the backend or the head path is unknown.
     """
     check_choice("head_path", head_path, HeadPathName)
@@ -120,6 +121,7 @@ def prepare_model(
         expected = ", ".join(("auto", *BACKENDS))
         raise ValueError(f"attention must be one of {expected}, got {attention!r}")
     lm = causal_lm(model)
+    check_placement(lm)
     if getattr(lm.config.get_text_config(), "output_router_logits", False):
         logger.warning(
             "the auxiliary load-balancing loss (output_router_logits=True) is not added to the "

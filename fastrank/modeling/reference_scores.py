@@ -4,7 +4,8 @@ The reference model is only needed for the scores of candidates that never chang
 asked once, and gone before training begins. The alternative, a second model beside the one that is
 trained, costs its memory and a forward pass per step.
 
-In a distributed run every process scores its share of the groups.
+In a distributed run every process scores its share of the groups; those that hold parts of one
+reference model score the same.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from fastrank.data.columns import (
 from fastrank.data.packing import Group
 from fastrank.data.write import atomic_path
 from fastrank.errors import InputError
+from fastrank.modeling.mesh import data_share
 from fastrank.modeling.prepare import prepare_model, prepared_state, release_model
 from fastrank.modeling.pretrained import load_model, model_identity
 from fastrank.modeling.score import enough_tokens, score
@@ -200,7 +202,7 @@ def _score(
     if not prepared:
         with evaluation_mode(model):
             prepare_model(model, shared_prompts=refusal(causal_lm(model)) is None)
-    rank, world = _rank(), _world()
+    rank, world, together = data_share(model)
     mine = range(rank, len(groups), world)
     parts: list[Tensor] = []
     with tqdm(desc="reference scores", unit=" groups", total=len(mine), disable=_bar(rank)) as bar:
@@ -214,7 +216,7 @@ def _score(
     shares: list[list[Tensor]] = [parts]
     if world > 1:
         shares = [[] for _ in range(world)]
-        dist.all_gather_object(shares, parts)
+        dist.all_gather_object(shares, parts, group=together)
     return torch.cat([shares[i % world][i // world] for i in range(len(groups))])
 
 

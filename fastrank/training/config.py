@@ -258,7 +258,12 @@ class RankConfig(
     @property
     def groups_per_step(self) -> int:
         """Groups of one optimiser step, over all processes and accumulation."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return self.groups_over(self.world_size)
+
+    def groups_over(self, replicas: int) -> int:
+        """Groups of one optimiser step, over replicas of the model that take different data: as
+        many as processes, but for those that hold parts of one tensor-parallel model."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * replicas
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -56,7 +56,7 @@ class FiniteGuard:
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if local.is_floating_point() and not bool(local.detach().isfinite().all()):
                 bad.append(name)
-        return list(dict.fromkeys(self.engine.gather(bad)))
+        return list(dict.fromkeys(self.engine.gather_all(bad)))
 
     def culprits(
         self,

@@ -39,6 +39,7 @@ from fastrank.data.packing import Group
 from fastrank.errors import InputError, TrainingStopped
 from fastrank.hf_private import TrainerHooks
 from fastrank.modeling.dropout import disable_dropout
+from fastrank.modeling.mesh import is_sharded
 from fastrank.modeling.prepare import prepare_model
 from fastrank.modeling.reference_scores import ReferenceGroups
 from fastrank.training import checkpoint, plan
@@ -96,8 +97,9 @@ class RankTrainer(TrainerHooks, Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         # Trainer's loop must see one batch per step; groups_per_step keeps how many groups that is.
-        args = copy.copy(args if args is not None else RankConfig())
-        self.groups_per_step = args.groups_per_step
+        given = args if args is not None else RankConfig()
+        args = copy.copy(given)
+        self.groups_per_step = given.groups_per_step
         args.gradient_accumulation_steps = 1
         if eval_dataset is None:
             args.eval_strategy = "no"
@@ -130,7 +132,8 @@ class RankTrainer(TrainerHooks, Trainer):
         self.add_callback(RankProgress(self.args.disable_tqdm))
         self._renewal = Renewal()
         self.add_callback(self._renewal)
-        self.engine = AccelerateEngine(self.accelerator)
+        self.engine = AccelerateEngine(self.accelerator, self.lm)
+        self.groups_per_step = given.groups_over(self.engine.world_size)
         self.backprop = (TwoPhaseBackprop if args.two_phase else JointBackprop)(
             loss=self.loss,
             engine=self.engine,
@@ -154,6 +157,11 @@ class RankTrainer(TrainerHooks, Trainer):
     def lm(self) -> nn.Module:
         """The model that is trained, without the wrapper of distributed training."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether no process can run the model alone."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(self.lm)
 
     def _check_groups(
         self, name: str, groups: Sequence[Group], model: nn.Module, args: RankConfig
@@ -282,9 +290,10 @@ class RankTrainer(TrainerHooks, Trainer):
         return scheduler
 
     def _fitting_pack_size(self) -> int:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._is_sharded:
             raise InputError(
-                "auto_find_pack_size cannot try packs under FSDP or DeepSpeed; set max_tokens"
+                "auto_find_pack_size cannot try packs of a model that several processes share "
+                "(FSDP, DeepSpeed, tensor parallelism); set max_tokens"
             )
         groups: Any = self.train_dataset
         mine = largest_fitting(self.lm, groups, self.loss, self.args, self.accelerator.autocast)
@@ -402,8 +411,8 @@ class RankTrainer(TrainerHooks, Trainer):
         def is_sound(position: int) -> bool:
             return self.backprop.is_sound(self.lm, groups[position])
 
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        bad = self._guard.culprits(batch, self._result.computed, None if sharded else is_sound)
+        trial = None if self._is_sharded else is_sound
+        bad = self._guard.culprits(batch, self._result.computed, trial)
         if self.args.nonfinite == "stop":
             names = name_groups(groups, [batch.index[i] for i in bad], "training")
             step = self.state.global_step + 1
@@ -426,9 +435,11 @@ class RankTrainer(TrainerHooks, Trainer):
         return norm
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """6 operations per weight and token (forward and backward), embeddings included."""
+        """6 operations per weight and token (forward and backward), embeddings included, of which
+        tensor-parallel processes have equal parts."""
         parameters = sum(p.numel() for p in self.lm.parameters())
-        return 6 * parameters * inputs.num_tokens
+        parts = self.engine.num_processes // self.engine.world_size
+        return 6 * parameters * inputs.num_tokens // parts
 
     # ---- logs and evaluation -------------------------------------------------------------
 

@@ -50,6 +50,7 @@ ENGINES = {
     "fsdp2": _FSDP2,
     "zero2": {**_ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
     "zero3": {**_ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "tensor parallel": {},  # transformers shards the model when it is loaded
 }
 
 
