@@ -12,8 +12,9 @@ train: $(VENV)/.train  ## a small model learns to rank on the built-in task
 test: $(VENV)/.dev check  ## formatting, types, and every test that is neither slow nor for a GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
-test-slow: $(VENV)/.dev  ## the tests that take minutes
+test-slow: $(VENV)/.dev $(VENV)/.deepspeed  ## the tests that take minutes
 	$(BIN)/pytest -m "slow and not gpu"
+	PYTHONPATH=$(VENV)/deepspeed $(BIN)/pytest -m slow -k zero tests/training
 
 test-exhaustive: $(VENV)/.dev  ## every kernel configuration compiled for four GPUs, half an hour
 	$(BIN)/pytest -m exhaustive
@@ -50,6 +51,13 @@ $(VENV)/.train: $(BIN)/pip pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(BIN)/pip pyproject.toml constraints.txt
 	$(PIP) -e ".[dev]"
+	touch $@
+
+# In a folder of its own, for the tests of ZeRO alone: whatever finds DeepSpeed imports it. On a CPU
+# its engine needs no compiler and no CUDA, and these packages beside what is already here.
+$(VENV)/.deepspeed: $(VENV)/.dev
+	$(PIP) --no-deps --upgrade --target $(VENV)/deepspeed \
+	  deepspeed hjson msgpack ninja einops py-cpuinfo
 	touch $@
 
 # The peers' own requirements would bring another torch: what they need of it is already here.

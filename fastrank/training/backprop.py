@@ -98,7 +98,7 @@ class JointBackprop(Backprop):
         # DDP and FSDP take the mean over processes, so the sum needs their number.
         share = self.engine.world_size / batch.num_groups
         last = len(batch.packs) - 1
-        with reuse_head_cast(enabled=last > 0):
+        with self.engine.step(model), reuse_head_cast(enabled=last > 0):
             for number, (whole, weight) in enumerate(zip(batch.packs, batch.weights, strict=True)):
                 with (
                     explained_out_of_memory(whole, self.max_tokens),
@@ -135,7 +135,7 @@ class TwoPhaseBackprop(Backprop):
 
     def step(self, model: nn.Module, batch: StepBatch, window: StepWindow) -> StepResult:
         phases = self._phases(model, self.engine)
-        with self.computing(), reuse_head_cast():
+        with self.engine.step(model), self.computing(), reuse_head_cast():
             scored = phases.score(batch.groups)
             ranked = phases.rank(scored, 1.0 / batch.num_groups)
             output = phases.differentiate(batch.groups, scored, ranked)

@@ -1,10 +1,14 @@
 """Data parallelism: the rank and number of processes, and how gradients travel between them.
 
 Engines that communicate inside forward and backward (DDP, FSDP2) wait until every process has come
-to the same call. So all processes run equally many passes per step, gradients travel with the last
-one only, and because the engines take the mean of gradients over processes, a sum is scaled by
-their number. Processes that hold parts of one tensor-parallel model count as one: they run the same
-packs (`fastrank.modeling.mesh`).
+to the same call. So all processes run equally many passes per step, and because the engines take
+the mean of gradients over processes, a sum is scaled by their number. Processes that hold parts of
+one tensor-parallel model count as one: they run the same packs (`fastrank.modeling.mesh`).
+
+Gradients that every process holds whole travel with the last pass only. Sharded ones (FSDP2, ZeRO)
+travel with each: kept until the last, they would take the memory of all weights on every process.
+The output head, often the largest weight, is the exception: under FSDP2 it is gathered once per
+step, and its gradient scattered once.
 """
 
 from __future__ import annotations
@@ -18,11 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from fastrank.errors import InputError
 from fastrank.hf_private import set_sync_gradients
+from fastrank.modeling.heads import head_module
 from fastrank.modeling.mesh import DataShare, data_share, is_sharded
+from fastrank.modeling.unwrap import causal_lm, unwrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,9 +50,13 @@ class Engine:
     group: Any = None
     num_processes: int = 1
 
+    def step(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Context of all passes of a step, those without gradients too."""
+        return nullcontext()
+
     def synchronising(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Context of one forward and backward pass; gradients travel with the last one of a
-        step."""
+        """Context of one forward and backward pass; the last one of a step completes its
+        gradients."""
         return nullcontext()
 
     def backward(self, total: Tensor) -> None:
@@ -103,18 +114,12 @@ class DDPEngine(_DistributedEngine):
 class FSDP2Engine(_DistributedEngine):
     """Runs a model that ``fully_shard`` has sharded."""
 
-    @contextlib.contextmanager
-    def synchronising(self, model: nn.Module, last: bool) -> Iterator[None]:
-        # Without synchronisation FSDP2 keeps unsharded gradients and adds to them.
-        switch: Any = getattr(model, "set_requires_gradient_sync", None)
-        if switch is None:
-            yield  # sharded below the root only: each unit reduces its gradients every time
-            return
-        switch(last)
-        try:
-            yield
-        finally:
-            switch(True)
+    def step(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return _keeping_head(model)
+
+    def synchronising(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        _release_head(model, last)
+        return nullcontext()
 
 
 class AccelerateEngine(Engine):
@@ -132,11 +137,16 @@ class AccelerateEngine(Engine):
         if accelerator.is_fsdp2:
             _reduce_in_float32(accelerator.state.fsdp_plugin)
         if accelerator.distributed_type == "DEEPSPEED":
-            _gather_when_saving(accelerator.state.deepspeed_plugin)
+            _set_up_zero(accelerator.state.deepspeed_plugin)
+
+    def step(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return _keeping_head(model)
 
     def synchronising(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         set_sync_gradients(self.accelerator, last)
-        return nullcontext() if last else self.accelerator.no_sync(model)
+        _release_head(model, last)
+        whole = not (last or self.accelerator.is_fsdp2)
+        return self.accelerator.no_sync(model) if whole else nullcontext()
 
     def backward(self, total: Tensor) -> None:
         options = {}
@@ -151,6 +161,44 @@ _LOADING = (
 )
 
 
+@contextlib.contextmanager
+def _keeping_head(model: nn.Module) -> Iterator[None]:
+    """Gather the unit of ``fully_shard`` that holds the output head once for all passes within."""
+    unit = _head_unit(model)
+    if unit is None:
+        yield
+        return
+    # It stays so outside of steps, where an evaluation gathers the head once, too; what is gathered
+    # when a step begins holds the weights as they are.
+    unit.set_reshard_after_forward(False, recurse=False)
+    _release_head(model, False)
+    try:
+        yield
+    finally:
+        _release_head(model, True)
+        unit.reshard()  # the last backward pass has done it already, if there was one
+
+
+def _release_head(model: nn.Module, release: bool) -> None:
+    """Whether the next backward pass scatters the head's gradient, and lets its weight go."""
+    unit = _head_unit(model)
+    if unit is not None:
+        unit.set_requires_gradient_sync(release, recurse=False)
+        unit.set_reshard_after_backward(release, recurse=False)
+
+
+def _head_unit(model: nn.Module) -> FSDPModule | None:
+    """The unit of ``fully_shard`` that holds the output head; None if it is not sharded so."""
+    head = head_module(causal_lm(unwrap(model)))
+    name = next(name for name, module in model.named_modules() if module is head)
+    parts = name.split(".")
+    for length in range(len(parts), -1, -1):
+        module = model.get_submodule(".".join(parts[:length]))
+        if isinstance(module, FSDPModule):
+            return module
+    return None
+
+
 def _reduce_in_float32(plugin: Any) -> None:
     """Add up the processes' gradients in float32: accelerate's mixed precision takes the dtype of
     the computation for that too."""
@@ -159,11 +207,19 @@ def _reduce_in_float32(plugin: Any) -> None:
         plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
 
 
-def _gather_when_saving(plugin: Any) -> None:
-    """Let ZeRO-3 save whole weights; by default it leaves a folder without any."""
+def _set_up_zero(plugin: Any) -> None:
+    """Add up gradients in float32, over packs and over processes, as far as the user's own
+    configuration leaves it open; let ZeRO-3 save whole weights, instead of a folder without any."""
+    settings = plugin.hf_ds_config.config
+    settings.setdefault("communication_data_type", "fp32")
+    settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     if plugin.zero_stage == 3:
-        zero = plugin.hf_ds_config.config["zero_optimization"]
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+
+
+def all_processes() -> Engine:
+    """All processes of the run, without a model."""
+    return _DistributedEngine(DataShare.of_group()) if dist.is_initialized() else Engine()
 
 
 def _accelerate_share(accelerator: Accelerator, model: nn.Module) -> DataShare:

@@ -130,7 +130,7 @@ def two_phase_backward(
     )
     if num_groups is None:
         num_groups = sum(phases.engine.gather_count(len(groups), phases.device))
-    with reuse_head_cast():
+    with phases.engine.step(model), reuse_head_cast():
         scored = phases.score(groups)
         ranked = phases.rank(scored, 1.0 / max(num_groups, 1))
         return phases.differentiate(groups, scored, ranked)

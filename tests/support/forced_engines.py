@@ -11,7 +11,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from pack_cases import tied_groups
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -33,7 +34,9 @@ from fastrank.training.trainer import RankTrainer
 STEPS = 4
 GLOBAL_BATCH = 12
 
-_REDUCE_SCATTERS = ("reduce_scatter_single", "reduce_scatter_tensor")  # new and old name
+# Functions of torch.distributed that move weights and gradients, some by their new and old name.
+_GATHERS = ("all_gather_single", "all_gather_into_tensor")
+_REDUCTIONS = ("reduce_scatter_single", "reduce_scatter_tensor", "all_reduce", "reduce")
 
 # What `accelerate launch` sets from a configuration file.
 _FSDP2 = {
@@ -67,18 +70,20 @@ class Case:
         return "-".join([*words, "two_phase" if self.two_phase else "joint"])
 
 
-def cases(*engines: str, bf16: bool = True) -> dict[str, Case]:
+def cases(*engines: str, pairs: bool = False) -> dict[str, Case]:
+    """All combinations, or as many as bring together every two choices."""
     made = [
         Case(engine, tied, two_phase, narrow)
         for engine in engines
-        for narrow in (False, True)[: 1 + bf16]
+        for narrow in (False, True)
         for tied in (False, True)
         for two_phase in (False, True)
+        if not pairs or narrow == (tied != two_phase)
     ]
     return {case.name: case for case in made}
 
 
-CASES = cases("fsdp2") | cases("zero2", "zero3", bf16=False)
+CASES = cases("fsdp2") | cases("zero2", "zero3", pairs=True)
 
 
 def close_groups() -> list[Group]:
@@ -109,7 +114,7 @@ def make_trainer(folder: Path, case: Case, world_size: int) -> RankTrainer:
         logging_steps=1,
         save_strategy="no",
         disable_tqdm=True,
-        max_tokens=24 if case.two_phase else 75,
+        max_tokens=24 if case.two_phase else 60,
         backprop="two_phase" if case.two_phase else "joint",
         head_path="fused",
         bf16=case.bf16,
@@ -119,12 +124,16 @@ def make_trainer(folder: Path, case: Case, world_size: int) -> RankTrainer:
 
 
 class Watch:
-    """Counts how packs are computed, and the dtypes of what comes out and of reduced gradients."""
+    """Counts how packs are computed, what is sent in each step, the dtypes of results and of
+    gradients on their way, and the bytes of gradients that are held after every pass."""
 
     def __init__(self) -> None:
         self.paths: Counter[str] = Counter()
         self.dtypes: Counter[str] = Counter()
         self.reduced: Counter[str] = Counter()
+        self.gathers: Counter[int] = Counter()
+        self.scatters: Counter[int] = Counter()
+        self.steps: list[dict[str, Any]] = []
 
     @contextmanager
     def watching(self, trainer: RankTrainer) -> Iterator[None]:
@@ -135,18 +144,15 @@ class Watch:
 
             return counted
 
-        name = next(n for n in _REDUCE_SCATTERS if hasattr(dist, n))
-        reduce_scatter = getattr(dist, name)
-
-        def reduced(*args: Any, **kwargs: Any) -> Any:
-            self.reduced[str(kwargs["input"].dtype)] += 1
-            return reduce_scatter(*args, **kwargs)
-
         fused, logits = prepare.call_head, prepare.logits_fallback
         step, evaluate = trainer.backprop.step, trainer.backprop.evaluate
+        synchronising = trainer.engine.synchronising
 
         def stepped(*args: Any) -> Any:
+            self.gathers, self.scatters = Counter(), Counter()
+            self.steps.append({"held": []})
             result = step(*args)
+            self.steps[-1] |= {"gathers": dict(self.gathers), "scatters": dict(self.scatters)}
             for part in result.computed:
                 self._note(part.output, part.candidates.rewards)
             return result
@@ -157,18 +163,83 @@ class Watch:
                 self._note(result.output, result.candidates.rewards)
             return result
 
-        with (
-            mock.patch.object(dist, name, reduced),
-            mock.patch.object(prepare, "call_head", count("fused", fused)),
-            mock.patch.object(prepare, "logits_fallback", count("logits", logits)),
-            mock.patch.object(trainer.backprop, "step", stepped),
-            mock.patch.object(trainer.backprop, "evaluate", evaluated),
-        ):
+        @contextmanager
+        def synchronised(*args: Any) -> Iterator[None]:
+            with synchronising(*args):
+                yield
+            self.steps[-1]["held"].append(gradient_bytes(trainer))
+
+        with ExitStack() as stack:
+            stack.enter_context(_listening(self))
+            for place, name, function in (
+                (prepare, "call_head", count("fused", fused)),
+                (prepare, "logits_fallback", count("logits", logits)),
+                (trainer.backprop, "step", stepped),
+                (trainer.backprop, "evaluate", evaluated),
+                (trainer.engine, "synchronising", synchronised),
+            ):
+                stack.enter_context(mock.patch.object(place, name, function))
             yield
 
     def _note(self, output: Any, rewards: Tensor) -> None:
         for tensor in (*output, rewards):
             self.dtypes[str(tensor.dtype)] += 1
+
+
+@contextmanager
+def _listening(watch: Watch) -> Iterator[None]:
+    """Tell a watch what is sent meanwhile."""
+    if not _listeners:  # DeepSpeed keeps the functions that it finds first: replace them once
+        for name in (*_GATHERS, *_REDUCTIONS):
+            if hasattr(dist, name):
+                setattr(dist, name, _heard(getattr(dist, name), name in _GATHERS))
+    _listeners.append(watch)
+    yield
+    _listeners.append(None)
+
+
+_listeners: list[Watch | None] = []
+
+
+def _heard(function: Any, gathers: bool) -> Any:
+    def heard(*args: Any, **kwargs: Any) -> Any:
+        tensor = _largest(*args, *kwargs.values())
+        watch = _listeners[-1]
+        # Not a norm, nor a flag.
+        if watch is not None and tensor.is_floating_point() and tensor.numel() > 1:
+            (watch.gathers if gathers else watch.scatters)[tensor.numel()] += 1
+            if not gathers:
+                watch.reduced[str(tensor.dtype)] += 1
+        return function(*args, **kwargs)
+
+    return heard
+
+
+def _largest(*arguments: Any) -> Tensor:
+    """What is whole on every process, be it sent or received."""
+    return max((a for a in arguments if isinstance(a, Tensor)), key=Tensor.numel)
+
+
+def gradient_bytes(trainer: RankTrainer) -> int:
+    """Bytes of gradients that this process holds, wherever the engine keeps them."""
+    held = [p.grad for p in trainer.model.parameters()]
+    for group in fsdp_groups(trainer.model):
+        for own in group.fsdp_params:
+            held += [own.unsharded_accumulated_grad, own.unsharded_param.grad]
+    zero = getattr(trainer.optimizer, "optimizer", None)
+    for name in ("averaged_gradients", "all_grad_tensors"):
+        held += [t for part in getattr(zero, name, {}).values() for t in part or []]
+    partitions = getattr(zero, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", {})
+    held += partitions.values()
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in held if t is not None]
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in local}.values())
+
+
+def fsdp_groups(model: nn.Module) -> list[Any]:
+    """The groups of parameters that FSDP2 gathers together."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    return list({id(group): group for group in groups}.values())
 
 
 def run_case(folder: Path, case: Case, world_size: int) -> dict[str, Any]:
@@ -187,7 +258,20 @@ def run_case(folder: Path, case: Case, world_size: int) -> dict[str, Any]:
         "paths": dict(watch.paths),
         "dtypes": dict(watch.dtypes),
         "reduced": dict(watch.reduced),
+        "steps": watch.steps,
+        "head_unit": head_unit_numel(trainer),
     }
+
+
+def head_unit_numel(trainer: RankTrainer) -> int:
+    """Numbers that are sent when FSDP2 gathers the head's unit: rows padded for every process."""
+    head = trainer.lm.lm_head.weight
+    world_size = trainer.engine.world_size
+    for group in fsdp_groups(trainer.model):
+        if any(own.sharded_param is head for own in group.fsdp_params):
+            shapes = [own._orig_size for own in group.fsdp_params]
+            return sum(-(-s[0] // world_size) * world_size * s[1:].numel() for s in shapes)
+    return 0
 
 
 def _engine(trainer: RankTrainer) -> str:

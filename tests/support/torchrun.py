@@ -22,9 +22,9 @@ def command(nproc: int, *arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    path = os.pathsep.join(
-        [str(ROOT), str(ROOT / "kernels/torch-ext"), str(ROOT / "tests/support")]
-    )
+    """This environment, with the code under test before whatever else can be imported in it."""
+    own = [str(ROOT / name) for name in ("", "kernels/torch-ext", "tests/support")]
+    path = os.pathsep.join([*own, *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 

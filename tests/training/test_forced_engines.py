@@ -95,8 +95,33 @@ def test_every_pack_is_fused_and_every_result_float32(found: Any, name: str) -> 
         assert got["engine"] == case.engine
         assert got["paths"].keys() == {"fused"} and got["paths"]["fused"] > worker.STEPS
         assert got["dtypes"].keys() == {"torch.float32"}
+        assert got["reduced"].keys() == {"torch.float32"}
+
+
+@pytest.mark.parametrize("name", _parameters(list(worker.CASES)))
+def test_no_process_holds_all_gradients(found: Any, name: str) -> None:
+    """After each pack a process holds its share, and the head's gradient at most besides; FSDP2
+    gathers the head's unit once per step and scatters its gradient once."""
+    case = worker.CASES[name]
+    for got in found(name):
+        weights = got["weights"]
+        numbers = sum(weight.numel() for weight in weights.values())
+        # A process's share of every weight is padded to a multiple of its number.
+        padding = sum(weight.numel() // len(weight) + 16 for weight in weights.values())
+        head = weights["model.embed_tokens.weight" if case.tied else "lm_head.weight"].numel()
+        most = 4 * (numbers / 2 + padding + head)
+        assert most < 4 * numbers
+        passes = [step["held"] for step in got["steps"]]
+        assert len(passes) == worker.STEPS and max(map(len, passes)) >= 3
+        assert 0 < max(map(max, passes)) <= most
         if case.engine == "fsdp2":
-            assert got["reduced"].keys() == {"torch.float32"}
+            after_evaluation = got["steps"][2:3]
+            for step in got["steps"]:
+                # An evaluation before has gathered it, with the same weights.
+                assert step["gathers"].get(got["head_unit"], 0) == (step not in after_evaluation)
+                assert step["scatters"][got["head_unit"]] == 1
+                # Other units' gradients travel with every pack.
+                assert max(step["scatters"].values()) >= len(step["held"])
 
 
 @pytest.mark.parametrize("name", _parameters([n for n in worker.CASES if "float32" in n]))
