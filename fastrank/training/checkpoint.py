@@ -20,7 +20,8 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,35 +83,76 @@ def wants_resume(value: str | bool | None) -> bool:
 
 
 def resolve_resume(
-    value: str | bool | None, run_dir: str | Path, *, checksums: bool = True
+    value: str | bool | None,
+    run_dir: str | Path,
+    *,
+    checksums: bool = True,
+    gather: Callable[[list[Any]], list[Any]] = list,
 ) -> Path | None:
     """The checkpoint that ``--resume_from_checkpoint`` means: none, the latest (true), or a folder.
 
     With ``true`` and no checkpoint yet the result is None: a run that is restarted after every
-    failure has to start the first time, too.
+    failure has to start the first time, too. The folders of several processes may be on different
+    disks: all of them go on from the latest step that each has.
 
     Args:
-        checksums: whether to read all bytes of it, or to look at the sizes of its files only.
+        checksums: whether this process reads all bytes of it, or looks at its files' sizes only.
+        gather: from this process's items to those of all processes, in their order; every process
+            must call it.
 
     Raises:
-        InputError: the named folder is no undamaged checkpoint.
+        InputError: the named folder is no undamaged checkpoint, or some processes have checkpoints
+            and others not the same ones.
     """
     if not wants_resume(value):
         return None
-    if str(value).strip().lower() in ("true", "yes", "latest"):
-        if checksums:
-            return latest_checkpoint(run_dir)
-        found = reversed(find_checkpoints(run_dir))
-        return next((path for path in found if damage(path, checksums=False) is None), None)
-    path = Path(str(value)).expanduser()
-    if not path.is_dir():
-        raise InputError(
-            f"resume_from_checkpoint: {value} is no folder; expected a checkpoint or true"
+    latest = str(value).strip().lower() in ("true", "yes", "latest")
+    paths = find_checkpoints(run_dir) if latest else [Path(str(value)).expanduser()]
+    host = socket.gethostname()
+    own = {path.name: _refusal(path, checksums=False) for path in paths}
+    views: list[tuple[str, dict[str, str | None]]] = gather([(host, own)])
+    common = [name for name in own if all(view.get(name, "") is None for _, view in views)]
+    chosen = None
+    for path in reversed([path for path in paths if path.name in common]):
+        own[path.name] = _refusal(path) if checksums else None
+        views = gather([(host, own)])
+        if all(view[path.name] is None for _, view in views):
+            chosen = path
+            break
+    if not latest and chosen is None:
+        raise InputError(f"resume_from_checkpoint: {value} {_refused(paths[0].name, views)}")
+    seen = [[name for name, problem in view.items() if problem is None] for _, view in views]
+    if chosen is None and any(names != seen[0] for names in seen):
+        held = "; ".join(
+            f"process {rank} on {views[rank][0]} has {', '.join(seen[rank]) or 'none'}"
+            for rank in (0, next(i for i, names in enumerate(seen) if names != seen[0]))
         )
+        raise InputError(
+            f"resume_from_checkpoint: {run_dir} holds no checkpoint for every process: {held}; let "
+            "all machines share the folder, or copy a checkpoint to each"
+        )
+    for path in reversed(paths):
+        if path == chosen:
+            break
+        problem = own[path.name] or "other processes do not have it undamaged"
+        logger.warning("%s is skipped: %s", path, problem.removeprefix("cannot be used: "))
+    return chosen
+
+
+def _refusal(path: Path, *, checksums: bool = True) -> str | None:
+    """Why a folder cannot be resumed from, to follow its name; None if it can."""
+    if not path.is_dir():
+        return "is no folder; expected a checkpoint or true"
     problem = damage(path, checksums=checksums)
-    if problem is not None:
-        raise InputError(f"resume_from_checkpoint: {path} cannot be used: {problem}")
-    return path
+    return None if problem is None else f"cannot be used: {problem}"
+
+
+def _refused(name: str, views: Sequence[tuple[str, Mapping[str, str | None]]]) -> str:
+    """What processes say about a checkpoint that at least one of them refuses."""
+    problems = [view[name] for _, view in views]
+    rank = next(i for i, problem in enumerate(problems) if problem is not None)
+    who = f"(process {rank} on {views[rank][0]}; not every process sees the same folder)"
+    return f"{problems[rank]}" + (f" {who}" if None in problems else "")
 
 
 def damage(path: Path, *, checksums: bool = True) -> str | None:

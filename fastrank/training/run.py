@@ -37,11 +37,13 @@ from fastrank.training.adapters import export_merged, lora_config, trainable
 from fastrank.training.callbacks import METRICS_FILE, MetricsFile, read_metrics
 from fastrank.training.checkpoint import find_checkpoints, resolve_resume, wants_resume
 from fastrank.training.config import RankConfig
+from fastrank.training.engine import all_processes
 from fastrank.training.plan import changed_names, check_resumed, option_plan
 from fastrank.training.references import attach_references, check_reference
 from fastrank.training.run_options import TrainOptions
 from fastrank.training.run_report import plot_metrics, summary_table
 from fastrank.training.splits import choose_groups, shared_prompts, split_by_prompt
+from fastrank.training.together import ending_together
 from fastrank.training.trainer import RankTrainer
 
 HELD_OUT, TRAINING = "eval", "train_split"  # prefixes of the log keys
@@ -60,6 +62,7 @@ class Job:
     source: str = ""
 
 
+@ending_together()
 def train(
     options: TrainOptions,
     config: RankConfig,
@@ -173,7 +176,9 @@ def check_output_dir(output_dir: Path, config: RankConfig, overwrite: bool) -> N
 def _check_resume(config: RankConfig, output_dir: Path) -> None:
     """Raise `InputError` for a checkpoint that is not there or that other options wrote, before
     data and model are loaded to compare the rest."""
-    found = resolve_resume(config.resume_from_checkpoint, output_dir, checksums=False)
+    found = resolve_resume(
+        config.resume_from_checkpoint, output_dir, checksums=False, gather=all_processes().gather
+    )
     if found is not None:
         check_resumed(found, option_plan(config), changed_names(config.resume_changed))
     elif config.resume_changed and not wants_resume(config.resume_from_checkpoint):

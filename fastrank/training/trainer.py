@@ -57,7 +57,7 @@ from fastrank.training.batching import (
 from fastrank.training.callbacks import RankProgress, Renewal
 from fastrank.training.checkpoint import Saver, explained_loading
 from fastrank.training.config import RankConfig
-from fastrank.training.engine import AccelerateEngine
+from fastrank.training.engine import AccelerateEngine, all_processes
 from fastrank.training.guards import FiniteGuard, name_groups
 from fastrank.training.memory import largest_fitting
 from fastrank.training.step_metrics import Evaluated, StepWindow, summarize
@@ -199,7 +199,12 @@ class RankTrainer(TrainerHooks, Trainer):
                 ``resume_changed`` allows.
         """
         run_dir = Path(self.args.output_dir or ".")
-        found = self._found_checkpoint(resume_from_checkpoint, run_dir)
+        found = checkpoint.resolve_resume(
+            resume_from_checkpoint,
+            run_dir,
+            checksums=self.args.should_save,  # one process reads all bytes, for all of them
+            gather=all_processes().gather,
+        )
         self._plan = self.run_plan()
         self._renewal.changed = frozenset()
         if found is not None:
@@ -213,19 +218,6 @@ class RankTrainer(TrainerHooks, Trainer):
             self.backprop.max_tokens = notes.get("max_tokens") or self._fitting_pack_size()
         with explained_loading(found):
             return super().train(None if found is None else str(found), *args, **kwargs)
-
-    def _found_checkpoint(self, wanted: str | bool | None, run_dir: Path) -> Path | None:
-        """The checkpoint to go on from: one process reads all of its bytes, for all of them."""
-        found: list[Any] = []
-        if self.engine.rank == 0:
-            try:
-                found = [checkpoint.resolve_resume(wanted, run_dir)]
-            except InputError as error:
-                found = [error]
-        (answer,) = self.engine.gather(found)
-        if isinstance(answer, InputError):
-            raise answer
-        return answer
 
     def _check_resumed(self, found: Path) -> frozenset[str]:
         """What differs from the run that wrote the checkpoint; says where this one goes on."""

@@ -20,6 +20,7 @@ from fastrank.training.callbacks import METRICS_FILE, read_metrics
 from fastrank.training.config import RankConfig
 from fastrank.training.run import Job, length_limits, train
 from fastrank.training.run_report import ONLINE_PANELS, plot_metrics
+from fastrank.training.together import ending_together
 from fastrank.workflow.items import read_items
 from fastrank.workflow.online_options import OnlineTrainOptions
 from fastrank.workflow.online_round import RoundMaker
@@ -28,6 +29,7 @@ from fastrank.workflow.policy import encode_prompts
 from fastrank.workflow.reward import check_reward, load_reward
 
 
+@ending_together()
 def train_online(options: OnlineTrainOptions, config: RankConfig) -> dict[str, Any]:
     """Train online; returns the result as a dictionary that JSON can hold.
 

@@ -110,6 +110,8 @@ def test_no_process_holds_all_gradients(found: Any, name: str) -> None:
         padding = sum(weight.numel() // len(weight) + 16 for weight in weights.values())
         head = weights["model.embed_tokens.weight" if case.tied else "lm_head.weight"].numel()
         most = 4 * (numbers / 2 + padding + head)
+        if case.engine == "zero2":  # keeps a weight whole that its cut divides
+            most += 4 * max(weight.numel() for weight in weights.values())
         assert most < 4 * numbers
         passes = [step["held"] for step in got["steps"]]
         assert len(passes) == worker.STEPS and max(map(len, passes)) >= 3
