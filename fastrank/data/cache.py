@@ -1,4 +1,4 @@
-"""Records tokenised once, in parallel, into a `datasets.Dataset`; later starts only open it.
+"""Records tokenised once, in parallel, into Arrow files; later starts only open them.
 
 A cache entry is a folder: the Arrow files of the groups (see `fastrank.data.cached_groups`) and
 ``about.json``, which holds the report of what became of every record and what the entry was made
@@ -7,34 +7,44 @@ versions of what tokenises. An entry is built in a folder of another name and re
 whole and on the disk, under a lock, so that the processes of one run build it once. What a killed
 build leaves is removed by the next one.
 
-`datasets.Dataset.from_generator` runs the processes and writes the files. It has no way to bring
-home a report, or the line of an error, so every process leaves both in the folder.
+The files are `datasets`' own, but written here, one by each process. `Dataset.from_generator` with
+several processes takes one more to carry their messages, a copy of this one's memory (the first
+start of ``bench/data_scale.py`` with 40,000 records: 1,506 MiB instead of 1,163), checks every row
+in Python, and has no way to bring home a report or the line of an error.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from fastrank.data.cached_groups import CachedGroups, as_row, features
+from fastrank.data.cached_groups import CachedGroups, group_writer
 from fastrank.data.files import Lines, Place, Source, one_line
-from fastrank.data.records import Reading, RecordReader, Unread, open_records, require_records
+from fastrank.data.records import (
+    Reading,
+    Record,
+    RecordReader,
+    Unread,
+    open_records,
+    require_records,
+)
 from fastrank.data.report import Report
-from fastrank.data.tokenize import TokenizeOptions, encode_rows
+from fastrank.data.tokenize import Encoded, TokenizeOptions, encode_rows
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,6 +57,10 @@ LAYOUT = 3
 
 ABOUT_FILE = "about.json"
 _UNFINISHED = ".incomplete"
+
+#: A batch of an Arrow file ends after so many groups, or so many tokens.
+BATCH_ROWS = 256
+BATCH_TOKENS = 1 << 20
 
 #: Rows between two looks at whether an earlier part of the file has failed.
 _LOOK_EVERY = 128
@@ -181,16 +195,15 @@ def _build(
             shutil.rmtree(unfinished, ignore_errors=True)  # of a build that was killed
             unfinished.mkdir()
             work = _Work(reader, tokenizer, options, unfinished)
-            num_groups = _generate(work, pieces, _rows_per_write(source))
-        for number in range(len(pieces)):
-            part = json.loads((unfinished / f"{number}.json").read_text(encoding="utf-8"))
-            if part["error"] is not None:
-                raise InputError(part["error"])
-            report.merge(Report.from_state(part["report"]))
-            (unfinished / f"{number}.json").unlink()
+            pieces_done = _tokenise(work, pieces)
+        for done in pieces_done:
+            if done.error is not None:
+                raise InputError(done.error)
+            report.merge(done.report)
         require_records(report)
         if source.identity() != made_from["source"]:
             raise InputError(f"{source.name}: the file changed while it was read; start again")
+        num_groups = sum(done.num_groups for done in pieces_done)
         about = {"num_groups": num_groups, "made_from": made_from, "report": report.state()}
         with _writing(entry.parent):
             (unfinished / ABOUT_FILE).write_text(json.dumps(about), encoding="utf-8")
@@ -202,47 +215,46 @@ def _build(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _generate(
-    work: _Work, pieces: Sequence[Iterable[tuple[Place, Unread]]], rows_per_write: int
-) -> int:
-    """Have each piece tokenised by a process into Arrow files in the folder; the number of groups.
+def _tokenise(work: _Work, pieces: Sequence[Iterable[tuple[Place, Unread]]]) -> list[_Done]:
+    """What became of each piece, each tokenised by a process of its own if there are several.
+
+    Processes are forked where that is the system's way (Linux), so that a script needs no
+    ``__main__`` guard and nothing is sent to them; they use neither torch nor a device.
 
     Raises:
         OSError: the files cannot be written.
         InputError: a process was killed.
     """
-    from datasets import Dataset
-
-    several = len(pieces) > 1
-    try:
-        with _silent(), _dependent_children() if several else nullcontext():
-            dataset = Dataset.from_generator(
-                work,
-                features(),
-                cache_dir=str(work.folder / "datasets"),
-                gen_kwargs={"pieces": list(enumerate(pieces))},
-                num_proc=len(pieces) if several else None,
-                fingerprint="groups",
-                writer_batch_size=rows_per_write,
-            )
-    except Exception as error:
-        cause = _cause(error)
-        if cause is None:  # no group at all
-            return 0
-        if cause is error:
+    if len(pieces) < 2:
+        return [work(number, piece) for number, piece in enumerate(pieces)]
+    context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else None)
+    with ProcessPoolExecutor(len(pieces), context, _start, (work, pieces)) as pool:
+        try:
+            with _single_threaded_tokenizers():
+                running = [pool.submit(_run, number) for number in range(len(pieces))]
+            return [one.result() for one in running]
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a tokenising process was ended from outside, possibly out of memory; "
+                "try fewer of them (num_proc)"
+            ) from error
+        except BaseException:
+            work.fail(-1)  # before every piece: all of them stop
             raise
-        raise cause from None
-    for number, file in enumerate(dataset.cache_files):
-        os.replace(file["filename"], work.folder / f"groups-{number:05d}.arrow")
-    shutil.rmtree(work.folder / "datasets")
-    return len(dataset)
+
+
+class _Done(NamedTuple):
+    """What became of a piece: its usable groups, and the error that ended it, if any."""
+
+    num_groups: int
+    report: Report
+    error: str | None
 
 
 @dataclass(frozen=True)
 class _Work:
-    """The generator of the rows of some pieces, as `datasets` calls it; picklable.
+    """Tokenises pieces of a source into files of a folder.
 
-    What became of piece k is left in ``k.json``: the report and the error that ended it, if any.
     An error does not end the other processes at once, so that the first in the file is reported,
     as one process would; those behind it stop soon.
     """
@@ -252,22 +264,25 @@ class _Work:
     options: TokenizeOptions
     folder: Path
 
-    def __call__(
-        self, pieces: list[tuple[int, Iterable[tuple[Place, Unread]]]]
-    ) -> Iterator[dict[str, Any]]:
-        for number, piece in pieces:
-            report, failed = Report(), None
+    def __call__(self, number: int, piece: Iterable[tuple[Place, Unread]]) -> _Done:
+        """Tokenise piece ``number``; an `InputError` is returned."""
+        report, error, num_groups = Report(), None, 0
+        rows = self._until_failure(number, piece if number else _with_progress(piece))
+        groups = encode_rows(rows, self.reader, self.tokenizer, self.options, report)
+        with group_writer(self.folder / f"groups-{number:05d}.arrow") as write:
             try:
-                rows = self._until_failure(number, _with_progress(piece) if not number else piece)
-                for record, encoded in encode_rows(
-                    rows, self.reader, self.tokenizer, self.options, report
-                ):
-                    yield as_row(record, encoded)
-            except InputError as error:
-                failed = str(error)
-                (self.folder / f"{number}.failed").touch()
-            about = {"report": report.state(), "error": failed}
-            (self.folder / f"{number}.json").write_text(json.dumps(about), encoding="utf-8")
+                for batch in _batches(groups):
+                    write(batch)
+                    num_groups += len(batch)
+            except InputError as failure:
+                error = str(failure)
+                self.fail(number)
+        return _Done(num_groups, report, error)
+
+    def fail(self, number: int) -> None:
+        """Have the pieces behind this one stop."""
+        with suppress(OSError):
+            (self.folder / f"{number}.failed").touch()
 
     def _until_failure(self, number: int, rows: Iterable[T]) -> Iterator[T]:
         """The rows, up to where an earlier piece is known to have failed."""
@@ -277,6 +292,20 @@ class _Work:
             ):
                 return
             yield row
+
+
+def _batches(groups: Iterable[tuple[Record, Encoded]]) -> Iterator[list[tuple[Record, Encoded]]]:
+    """Groups in lists that are worth a batch of the file and small in memory."""
+    batch: list[tuple[Record, Encoded]] = []
+    num_tokens = 0
+    for record, (prompt, responses) in groups:
+        batch.append((record, (prompt, responses)))
+        num_tokens += len(prompt) + sum(map(len, responses))
+        if len(batch) >= BATCH_ROWS or num_tokens >= BATCH_TOKENS:
+            yield batch
+            batch, num_tokens = [], 0
+    if batch:
+        yield batch
 
 
 def _with_progress(piece: Iterable[tuple[Place, Unread]]) -> Iterator[tuple[Place, Unread]]:
@@ -292,45 +321,6 @@ def _with_progress(piece: Iterable[tuple[Place, Unread]]) -> Iterator[tuple[Plac
             bar.update(len(row) + 1 if isinstance(row, bytes) and lines else 1)
 
 
-def _rows_per_write(source: Source) -> int:
-    """Rows that a process holds before it writes them: at most 256, and about 4 MiB of text."""
-    num_bytes, rows = 0, 1
-    if source.kind == "table":
-        num_bytes, rows = source.num_bytes, len(source.data)
-    elif source.kind == "lines" and source.path is not None:
-        with source.path.open("rb") as file:
-            head = file.read(1 << 20)
-        num_bytes, rows = len(head), head.count(b"\n") + 1
-    return max(1, min(256, (4 << 20) * rows // max(1, num_bytes)))
-
-
-def _cause(error: Exception) -> BaseException | None:
-    """What an exception of `Dataset.from_generator` stands for; None for a data set without rows.
-
-    It wraps those of the generator and of the writer, in text where another process sent them, and
-    replaces a `KeyboardInterrupt` by that of a result it could not wait for.
-    """
-    if "corresponds to no data" in str(error):
-        return None
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for link in chain:
-        if isinstance(link, (KeyboardInterrupt, OSError)):
-            return link
-        if "abruptly died" in str(link):
-            return InputError(
-                "a tokenising process was ended from outside, possibly out of memory; "
-                "try fewer of them (num_proc)"
-            )
-        sent = re.findall(r"^OSError: (?:\[Errno \d+\] )?(.*)", str(link), re.MULTILINE)
-        if sent:
-            return OSError(0, sent[0])
-    return error
-
-
 @contextmanager
 def _writing(root: Path) -> Iterator[None]:
     try:
@@ -340,25 +330,6 @@ def _writing(root: Path) -> Iterator[None]:
             f"{root}: the cache cannot be written: {error.strerror or one_line(error)}; "
             "choose another folder with --cache_dir, or do without with --no_cache"
         ) from error
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """`datasets` shows no bars of its own, which would be there without a terminal too."""
-    from datasets.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 def _lock(entry: Path) -> Any:
@@ -391,47 +362,49 @@ def _flush(path: Path) -> None:
 
 # ---- processes -------------------------------------------------------------------------------
 
-#: Builds under way in this process.
-_builds: list[object] = []
-
 
 @contextmanager
-def _dependent_children() -> Iterator[None]:
-    """Processes forked meanwhile leave Ctrl-C to this one, end with it, and tokenise in one thread.
+def _single_threaded_tokenizers() -> Iterator[None]:
+    """Processes that start now tokenise in one thread: they are the parallelism.
 
-    The variable has to be set before they are forked: a tokenizer that was used with several
-    threads warns otherwise.
+    It has to be set before they are forked: a tokenizer that was used with several threads warns
+    otherwise.
     """
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"
-    _builds.append(None)
     try:
         yield
     finally:
-        _builds.pop()
         if before is None:
             del os.environ[name]
         else:
             os.environ[name] = before
 
 
-def _after_fork() -> None:
-    if _builds:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+#: In a process that tokenises: its work, and all pieces.
+_given: list[Any] = []
 
 
-def _end_with_parent(parent: int) -> None:
-    """A worker, and the process that carries its messages, wait for ever when the parent is killed.
+def _start(work: _Work, pieces: Sequence[Iterable[tuple[Place, Unread]]]) -> None:
+    """Prepare a process to tokenise: it leaves Ctrl-C to its parent and ends with it."""
+    _given[:] = work, pieces
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
-    The signal that Linux can send instead comes when the parent's *thread* ends, and that of a pool
-    that replaces dead workers ends before them.
+
+def _end_with_parent() -> None:
+    """End when the parent was killed: its pool would be waited for for ever.
+
+    The signal that Linux can send instead comes when the parent's *thread* ends.
     """
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+def _run(number: int) -> _Done:
+    work, pieces = _given
+    done: _Done = work(number, pieces[number])
+    return done

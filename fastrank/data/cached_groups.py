@@ -1,4 +1,4 @@
-"""Groups in memory-mapped Arrow files, written and opened by `datasets`.
+"""Groups in memory-mapped Arrow files, as `datasets` writes and opens them.
 
 Tokens stay in the files and in the system's page cache, which gives them up when memory is short;
 a `Group` is made when its index is asked for. Sizes come from the files' offsets, largest ids and
@@ -7,9 +7,12 @@ prompt keys are stored; all of them, 40 bytes per group, are held once they were
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -22,43 +25,42 @@ from fastrank.data.records import Record
 from fastrank.data.tokenize import Encoded
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
     from fastrank.data.group import Group
 
-#: Types of the columns; "prompt_key" holds the bits of an unsigned number.
-COLUMNS = {
-    "prompt_ids": ["int32"],
-    "response_ids": [["int32"]],
-    "rewards": ["float32"],
-    "line": "int64",
-    "prompt_key": "int64",
-    "largest_id": "int32",
-}
+#: The columns in the files' order; "prompt_key" holds the bits of an unsigned number.
+COLUMNS = ("prompt_ids", "response_ids", "rewards", "line", "prompt_key", "largest_id")
 
 
-def features() -> Features:
-    """The columns as `datasets` describes them."""
-    from datasets import Features, List, Value
+@contextmanager
+def group_writer(path: Path) -> Iterator[Callable[[Sequence[tuple[Record, Encoded]]], None]]:
+    """A function that adds a batch of tokenised records to a new file.
 
-    def feature(kind: Any) -> Any:
-        return Value(kind) if isinstance(kind, str) else List(feature(kind[0]))
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import pyarrow as pa
 
-    return Features({name: feature(kind) for name, kind in COLUMNS.items()})
+    ids = pa.list_(pa.int32())
+    types = (ids, pa.list_(ids), pa.list_(pa.float32()), pa.int64(), pa.int64(), pa.int32())
+    schema = pa.schema(list(zip(COLUMNS, types, strict=True)))
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+
+        def write(batch: Sequence[tuple[Record, Encoded]]) -> None:
+            columns = zip(*(_row(record, encoded) for record, encoded in batch), strict=True)
+            arrays = [pa.array(column, kind) for column, kind in zip(columns, types, strict=True)]
+            stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+
+        yield write
 
 
-def as_row(record: Record, encoded: Encoded) -> dict[str, Any]:
-    """A tokenised record as a row of the files."""
+def _row(record: Record, encoded: Encoded) -> tuple[Any, ...]:
     prompt, responses = encoded
     key = prompt_key(np.array(prompt))
-    return {
-        "prompt_ids": prompt,
-        "response_ids": responses,
-        "rewards": record.scores,
-        "line": record.line,
-        "prompt_key": key - (1 << 64) if key >> 63 else key,
-        "largest_id": max(max(prompt), *map(max, responses)),
-    }
+    signed = key - (1 << 64) if key >> 63 else key
+    largest = max(max(prompt), *map(max, responses))
+    return prompt, responses, record.scores, record.line, signed, largest
 
 
 class CachedGroups(Sequence["Group"]):
@@ -67,7 +69,7 @@ class CachedGroups(Sequence["Group"]):
     A copy sent to another process opens the files again.
 
     Args:
-        folder: holds ``*.arrow`` files of `as_row`s, in the order of their names.
+        folder: holds ``*.arrow`` files of a `group_writer`, in the order of their names.
         source: the name of the records' file, for the names of the groups.
         index: positions in the files of the groups to show, in this order; None for all.
         dataset: the files, if they are open already.
@@ -122,8 +124,14 @@ class CachedGroups(Sequence["Group"]):
         return CachedGroups(self.folder, self.source, rows, dataset=self.dataset)
 
     @cached_property
-    def _texts(self) -> list[Any]:
-        return [self.dataset.data.column(name) for name in list(COLUMNS)[:4]]
+    def _chunks(self) -> list[_Chunk]:
+        columns = [self.dataset.data.column(name).chunks for name in COLUMNS[:4]]
+        return [_Chunk(*arrays) for arrays in zip(*columns, strict=True)]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """[number of chunks + 1]: the first row of each, and the number of rows."""
+        return [0, *accumulate(len(chunk) for chunk in self._chunks)]
 
     def _group(self, row: int) -> Group:
         """One group, with copies of its numbers."""
@@ -131,13 +139,17 @@ class CachedGroups(Sequence["Group"]):
 
         from fastrank.data.group import Group
 
-        prompt, responses, rewards, line = (column[row] for column in self._texts)
-        ids = torch.from_numpy(responses.values.flatten().to_numpy().astype(np.int64))
+        number = bisect(self._starts, row) - 1
+        chunk = self._chunks[number]
+        at = row - self._starts[number]
+        found = chunk.groups(at, at + 1)
         return Group(
-            torch.from_numpy(prompt.values.to_numpy().astype(np.int64)),
-            ids.split(responses.values.value_lengths().to_pylist()),
-            torch.from_numpy(rewards.values.to_numpy().copy()),
-            name=f"{self.source}:{line}",
+            torch.from_numpy(found.prompt_ids.astype(np.int64)),
+            torch.from_numpy(found.response_ids.astype(np.int64)).split(
+                found.response_lengths.tolist()
+            ),
+            torch.from_numpy(found.rewards.copy()),
+            name=f"{self.source}:{chunk.lines[at]}",
         )
 
     @cached_property
@@ -145,7 +157,7 @@ class CachedGroups(Sequence["Group"]):
         """See `fastrank.data.columns.group_sizes`."""
         import pyarrow.compute as pc
 
-        prompts, responses, _, _ = self._texts
+        prompts, responses = (self.dataset.data.column(name) for name in COLUMNS[:2])
         prompt_tokens = pc.list_value_length(prompts).to_numpy().astype(np.int64)
         count = pc.list_value_length(responses).to_numpy().astype(np.int64)
         tokens = pc.list_value_length(pc.list_flatten(responses)).to_numpy().astype(np.int64)
@@ -180,19 +192,13 @@ class CachedGroups(Sequence["Group"]):
 
     def flat_parts(self) -> Iterator[FlatGroups]:
         """See `fastrank.data.columns.flat_parts`: stretches of neighbours, without copies."""
-        columns = [self.dataset.data.column(name) for name in list(COLUMNS)[:3]]
-        chunks = list(zip(*(column.chunks for column in columns), strict=True))
-        starts = np.cumsum([0, *(len(prompts) for prompts, _, _ in chunks)])
         rows = np.arange(len(self)) if self._index is None else self._index
-        chunk_of = np.searchsorted(starts, rows, side="right") - 1
+        chunk_of = np.searchsorted(self._starts, rows, side="right") - 1
         breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(chunk_of) != 0)) + 1
-        opened, at = None, -1
         for stretch in np.split(np.arange(len(rows)), breaks) if len(rows) else ():
             chunk = int(chunk_of[stretch[0]])
-            if opened is None or chunk != at:
-                opened, at = _FlatChunk(*chunks[chunk]), chunk
-            first = int(rows[stretch[0]] - starts[chunk])
-            yield opened.groups(first, first + len(stretch))
+            first = int(rows[stretch[0]]) - self._starts[chunk]
+            yield self._chunks[chunk].groups(first, first + len(stretch))
 
     def _column(self, name: str) -> NDArray[np.int64]:
         return self._chosen(self.dataset.data.column(name).to_numpy()).astype(np.int64)
@@ -201,22 +207,40 @@ class CachedGroups(Sequence["Group"]):
         return values if self._index is None else values[self._index]
 
 
-class _FlatChunk:
-    """A chunk of the files as NumPy arrays over its memory."""
+class _Chunk:
+    """A chunk of the files as NumPy arrays over its memory, made when it is first asked for."""
 
-    def __init__(self, prompts: Any, responses: Any, rewards: Any) -> None:
-        self._prompts = (prompts.offsets.to_numpy(), prompts.values.to_numpy())
-        self._candidates = responses.offsets.to_numpy()
-        self._responses = (responses.values.offsets.to_numpy(), responses.values.values.to_numpy())
-        self._rewards = (rewards.offsets.to_numpy(), rewards.values.to_numpy())
+    def __init__(self, prompts: Any, responses: Any, rewards: Any, lines: Any) -> None:
+        self._arrays = (prompts, responses, rewards, lines)
+
+    def __len__(self) -> int:
+        return len(self._arrays[0])
+
+    @cached_property
+    def lines(self) -> NDArray[np.int64]:
+        """[G]: lines of the records."""
+        return np.asarray(self._arrays[3])
+
+    @cached_property
+    def _lists(self) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+        """Offsets and values of the prompts, of the responses and of the rewards."""
+        prompts, responses, rewards, _ = self._arrays
+        lists = (prompts, responses.values, rewards)
+        return [(array.offsets.to_numpy(), array.values.to_numpy()) for array in lists]
+
+    @cached_property
+    def _candidates(self) -> NDArray[np.int32]:
+        """[G + 1]: the first response of each group."""
+        return np.asarray(self._arrays[1].offsets)
 
     def groups(self, start: int, stop: int) -> FlatGroups:
         """The groups from ``start`` to ``stop``."""
+        prompts, responses, rewards = self._lists
         candidates = self._candidates[start : stop + 1]
-        prompts, lengths = _some_lists(*self._prompts, start, stop)
-        responses, response_lengths = _some_lists(*self._responses, *candidates[[0, -1]])
-        rewards, num_candidates = _some_lists(*self._rewards, start, stop)
-        return FlatGroups(prompts, lengths, responses, response_lengths, num_candidates, rewards)
+        prompt_ids, prompt_lengths = _some_lists(*prompts, start, stop)
+        response_ids, lengths = _some_lists(*responses, candidates[0], candidates[-1])
+        values, num_candidates = _some_lists(*rewards, start, stop)
+        return FlatGroups(prompt_ids, prompt_lengths, response_ids, lengths, num_candidates, values)
 
 
 def _some_lists(
@@ -224,7 +248,7 @@ def _some_lists(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """The values of the lists from ``start`` to ``stop``, and the lists' lengths."""
     edges = offsets[start : stop + 1]
-    return values[edges[0] : edges[-1]], np.diff(edges)
+    return values[edges[0] : edges[-1]], edges[1:] - edges[:-1]
 
 
 def _files(folder: Path) -> list[Path]:

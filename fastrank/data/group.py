@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ class Group:
 
 def _token_ids(ids: Any, what: str) -> Tensor:
     tensor = ids if isinstance(ids, Tensor) else torch.from_numpy(np.array(ids))
-    if tensor.ndim != 1 or not len(tensor):
+    if tensor.ndim != 1 or not tensor.numel():
         raise ValueError(
             f"{what} must be a sequence of at least one token, got shape {tuple(tensor.shape)}"
         )
@@ -120,7 +121,7 @@ def _per_response(values: Any, num_candidates: int, what: str) -> Tensor:
             f"{what} must have one value for each of {num_candidates} responses, "
             f"got shape {tuple(values.shape)}"
         )
-    if not torch.isfinite(values).all():
+    if not all(map(math.isfinite, values.tolist())):  # of so few numbers, faster than torch's
         raise ValueError(f"{what} must be finite, got {values.tolist()}")
     return values
 

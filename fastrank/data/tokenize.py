@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -185,9 +186,10 @@ def as_group(record: Record, encoded: Encoded, file: str) -> Group:
 
     prompt, responses = encoded
     texts = [prompt, *responses]
-    ids = torch.from_numpy(np.array([*chain.from_iterable(texts)]))
+    # An array takes a list's numbers several times as fast as NumPy or torch.
+    ids = torch.frombuffer(array("q", [*chain.from_iterable(texts)]), dtype=torch.int64)
     own, *rest = ids.split([len(text) for text in texts])
-    rewards = torch.tensor(record.scores, dtype=torch.float32)
+    rewards = torch.from_numpy(np.array(record.scores, dtype=np.float32))
     return Group(own, tuple(rest), rewards, name=f"{file}:{record.line}")
 
 

@@ -10,11 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from datasets.arrow_writer import ArrowWriter
 from torch.utils.data import DataLoader
 
 from fastrank import Group
-from fastrank.data.cached_groups import CachedGroups, as_row, features
+from fastrank.data.cached_groups import CachedGroups, group_writer
 from fastrank.data.columns import (
     group_sizes,
     largest_ids,
@@ -42,10 +41,10 @@ def encoded() -> list[tuple[list[int], list[list[int]], list[float], int]]:
 
 
 def write(path: Path, encoded: list) -> None:
-    with ArrowWriter(path=str(path), features=features(), writer_batch_size=10) as writer:
-        for prompt, responses, rewards, line in encoded:
-            writer.write(as_row(Record("", [], rewards, line), (prompt, responses)))
-        writer.finalize()
+    rows = [(Record("", [], rewards, line), (p, r)) for p, r, rewards, line in encoded]
+    with group_writer(path) as add:
+        for first in range(0, len(rows), 10):
+            add(rows[first : first + 10])
 
 
 @pytest.fixture
