@@ -292,7 +292,7 @@ def rates(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     def pack_steps() -> None:
         for first in range(0, count, 64):
-            cutter(list(enumerate(groups[first : first + 64])))
+            cutter(groups, range(first, min(first + 64, count)))
 
     cores = default_num_proc()
     work: dict[str, Callable[[], Any]] = {
@@ -381,7 +381,7 @@ class _Sized:
         from fastrank.data.columns import GroupSizes
 
         column = np.array(tokens)
-        self.sizes = GroupSizes(np.ones_like(column), column, column)
+        self.sizes = GroupSizes.of_lengths(0 * column, column, np.ones_like(column))
 
     def __len__(self) -> int:
         return len(self.sizes)

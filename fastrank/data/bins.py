@@ -1,4 +1,4 @@
-"""Which groups share a pack: best fit over decreasing sizes, and rows of similar length.
+"""Which groups share a pack: best fit over decreasing sizes, rows of similar length, even costs.
 
 Open packs are kept by their free space in a two-level bit set, so that placing a group does not
 depend on how many packs there are. First fit without the sort would keep the given order, at a
@@ -7,9 +7,11 @@ visibly lower fill.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -97,3 +99,110 @@ def fill_padded(shapes: Sequence[tuple[int, int]], max_tokens: int) -> list[list
         packs[-1].append(index)
         rows_left -= candidates
     return [sorted(chosen) for chosen in packs]
+
+
+def spread_evenly(
+    costs: NDArray[np.float64], num_bins: int, sizes: NDArray[np.int64], capacity: int
+) -> list[list[int]] | None:
+    """All items in ``num_bins`` bins of at most ``capacity`` in size and of like cost; None if this
+    way finds none.
+
+    Largest first into the cheapest bin with room (at most 4/3 of the best maximum: Graham, "Bounds
+    on multiprocessing timing anomalies", 1969), then moves and swaps between the costliest bin and
+    cheap ones until none helps.
+
+    Example:
+        >>> costs = np.array([5.0, 4.0, 3.0, 3.0, 3.0])
+        >>> spread_evenly(costs, 2, np.ones(5, dtype=int), 5)
+        [[0, 1], [2, 3, 4]]
+    """
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    space = [capacity] * num_bins
+    cheapest = [(0.0, number) for number in range(num_bins)]
+    items = np.argsort(-costs, kind="stable")
+    for item, cost, size in zip(
+        items.tolist(), costs[items].tolist(), sizes[items].tolist(), strict=True
+    ):
+        full: list[tuple[float, int]] = []
+        while cheapest and len(full) < _PARTNERS and space[cheapest[0][1]] < size:
+            full.append(heapq.heappop(cheapest))
+        if not cheapest or space[cheapest[0][1]] < size:
+            return None
+        load, number = cheapest[0]
+        heapq.heapreplace(cheapest, (load + cost, number))
+        bins[number].append(item)
+        space[number] -= size
+        for entry in full:
+            heapq.heappush(cheapest, entry)
+    even_out(bins, costs, sizes, capacity)
+    return [sorted(chosen) for chosen in bins]
+
+
+#: Cheap bins that are looked at for one with room, and for one to take an item of the costliest.
+_PARTNERS = 64
+#: At most so many moves and swaps: a fraction of a second.
+_EXCHANGES = 1024
+#: How often, when none of them can, all are looked at.
+_WIDE_LOOKS = 64
+#: The costliest bin is even enough when it exceeds the mean by this.
+_EVEN = 1.002
+
+
+def even_out(
+    bins: list[list[int]], costs: NDArray[np.float64], sizes: NDArray[np.int64], capacity: int
+) -> None:
+    """Lower the cost of the costliest bin, in place, by moves and swaps of items with cheap ones;
+    no bin comes to exceed ``capacity`` in size."""
+    loads = np.array([costs[members].sum() for members in bins])
+    space = np.array([capacity - sizes[members].sum() for members in bins])
+    enough = _EVEN * float(loads.mean())
+    wide_looks = _WIDE_LOOKS
+    for _ in range(min(2 * len(bins), _EXCHANGES)):
+        top = int(loads.argmax())
+        if loads[top] <= enough:
+            return
+        order = np.argsort(loads, kind="stable")
+        found = _best_exchange(bins, top, order[:_PARTNERS], loads, space, costs, sizes)
+        if found is None and wide_looks:
+            wide_looks -= 1
+            found = _best_exchange(bins, top, order[_PARTNERS:], loads, space, costs, sizes)
+        if found is None:
+            return
+        given, other, taken = found
+        bins[top].remove(given)
+        bins[other].append(given)
+        if taken is not None:
+            bins[other].remove(taken)
+            bins[top].append(taken)
+        for changed in (top, other):
+            loads[changed] = costs[bins[changed]].sum()
+            space[changed] = capacity - sizes[bins[changed]].sum()
+
+
+def _best_exchange(
+    bins: list[list[int]],
+    top: int,
+    partners: NDArray[np.int64],
+    loads: NDArray[np.float64],
+    space: NDArray[np.int64],
+    costs: NDArray[np.float64],
+    sizes: NDArray[np.int64],
+) -> tuple[int, int, int | None] | None:
+    """The item of bin ``top`` to give, the partner, and its item to take or None, so that the
+    costlier of the two bins becomes as cheap as it can; None if that is no gain."""
+    if not len(partners):
+        return None
+    given = np.array(bins[top])
+    owner = np.repeat(partners, [len(bins[b]) + 1 for b in partners])
+    taken = np.array([item for b in partners for item in (*bins[b], -1)])  # -1: nothing
+    # Rows: what may be given; columns: for what.
+    less = costs[given][:, None] - np.where(taken < 0, 0.0, costs[taken])
+    more = sizes[given][:, None] - np.where(taken < 0, 0, sizes[taken])
+    after = np.maximum(loads[top] - less, loads[owner] + less)
+    fits = (more <= space[owner]) & (-more <= space[top]) & (owner != top)
+    after = np.where(fits, after, np.inf)
+    row, column = divmod(int(after.argmin()), len(taken))
+    if after[row, column] >= loads[top] * (1 - 1e-9):
+        return None
+    back = int(taken[column])
+    return int(given[row]), int(owner[column]), None if back < 0 else back

@@ -161,13 +161,8 @@ class CachedGroups(Sequence["Group"]):
         prompt_tokens = pc.list_value_length(prompts).to_numpy().astype(np.int64)
         count = pc.list_value_length(responses).to_numpy().astype(np.int64)
         tokens = pc.list_value_length(pc.list_flatten(responses)).to_numpy().astype(np.int64)
-        first = np.cumsum(count) - count
-        sums, longest = (
-            function.reduceat(tokens, first) if len(first) else tokens
-            for function in (np.add, np.maximum)
-        )
-        columns = (count, prompt_tokens + sums, prompt_tokens + longest)
-        return GroupSizes(*(self._chosen(column) for column in columns))
+        sizes = GroupSizes.of_lengths(prompt_tokens, tokens, count)
+        return sizes if self._index is None else sizes.take(self._index)
 
     @cached_property
     def largest_ids(self) -> NDArray[np.int64]:

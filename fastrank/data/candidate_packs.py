@@ -162,7 +162,7 @@ def split_groups(
 def filler_pack(shared_prompts: bool) -> CandidatePack:
     """The smallest pack there is, of no candidate: for a process that has none left while others
     do, since engines that communicate inside forward and backward wait for each other."""
-    group = Group([0], ([0],), [0.0], name="filler")  # type: ignore[arg-type]
+    group = Group([0], ([0],), [0.0], [0.0], name="filler")  # type: ignore[arg-type]
     (smallest,) = pack([group], max_tokens=2, shared_prompts=shared_prompts)
     return CandidatePack(smallest, torch.empty(0, dtype=torch.int64))
 

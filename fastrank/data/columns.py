@@ -9,7 +9,7 @@ which of the two they have.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,14 +28,46 @@ class GroupSizes:
         num_candidates: int64 [N].
         num_tokens: int64 [N], with the prompt once: P + sum of R_i.
         longest_sequence: int64 [N], tokens of the longest [prompt; response].
+        num_prompt_tokens: int64 [N], P.
+        num_pairs: int64 [N], pairs of a token and one that it attends to, with the prompt once:
+            P (P + 1) / 2 + sum of R_i P + R_i (R_i + 1) / 2.
     """
 
     num_candidates: NDArray[np.int64]
     num_tokens: NDArray[np.int64]
     longest_sequence: NDArray[np.int64]
+    num_prompt_tokens: NDArray[np.int64]
+    num_pairs: NDArray[np.int64]
+
+    @classmethod
+    def of_lengths(
+        cls,
+        prompts: NDArray[np.int64],
+        responses: NDArray[np.int64],
+        num_candidates: NDArray[np.int64],
+    ) -> GroupSizes:
+        """From the tokens of every prompt [N] and, group after group, of every response [C]."""
+        first = np.cumsum(num_candidates) - num_candidates
+        pairs = responses * (responses + 1) // 2
+        total, longest, own_pairs = (
+            function.reduceat(values, first) if len(first) else values
+            for function, values in ((np.add, responses), (np.maximum, responses), (np.add, pairs))
+        )
+        return cls(
+            num_candidates=num_candidates,
+            num_tokens=prompts + total,
+            longest_sequence=prompts + longest,
+            num_prompt_tokens=prompts,
+            num_pairs=prompts * (prompts + 1) // 2 + prompts * total + own_pairs,
+        )
 
     def __len__(self) -> int:
         return len(self.num_tokens)
+
+    def take(self, index: Sequence[int] | NDArray[np.int64]) -> GroupSizes:
+        """The sizes of the groups at these positions, in this order."""
+        chosen = np.asarray(index, dtype=np.int64)
+        return GroupSizes(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
     def pack_tokens(self, shared_prompts: bool) -> NDArray[np.int64]:
         """Tokens of a pack that holds one group alone: int64 [N]."""
@@ -47,8 +79,11 @@ def group_sizes(groups: Sequence[Group]) -> GroupSizes:
     stored = getattr(groups, "sizes", None)
     if isinstance(stored, GroupSizes):
         return stored
-    rows = [(g.num_candidates, g.num_tokens_shared, g.longest_sequence) for g in groups]
-    return GroupSizes(*np.array(rows, dtype=np.int64).reshape(len(rows), 3).T)
+    return GroupSizes.of_lengths(
+        np.array([len(g.prompt_ids) for g in groups], dtype=np.int64),
+        np.array([len(ids) for g in groups for ids in g.response_ids], dtype=np.int64),
+        np.array([g.num_candidates for g in groups], dtype=np.int64),
+    )
 
 
 def largest_ids(groups: Sequence[Group]) -> NDArray[np.int64]:

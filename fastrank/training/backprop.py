@@ -2,7 +2,7 @@
 
 Joint training holds a group in one pack, so the loader cuts packs. In two phases it is known only
 after scoring which candidates to pack, so the loader hands on groups: every process takes its share
-of a step's groups, whole ones, of like size in tokens, and `fastrank.training.two_phase` cuts a
+of a step's groups, whole ones, of like cost, and `fastrank.training.two_phase` cuts a
 group that is larger than a pack. The alternative, spreading the candidates of a group over
 processes, would balance better and exchange scores in every step.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastrank.data.packing import Group, Pack, pack
 from fastrank.losses import Loss
+from fastrank.modeling.cost import PackCost
 from fastrank.outputs import RankingOutput
 from fastrank.training.batching import StepBatch, StepCutter
 from fastrank.training.engine import Engine
@@ -50,6 +51,7 @@ class Backprop(abc.ABC):
         max_tokens: of a pack.
         shared_prompts: whether a prompt is encoded once for all its candidates.
         computing: gives the context to compute losses in, e.g. autocast.
+        cost: by which groups are dealt to processes.
     """
 
     loss: Loss
@@ -58,6 +60,7 @@ class Backprop(abc.ABC):
     max_tokens: int
     shared_prompts: bool
     computing: Callable[[], AbstractContextManager[Any]]
+    cost: PackCost
 
     whole_groups: ClassVar[bool]
     """Whether a batch holds groups that are packed later."""
@@ -70,6 +73,7 @@ class Backprop(abc.ABC):
             rank=self.engine.rank,
             world_size=self.engine.world_size,
             whole_groups=self.whole_groups,
+            cost=self.cost,
         )
 
     @abc.abstractmethod

@@ -8,22 +8,28 @@ transformers' usual way, a loader of micro-batches sharded by accelerate, fixes 
 micro-batches instead, pads or repeats samples at an uneven end, and weighs a short micro-batch
 like a full one. Here the loader yields one `StepBatch` per step, and the processes get equally
 many packs: engines that communicate inside forward and backward would otherwise wait for each
-other for ever. Where packs are missing, a process repeats the step's smallest group with weight 0.
+other for ever. Where packs are missing, a process computes one of two tokens with weight 0.
+
+Every process plans the whole step, from the sizes of its groups alone, and reads its own groups.
+Packs are dealt by what they cost (`fastrank.modeling.cost`): processes wait for the slowest.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from fastrank.data.bins import best_fit, fill_padded
+from fastrank.data.bins import best_fit, even_out, fill_padded, spread_evenly
+from fastrank.data.candidate_packs import filler_pack
 from fastrank.data.columns import GroupSizes, group_sizes
 from fastrank.data.packing import Group, Pack, pack
+from fastrank.modeling.cost import PackCost
 
 # Packs that two-phase training and its evaluation make at a time, at most.
 _PACKS_AT_ONCE = 64
@@ -104,22 +110,47 @@ class StepLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-class NumberedGroups(Dataset):
-    """The training set as (position, group), so that a step knows which groups it holds."""
+class StepDataset(Dataset):
+    """The training set, from which this process's part of a step is asked for at once."""
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    def __init__(self, groups: Sequence[Group], cutter: StepCutter) -> None:
         self.groups = groups
+        self.cutter = cutter
+        self.sizes = group_sizes(groups)
 
     def __len__(self) -> int:
         return len(self.groups)
 
-    def __getitem__(self, index: int) -> tuple[int, Group]:
-        return index, self.groups[index]
+    def __getitems__(self, index: Sequence[int]) -> StepBatch:
+        return self.cutter(self.groups, index, self.sizes)
+
+
+class _Chosen(Sequence[Group]):
+    """The groups at some positions; one is read when it is asked for."""
+
+    def __init__(
+        self, groups: Sequence[Group], index: Sequence[int], sizes: GroupSizes | None
+    ) -> None:
+        self._groups = groups
+        self._index = index
+        self.sizes = group_sizes([groups[i] for i in index]) if sizes is None else sizes.take(index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, item: int) -> Group: ...
+    @overload
+    def __getitem__(self, item: slice) -> Sequence[Group]: ...
+    def __getitem__(self, item: int | slice) -> Any:
+        if isinstance(item, slice):
+            return [self._groups[i] for i in self._index[item]]
+        return self._groups[self._index[item]]
 
 
 @dataclass(frozen=True)
 class StepCutter:
-    """Cuts the groups of a step into this process's packs; usable as a loader's ``collate_fn``.
+    """Cuts the groups of a step into this process's packs.
 
     With ``whole_groups`` it only deals out the groups, for training in two phases, which knows what
     to pack when the candidates have been scored.
@@ -130,11 +161,20 @@ class StepCutter:
     rank: int = 0
     world_size: int = 1
     whole_groups: bool = False
+    cost: PackCost = PackCost()
 
-    def __call__(self, numbered: Sequence[tuple[int, Group]]) -> StepBatch:
-        groups = [group for _, group in numbered]
-        index = tuple(position for position, _ in numbered)
-        return self.batch(groups, self.plan(groups), index)
+    def __call__(
+        self, groups: Sequence[Group], index: Sequence[int], sizes: GroupSizes | None = None
+    ) -> StepBatch:
+        """This process's part of a step.
+
+        Args:
+            groups: the training set, of which only this process's groups are read.
+            index: positions in it of the step's groups.
+            sizes: of the whole training set; None to read the step's groups for them.
+        """
+        chosen = _Chosen(groups, index, sizes)
+        return self.batch(chosen, self.plan(chosen), tuple(index))
 
     def batch(
         self, groups: Sequence[Group], plan: Sequence[Sequence[int]], index: tuple[int, ...]
@@ -161,21 +201,21 @@ class StepCutter:
             self.world_size,
             max_tokens=budget,
             shared_prompts=self.shared_prompts,
+            cost=self.cost,
         )
         return plan[self.rank :: self.world_size]
 
     def build(self, groups: Sequence[Group], members: Sequence[int]) -> tuple[Pack, float]:
-        """The pack of these members and its weight: the smallest group with weight 0 for none."""
-        chosen = list(members) or [
-            int(group_sizes(groups).pack_tokens(self.shared_prompts).argmin())
-        ]
+        """The pack of these members and its weight: the smallest pack with weight 0 for none."""
+        if not members:
+            return filler_pack(self.shared_prompts).pack, 0.0
         (whole,) = pack(
-            [groups[i] for i in chosen],
+            [groups[i] for i in members],
             max_tokens=self.max_tokens,
             shared_prompts=self.shared_prompts,
         )
-        index = tuple(chosen[i] for i in whole.group_index)
-        return whole.replace(group_index=index), float(bool(members))
+        index = tuple(members[i] for i in whole.group_index)
+        return whole.replace(group_index=index), 1.0
 
 
 class PackDataset(Dataset):
@@ -196,14 +236,26 @@ class PackDataset(Dataset):
 
 
 def plan_step(
-    groups: Sequence[Group], world_size: int, *, max_tokens: int, shared_prompts: bool
+    groups: Sequence[Group],
+    world_size: int,
+    *,
+    max_tokens: int,
+    shared_prompts: bool,
+    cost: PackCost | None = None,
 ) -> list[list[int]]:
     """Which groups go into which pack: a multiple of ``world_size`` packs, for process 0, 1, …,
     0, 1, …
 
-    As few rounds of packs as the budget allows, their sizes as equal as a greedy assignment makes
-    them (largest first, into the emptiest), so that no process waits long for another. A pack
-    may be empty. Depends on the arguments alone, so every process comes to the same plan.
+    As few rounds of packs as the budget allows, and their costs as equal as
+    `fastrank.data.bins.spread_evenly` makes them, so that no process waits long for another. A pack
+    may be empty. Depends on the sizes of the groups alone, so every process comes to the same plan.
+
+    Args:
+        groups: of the step.
+        world_size: processes that take different data.
+        max_tokens: of a pack.
+        shared_prompts: whether a prompt is encoded once for all its candidates.
+        cost: of a group; None for its tokens.
 
     Raises:
         ValueError: a group is larger than ``max_tokens``.
@@ -212,6 +264,7 @@ def plan_step(
     tokens = sizes.pack_tokens(shared_prompts)
     for i in np.flatnonzero(tokens > max_tokens)[:1].tolist():
         raise ValueError(too_large(groups[i], int(tokens[i]), max_tokens))
+    costs = (cost or PackCost()).of_groups(sizes, shared_prompts)
     if shared_prompts:
         fewest = best_fit(tokens.tolist(), max_tokens)
     else:
@@ -219,41 +272,48 @@ def plan_step(
         fewest = fill_padded(list(shapes), max_tokens)
     most_rounds = math.ceil(len(fewest) / world_size)
     fewest_rounds = math.ceil(int(tokens.sum()) / (max_tokens * world_size))
-    for rounds in range(fewest_rounds, most_rounds + 1):
-        bins = _spread(sizes, rounds * world_size, shared_prompts)
-        if max(_load(sizes, members, shared_prompts) for members in bins) <= max_tokens:
+    tried = np.linspace(fewest_rounds, most_rounds, _ATTEMPTS).round().astype(int)
+    for rounds in np.unique(tried).tolist():
+        if shared_prompts:
+            bins = spread_evenly(costs, rounds * world_size, tokens, max_tokens)
+        else:
+            bins = _spread_rows(sizes, costs, rounds * world_size, max_tokens)
+        if bins is not None:
             break
     else:
         bins = fewest + [[] for _ in range(most_rounds * world_size - len(fewest))]
-    # The packs of one round run side by side: let them be of like size.
-    return sorted(bins, key=lambda members: -_load(sizes, members, shared_prompts))
+        if shared_prompts:
+            even_out(bins, costs, tokens, max_tokens)
+    # The packs of one round run side by side: let them be of like cost. Every second round goes
+    # the other way, so that no process has the costliest of each.
+    loads = [float(costs[members].sum()) for members in bins]
+    order = sorted(range(len(bins)), key=lambda number: -loads[number])
+    ordered = [bins[number] for number in order]
+    for start in range(world_size, len(ordered), 2 * world_size):
+        ordered[start : start + world_size] = reversed(ordered[start : start + world_size])
+    return ordered
 
 
-def _spread(sizes: GroupSizes, num_bins: int, shared_prompts: bool) -> list[list[int]]:
+#: Numbers of rounds that are tried between the fewest that may do and those that certainly do.
+_ATTEMPTS = 8
+
+
+def _spread_rows(
+    sizes: GroupSizes, costs: NDArray[np.float64], num_bins: int, max_tokens: int
+) -> list[list[int]] | None:
+    """Padding makes rows of like length cheap together: fill by length, in equal shares of cost.
+    None if a pack is too large then."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    tokens = sizes.pack_tokens(shared_prompts).tolist()
-    if not shared_prompts:
-        # Padding makes rows of like length cheap together: fill by length, in equal shares of rows.
-        share = sum(tokens) / num_bins
-        filled = 0.0
-        for i in np.argsort(-sizes.longest_sequence, kind="stable").tolist():
-            bins[min(int(filled / share), num_bins - 1)].append(i)
-            filled += tokens[i]
-        return bins
-    emptiest = [(0, number) for number in range(num_bins)]
-    for i in np.argsort(-sizes.num_tokens, kind="stable").tolist():
-        load, number = heapq.heappop(emptiest)
-        bins[number].append(i)
-        heapq.heappush(emptiest, (load + tokens[i], number))
+    share = float(costs.sum()) / num_bins
+    filled = 0.0
+    for i in np.argsort(-sizes.longest_sequence, kind="stable").tolist():
+        bins[min(int(filled / share), num_bins - 1)].append(i)
+        filled += float(costs[i])
+    for members in filter(None, bins):
+        longest = sizes.longest_sequence[members].max()
+        if sizes.num_candidates[members].sum() * longest > max_tokens:
+            return None
     return bins
-
-
-def _load(sizes: GroupSizes, members: list[int], shared_prompts: bool) -> int:
-    if not members:
-        return 0
-    if shared_prompts:
-        return int(sizes.num_tokens[members].sum())
-    return int(sizes.num_candidates[members].sum() * sizes.longest_sequence[members].max())
 
 
 def too_large(group: Group, size: int, max_tokens: int) -> str:

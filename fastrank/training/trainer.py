@@ -38,6 +38,7 @@ from fastrank.data.columns import group_sizes, largest_ids
 from fastrank.data.packing import Group
 from fastrank.errors import InputError, TrainingStopped
 from fastrank.hf_private import TrainerHooks
+from fastrank.modeling.cost import PackCost
 from fastrank.modeling.dropout import disable_dropout
 from fastrank.modeling.mesh import is_sharded
 from fastrank.modeling.prepare import prepare_model
@@ -46,10 +47,10 @@ from fastrank.training import checkpoint, plan
 from fastrank.training.adapters import adapt
 from fastrank.training.backprop import JointBackprop, StepResult, TwoPhaseBackprop
 from fastrank.training.batching import (
-    NumberedGroups,
     PackDataset,
     StepBatch,
     StepCutter,
+    StepDataset,
     StepLoader,
     StepSampler,
     too_large,
@@ -141,6 +142,7 @@ class RankTrainer(TrainerHooks, Trainer):
             max_tokens=args.max_tokens,
             shared_prompts=args.shared_prompts,
             computing=self.compute_loss_context_manager,
+            cost=PackCost.of_model(self.lm),
         )
         run_dir = Path(args.output_dir or ".")
         self._guard = FiniteGuard(self.engine, run_dir)
@@ -310,9 +312,9 @@ class RankTrainer(TrainerHooks, Trainer):
                 f"the rest, got {len(groups)} groups"
             )
         return StepLoader(
-            NumberedGroups(groups),
+            StepDataset(groups, self._cutter()),
             batch_sampler=sampler,
-            collate_fn=self._cutter(),
+            collate_fn=_as_it_is,
             **self._loader_options(),
         )
 
@@ -415,7 +417,7 @@ class RankTrainer(TrainerHooks, Trainer):
         norm: Any = 0.0
         finite = False
         if kept:
-            self._batch = self._cutter()([(position, groups[position]) for position in kept])
+            self._batch = self._cutter()(groups, kept)
             self._result = self._step(model, self._batch)
             norm = self.clip_gradients(model)
             finite = self._guard.is_finite(self._result.loss, norm)
@@ -548,6 +550,10 @@ def _switch(optimizer: Any, mode: str) -> None:
     """Schedule-free optimisers have a training and an evaluation mode."""
     if callable(getattr(optimizer, mode, None)):
         getattr(optimizer, mode)()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _unused_collator(items: list[Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class OnlineGroups(Sequence[Group]):
             texts = self._maker.tokenizer(own[i], add_special_tokens=False)["input_ids"]
             longest[i] = max(longest[i], *(len(ids) + 1 for ids in texts))
         candidates = options.online_responses + stored
-        return GroupSizes(candidates, prompts + candidates * longest, prompts + longest)
+        return GroupSizes.of_lengths(prompts, np.repeat(longest, candidates), candidates)
 
     @cached_property
     def largest_ids(self) -> NDArray[np.int64]:
@@ -261,11 +261,14 @@ class OnlineTrainer(RankTrainer):
 class PresentGroups(StepCutter):
     """A cutter that leaves out the prompts of a step that have no group."""
 
-    def __call__(self, numbered: Sequence[tuple[int, Group | None]]) -> StepBatch:
-        present = [(index, group) for index, group in numbered if group is not None]
+    def __call__(
+        self, groups: Sequence[Group], index: Sequence[int], sizes: GroupSizes | None = None
+    ) -> StepBatch:
+        del sizes  # upper bounds
+        present = [position for position in index if groups[position] is not None]
         if not present:
             raise TrainingStopped(
-                f"none of the {len(numbered)} prompts of a step has a response that is not empty: "
+                f"none of the {len(index)} prompts of a step has a response that is not empty: "
                 "there is nothing to train on"
             )
-        return super().__call__(present)
+        return super().__call__(groups, present)

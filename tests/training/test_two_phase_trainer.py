@@ -171,19 +171,21 @@ def test_randomness_is_refused_before_training(tmp_path: Path, menu_groups: list
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_groups_are_dealt_out_once_and_evenly(menu_groups: list[Group], world_size: int) -> None:
-    numbered = list(enumerate(menu_groups))[5:21]
     batches = [
-        StepCutter(PACK, rank=rank, world_size=world_size, whole_groups=True)(numbered)
+        StepCutter(PACK, rank=rank, world_size=world_size, whole_groups=True)(
+            menu_groups, range(5, 21)
+        )
         for rank in range(world_size)
     ]
     members = sorted(i for batch in batches for i in batch.members)
     assert members == list(range(16))
     for batch in batches:
         assert batch.index == tuple(range(5, 21)) and batch.num_groups == 16
-        assert [g.name for g in batch.groups] == [numbered[i][1].name for i in batch.members]
+        assert [g.name for g in batch.groups] == [menu_groups[5 + i].name for i in batch.members]
     loads = [batch.num_tokens for batch in batches]
-    assert sum(loads) == sum(group.num_tokens_shared for _, group in numbered)
-    assert max(loads) - min(loads) <= max(g.num_tokens_shared for _, g in numbered)
+    step = menu_groups[5:21]
+    assert sum(loads) == sum(group.num_tokens_shared for group in step)
+    assert max(loads) - min(loads) <= max(g.num_tokens_shared for g in step)
 
 
 def test_an_evaluation_is_dealt_out_in_equally_many_parts(ragged_groups: list[Group]) -> None:
