@@ -8,7 +8,12 @@ infinite ones have no error).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 UNIT = 2.0**-23
 """One unit in the last place of a float32 between 1 and 2."""
@@ -39,3 +44,58 @@ def gradient_error(
     ``p * log(p)`` is bounded."""
     relative = logits_error(z, softcap) + 0.5 * UNIT * largest_logit(z) + 4 * UNIT
     return coefficients.abs() * relative * abs(logit_scale)
+
+
+# What a few roundings one after the other come to, of a number or of an exponential's argument.
+ROUNDINGS = 8
+# What a device approximates, as torch spells it.
+_APPROXIMATED = {
+    getattr(where, name)
+    for where in (torch, Tensor, torch.nn.functional)
+    for name in ("exp", "exp2", "log", "log1p", "sigmoid", "softmax", "log_softmax", "logsigmoid")
+    if hasattr(where, name)
+}
+
+
+class _Disturbing(TorchFunctionMode):
+    """Elementary functions whose results are off, each number by up to ``units`` units in the last
+    place of a float32."""
+
+    def __init__(self, units: float) -> None:
+        super().__init__()
+        self.units = units
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return self.disturb(result) if function in _APPROXIMATED else result
+
+    def disturb(self, x: Tensor) -> Tensor:
+        signs = 2 * torch.rand(x.shape, generator=self.generator, dtype=torch.float64) - 1
+        return x.double() * (1 + self.units * UNIT * signs.to(x.device))
+
+
+def shifts(
+    compute: Callable[[Callable[[Tensor], Tensor]], Sequence[Tensor]],
+    units: float = ROUNDINGS,
+    probes: int = 3,
+) -> list[Tensor]:
+    """How far each result moves, number by number, when inputs and elementary functions are off by
+    roundings.
+
+    ``compute`` gives float64 results from inputs that it passes through its argument. The largest
+    distance of a few random disturbances says what the data's conditioning makes of an error, where
+    no formula for it is at hand; nothing is said of numbers that are not finite.
+    """
+    exact = [x.detach() for x in compute(lambda x: x.detach().double())]
+    largest = [torch.zeros_like(x) for x in exact]
+    disturbing = _Disturbing(units)
+    for _ in range(probes):
+        with disturbing:
+            moved = compute(lambda x: disturbing.disturb(x.detach()))
+        for i, (new, old) in enumerate(zip(moved, exact, strict=True)):
+            distance = (new.detach() - old).abs().nan_to_num(0.0, 0.0, 0.0)
+            largest[i] = torch.maximum(largest[i], distance)
+    return largest

@@ -3,10 +3,11 @@ groups."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from error_budget import ROUNDINGS, UNIT, shifts
 from torch import Tensor
 
 import fastrank
@@ -67,6 +68,24 @@ class Problem:
         """The fused mean loss, and its gradients under an upstream factor."""
         total = self.fused(loss, **options).loss
         return [total, *torch.autograd.grad(total * upstream, self.leaves())]
+
+    def float32_error(self, exact: Callable[[Problem], list[Tensor]]) -> float:
+        """How far, by `largest_error`, a float32 computation may be from what ``exact`` makes of a
+        float64 problem: four times what roundings of hidden rows and head come to, and the
+        result's own."""
+
+        def compute(cast: Callable[[Tensor], Tensor]) -> list[Tensor]:
+            case = self.to(torch.float64)
+            for name in ("hidden", "weight", "bias"):
+                if (tensor := getattr(case, name)) is not None:
+                    moved = cast(tensor).requires_grad_(tensor.requires_grad)
+                    setattr(case, name, moved)
+            return exact(case)
+
+        units = ROUNDINGS if self.softcap is None else 2 * ROUNDINGS
+        results = zip(shifts(compute, units), compute(torch.Tensor.double), strict=True)
+        most = max(float(shift.max() / x.abs().max().clamp_min(1.0)) for shift, x in results)
+        return 4 * most + UNIT
 
     def make_confident(self) -> None:
         """p(label) > 0.99: the label's head row points along the hidden row."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_linear import largest_error, make_problem
+from plain_linear import Problem, largest_error, make_problem
 
 pytest.importorskip("triton")
 
 import fastrank  # noqa: E402
 from fastrank.losses import LOSSES  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("approximate")
 LOSS_OBJECTS = {name: cls() for name, cls in LOSSES.items()}
 
 
@@ -26,7 +27,8 @@ def _full_float32_products():
 def test_every_loss(device, poisoned, loss) -> None:
     problem = make_problem(3, longest=3).on(device, torch.float32)
     got = problem.value_and_gradients(loss, -1.7, backend="triton")
-    assert largest_error(got, problem.exact(loss, -1.7)) < 1e-5
+    error = problem.float32_error(lambda p: p.exact(loss, -1.7))
+    assert largest_error(got, problem.exact(loss, -1.7)) <= error < 2e-4
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["head", "frozen head"])
@@ -35,7 +37,8 @@ def test_every_strategy(device, logits_memory, frozen) -> None:
     loss = LOSS_OBJECTS["rrhf"]  # the one that leaves rows dead
     problem = make_problem(5, frozen_head=frozen, longest=5).on(device, torch.float32)
     got = problem.value_and_gradients(loss, -1.7, backend="triton", logits_memory=logits_memory)
-    assert largest_error(got, problem.exact(loss, -1.7)) < 1e-5
+    error = problem.float32_error(lambda p: p.exact(loss, -1.7))
+    assert largest_error(got, problem.exact(loss, -1.7)) <= error < 2e-4
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["head", "frozen head"])
@@ -47,11 +50,14 @@ def test_token_logprobs_for_any_loss(device, logits_memory, frozen) -> None:
         logits_memory=logits_memory, **problem.head(),
     )  # fmt: skip
     upstream = torch.randn_like(got)
-    wide = problem.to(torch.float64)
-    expected = wide.logprobs()
+
+    def exact(case: Problem) -> list[torch.Tensor]:
+        logp = case.logprobs()
+        return [logp, *torch.autograd.grad(logp, case.leaves(), upstream.double())]
+
     grads = torch.autograd.grad(got, problem.leaves(), upstream)
-    want = torch.autograd.grad(expected, wide.leaves(), upstream.double())
-    assert largest_error([got, *grads], [expected, *want]) < 1e-5
+    error = problem.float32_error(exact)
+    assert largest_error([got, *grads], exact(problem.to(torch.float64))) <= error < 2e-4
 
 
 def test_float64_is_pointed_to_the_backend_that_computes_it(device) -> None:
@@ -78,7 +84,8 @@ def test_a_losing_candidate_of_probability_zero(device, name, frozen, logits_mem
     want = problem.exact(loss, -1.7)
     assert all(x.isfinite().all() for x in want)
     got = problem.value_and_gradients(loss, -1.7, backend="triton", logits_memory=logits_memory)
-    assert largest_error(got, want) < 1e-5
+    error = problem.float32_error(lambda p: p.exact(loss, -1.7))
+    assert largest_error(got, want) <= error < 2e-4
     apart = problem.fused(loss, backend="triton", logits_memory=logits_memory, reduction="none")
     grads = torch.autograd.grad(-1.7 * apart.loss.mean(), problem.leaves())
-    assert largest_error([apart.loss.mean(), *grads], want) < 1e-5
+    assert largest_error([apart.loss.mean(), *grads], want) <= error
