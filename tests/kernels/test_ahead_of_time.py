@@ -107,6 +107,15 @@ def test_representative_launches(subject: str, tmp_path: Path) -> None:
         assert registers <= 80 and assert_vectorised(records) == 3
 
 
+@pytest.mark.slow
+def test_a_sample_of_all_launches(tmp_path: Path) -> None:
+    """Spills come where nobody looks for them: other launches than the representative ones."""
+    rows, unit, rank = (compile_cases(x, "some", tmp_path) for x in ("rows", "unit", "rank"))
+    assert_nothing_spills([*rows, *unit, *rank])
+    assert_vectorised(rows)
+    assert {r["target"] for r in rows} == {r["target"] for r in rank} == TARGETS
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("subject", ["rows", "unit", "rank"])
 def test_every_launch(subject: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ store in *every* block is what makes it right; a separate ``out`` goes without.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +20,6 @@ from .launch import (
     FLOATS,
     INTEGERS,
     Launch,
-    read_end,
     require_device,
     require_dtype,
     require_rows,
@@ -28,7 +28,7 @@ from .launch import (
     run,
     write_end,
 )
-from .row_stats import block_of_row
+from .row_stats import row_arguments
 
 
 @triton.jit
@@ -163,28 +163,23 @@ def plan_dlogits(
             "out must be separate from logits when live is given (its programs run in any order "
             "and would overwrite rows not yet read), got out over logits"
         )
-    block, num_warps = block_of_row(vocab, logits.dtype)
-    arguments = {
-        "logits": logits,
-        "labels": labels.contiguous(),
+    arguments, num_warps = row_arguments(logits, labels, bias, logit_scale, softcap)
+    arguments |= {
         "lse": lse.contiguous(),
         "logp": logp.contiguous(),
         "coefficients": coefficients.contiguous(),
-        "bias": None if bias is None else bias.contiguous(),
         "live": None if live is None else live.contiguous(),
         "out": out,
-        "vocab": vocab,
-        "read_end": read_end(logits),
         "write_end": write_end(logits, out) if in_place else vocab,
-        "stride": logits.stride(0),
         "out_stride": out.stride(0),
-        "logit_scale": None if logit_scale == 1.0 else float(logit_scale),
-        "softcap": None if softcap is None else float(softcap),
         "IN_PLACE": in_place,
-        "BLOCK": block,
     }
     count = rows if live is None else live.numel()
-    return Launch(dlogits_kernel, (count,), arguments, num_warps, fp_fusion=True)
+    # Left to itself ptxas takes 64 registers for some of the narrow types, and spills.
+    max_registers = None if logits.dtype == torch.float32 else 80
+    return Launch(
+        dlogits_kernel, (count,), arguments, num_warps, fp_fusion=True, max_registers=max_registers
+    )
 
 
 def dlogits(

@@ -10,6 +10,8 @@ launch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -89,6 +91,26 @@ def block_of_row(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
     return block, max(1, min(8, block // 256))
 
 
+def row_arguments(
+    logits: Tensor, labels: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
+) -> tuple[dict[str, Any], int]:
+    """What every kernel over rows of logits is given, and the warps of its programs."""
+    vocab = logits.shape[1]
+    block, num_warps = block_of_row(vocab, logits.dtype)
+    arguments = {
+        "logits": logits,
+        "labels": labels.contiguous(),
+        "bias": None if bias is None else bias.contiguous(),
+        "vocab": vocab,
+        "read_end": read_end(logits),
+        "stride": logits.stride(0),
+        "logit_scale": None if logit_scale == 1.0 else float(logit_scale),
+        "softcap": None if softcap is None else float(softcap),
+        "BLOCK": block,
+    }
+    return arguments, num_warps
+
+
 def plan_row_stats(
     logits: Tensor,
     labels: Tensor,
@@ -99,24 +121,16 @@ def plan_row_stats(
     logp: Tensor,
 ) -> Launch:
     """The launch that `row_stats` does, for tensors on any device."""
-    rows, vocab = logits.shape
-    block, num_warps = block_of_row(vocab, logits.dtype)
-    arguments = {
-        "logits": logits,
-        "labels": labels.contiguous(),
-        "bias": None if bias is None else bias.contiguous(),
-        "lse": lse,
-        "logp": logp,
-        "vocab": vocab,
-        "read_end": read_end(logits),
-        "stride": logits.stride(0),
-        "logit_scale": None if logit_scale == 1.0 else float(logit_scale),
-        "softcap": None if softcap is None else float(softcap),
-        "BLOCK": block,
-    }
+    arguments, num_warps = row_arguments(logits, labels, bias, logit_scale, softcap)
+    arguments |= {"lse": lse, "logp": logp}
     max_registers = None if logits.dtype == torch.float32 else 128
     return Launch(
-        row_stats_kernel, (rows,), arguments, num_warps, fp_fusion=True, max_registers=max_registers
+        row_stats_kernel,
+        (logits.shape[0],),
+        arguments,
+        num_warps,
+        fp_fusion=True,
+        max_registers=max_registers,
     )
 
 

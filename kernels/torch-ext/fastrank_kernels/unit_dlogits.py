@@ -30,7 +30,6 @@ from .launch import (
     FLOATS,
     INTEGERS,
     Launch,
-    read_end,
     require_device,
     require_dtype,
     require_rows,
@@ -39,7 +38,7 @@ from .launch import (
     run,
     write_end,
 )
-from .row_stats import block_of_row
+from .row_stats import row_arguments
 
 SLACK = 40.0
 
@@ -157,23 +156,14 @@ def plan_unit_dlogits(
 ) -> Launch:
     """The launch that `unit_dlogits` does, for tensors on any device."""
     rows, vocab = logits.shape
-    block, num_warps = block_of_row(vocab, logits.dtype)
-    arguments = {
-        "logits": logits,
-        "labels": labels.contiguous(),
-        "bias": None if bias is None else bias.contiguous(),
+    arguments, num_warps = row_arguments(logits, labels, bias, logit_scale, softcap)
+    arguments |= {
         "out": out,
         "logp": logp,
         "factor": factor,
-        "vocab": vocab,
-        "read_end": read_end(logits),
         "write_end": write_end(logits, out) if overlays(logits, out) else vocab,
-        "stride": logits.stride(0),
         "out_stride": out.stride(0),
-        "logit_scale": None if logit_scale == 1.0 else float(logit_scale),
-        "softcap": None if softcap is None else float(softcap),
         "SLACK": SLACK,
-        "BLOCK": block,
     }
     return Launch(
         unit_dlogits_kernel, (rows,), arguments, num_warps, fp_fusion=True, max_registers=80
