@@ -38,12 +38,12 @@ def check_tensor(
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    good = {
-        "floating": value.is_floating_point(),
-        "int64": value.dtype == torch.int64,
-        "offsets": value.dtype in _INDEX_DTYPES,
-        "bool": value.dtype == torch.bool,
-    }[kind]
+    if kind == "floating":
+        good = value.is_floating_point()
+    elif kind == "offsets":
+        good = value.dtype in _INDEX_DTYPES
+    else:
+        good = value.dtype == {"int64": torch.int64, "bool": torch.bool}[kind]
     if not good:
         wanted = "int32 (or int64)" if kind == "offsets" else kind
         raise TypeError(f"{name} must be {wanted}, got {value.dtype}")

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar, get_args
 
+import torch
+
 from fastrank_kernels import Form, RankSpec
 
 from .arguments import Normalize, Pooling, check_normalize, length_exponent
@@ -72,12 +74,13 @@ class Loss:
 
     def spec(self) -> RankSpec:
         """The same loss as the operators take it."""
-        # From a string, which a compiler holds constant even where it takes numbers for dynamic.
         if self._code is None:
             raise TypeError(
                 f"{type(self).__name__} is not a loss by itself; use one such as fastrank.RRHF()"
             )
-        return RankSpec.parse(self._code)
+        # From a string, which a compiler holds constant even where it takes numbers for dynamic.
+        compiling = torch.compiler.is_compiling()
+        return RankSpec.parse(self._code) if compiling else RankSpec.decode(self._code)
 
     def _build_spec(self) -> RankSpec | None:
         """The operators' form of the loss; None for a class that is no loss by itself."""

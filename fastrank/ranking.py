@@ -65,16 +65,11 @@ def ranking_loss(
     shape = tuple(scores.shape)
     check_tensor("scores", scores, shape)
     check_tensor("rewards", rewards, shape, device=scores.device)
-    valid = width = None
     if scores.dim() == 2:
         if cu_groups is not None:
             raise ValueError("cu_groups goes with scores of shape [C], got scores [G, n] as well")
-        groups, width = shape
-        cu_groups = torch.arange(groups + 1, dtype=torch.int32) * width
         if where is not None:
-            valid = check_tensor("where", where, shape, kind="bool", device=scores.device)
-            valid = valid.reshape(-1)
-        scores, rewards = scores.reshape(-1), rewards.reshape(-1)
+            check_tensor("where", where, shape, kind="bool", device=scores.device)
     elif where is not None:
         raise ValueError("where goes with scores of shape [G, n], got scores [C]")
     elif cu_groups is None:
@@ -82,12 +77,15 @@ def ranking_loss(
     else:
         check_tensor("cu_groups", cu_groups, ("G + 1",), kind="offsets")
     if loss.own_term is not None:
-        own = own_terms(loss, scores, rewards, cu_groups=cu_groups, valid=valid)
+        if cu_groups is None:  # [G, n]
+            cu_groups = torch.arange(shape[0] + 1, dtype=torch.int32) * shape[1]
+            where = None if where is None else where.reshape(-1)
+            scores, rewards = scores.reshape(-1), rewards.reshape(-1)
+        own = own_terms(loss, scores, rewards, cu_groups=cu_groups, valid=where)
         return reduce_groups(own, reduction)
-    per_group = fastrank_kernels.rank_scores(
-        scores, rewards, cu_groups=cu_groups, valid=valid, spec=loss.spec(), width=width
+    return fastrank_kernels.rank_scores(
+        scores, rewards, cu_groups=cu_groups, valid=where, spec=loss.spec(), reduction=reduction
     )
-    return reduce_groups(per_group, reduction)
 
 
 def ranking_from_logprobs(

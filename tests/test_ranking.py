@@ -8,8 +8,10 @@ import random
 import plain_losses
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrank
+from fastrank.benchmarks.loss_formulas import ranking_term
 
 CASES = [
     ("rrhf", {}),
@@ -210,6 +212,54 @@ def test_dense_without_candidates(shape) -> None:
     value = fastrank.ranking_loss(scores, torch.zeros(shape), loss=fastrank.PRO())
     value.backward()
     assert value.item() == 0.0 and scores.grad.shape == shape
+
+
+class Operations(TorchDispatchMode):
+    """The operations that are done within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["rrhf", "pro"])
+def test_groups_of_one_size_take_no_more_operations_than_plain_pytorch(name) -> None:
+    """Their number is the time at such sizes. An operator of our own is one that costs more than
+    all the others; only a compiler needs it."""
+    scores, rewards = torch.randn(64, 8, requires_grad=True), torch.rand(64, 8)
+    with Operations() as ours:
+        value = fastrank.ranking_loss(scores, rewards, loss=fastrank.loss_from_name(name))
+        (grad,) = torch.autograd.grad(value, scores)
+    with Operations() as plain:
+        exact = ranking_term(scores, rewards, name).mean()
+        (want,) = torch.autograd.grad(exact, scores)
+    torch.testing.assert_close((value, grad), (exact, want))
+    assert len(ours.names) <= len(plain.names), ours.names
+    assert not [x for x in ours.names if "fastrank" in x]
+
+
+def test_reductions_of_groups_of_one_size_and_their_gradients() -> None:
+    scores, rewards, _ = ragged(3, [6] * 5)
+    scores, rewards, upstream = scores.view(5, 6), rewards.view(5, 6), torch.rand(5).double()
+    offsets = torch.arange(6, dtype=torch.int32) * 6
+    for name in fastrank.losses.LOSSES:
+        loss, leaf = fastrank.loss_from_name(name), scores.clone().requires_grad_()
+        flat = leaf.view(-1), rewards.view(-1)
+        for reduction, factor in {
+            "none": upstream,
+            "sum": upstream[0],
+            "mean": upstream[1],
+        }.items():
+            value = fastrank.ranking_loss(leaf, rewards, loss=loss, reduction=reduction)
+            want = fastrank.ranking_loss(*flat, loss=loss, cu_groups=offsets, reduction="none")
+            want = {"none": want, "sum": want.sum(), "mean": want.sum() / 5}[reduction]
+            grads = (torch.autograd.grad((x * factor).sum(), leaf)[0] for x in (value, want))
+            torch.testing.assert_close(value, want)
+            torch.testing.assert_close(*grads)
 
 
 def test_many_groups_are_handled_in_slices(monkeypatch) -> None:

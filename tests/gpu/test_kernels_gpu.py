@@ -1,10 +1,10 @@
-"""Kernels on a GPU: no waiting, replay in a graph, time, other devices."""
+"""Kernels on a GPU: no waiting, replay in a graph, other devices."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from error_budget import log_probability_error
+from error_budget import assert_within, log_probability_error, within_roundings
 
 pytest.importorskip("triton")
 
@@ -30,10 +30,13 @@ class Workload:
         self.cu_responses = steps * length
         self.cu_groups = steps[: groups + 1] * candidates
 
-    def run(self, spec: RankSpec, module=triton_backend):
+    def run(self, spec: RankSpec, module=triton_backend, cast=lambda x: x):
         return module.rank_tokens(
-            self.logp, self.rewards, self.cu_responses, self.cu_groups, None, spec, 0.5
+            cast(self.logp), self.rewards, self.cu_responses, self.cu_groups, None, spec, 0.5
         )
+
+    def exact(self, spec: RankSpec):
+        return within_roundings(lambda cast: self.run(spec, reference, cast))
 
 
 HINGE = RankSpec("pairwise", sft_weight=1.0)
@@ -63,33 +66,7 @@ def test_rank_replayed_in_a_graph(spec) -> None:
     graph.replay()
     for ours, theirs in zip(captured, work.run(spec), strict=True):
         assert torch.equal(ours, theirs)
-    for ours, exact in zip(captured, work.run(spec, reference), strict=True):
-        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("groups", "candidates"), [(64, 8), (512, 16), (16, 64)])
-def test_rank_is_fast(groups, candidates, record_property) -> None:
-    """R1: under 10 µs in a replayed graph for 64 groups of 8; the others are recorded."""
-    work = Workload(groups, candidates, 128)
-    work.run(HINGE)
-    launches = 50
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(launches):
-            work.run(HINGE)
-    times = []
-    for _ in range(20):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) * 1000 / launches)
-    median = sorted(times)[len(times) // 2]
-    record_property("microseconds", median)
-    print(f"rank {groups} x {candidates} x 128 tokens: {median:.1f} µs")
-    if (groups, candidates) == (64, 8):
-        assert median < 10.0
+    assert_within(captured, work.exact(spec))
 
 
 def test_a_training_sized_chunk_gives_the_same_bits_each_time() -> None:
@@ -108,6 +85,5 @@ def test_tensors_on_a_device_that_is_not_the_current_one() -> None:
     work = Workload(4, 5, 30, device="cuda:1")
     with torch.cuda.device(0):
         actual = work.run(HINGE)
-    for ours, exact in zip(actual, work.run(HINGE, reference), strict=True):
-        assert ours.device == torch.device("cuda:1")
-        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+    assert all(x.device == torch.device("cuda:1") for x in actual)
+    assert_within(actual, work.exact(HINGE))

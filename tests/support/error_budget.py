@@ -9,7 +9,7 @@ infinite ones have no error).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,3 +99,33 @@ def shifts(
             distance = (new.detach() - old).abs().nan_to_num(0.0, 0.0, 0.0)
             largest[i] = torch.maximum(largest[i], distance)
     return largest
+
+
+class Exact(NamedTuple):
+    """A float64 result, and how far a float32 one may be: what roundings of its inputs and of
+    elementary functions come to, twice, because a few random ones are not the worst."""
+
+    value: Tensor
+    error: Tensor
+
+
+def within_roundings(
+    compute: Callable[[Callable[[Tensor], Tensor]], Sequence[Tensor]],
+) -> list[Exact]:
+    """The exact results of a computation as for `shifts`, a named tuple if it gives one."""
+    exact = compute(lambda x: x.detach().double())
+    found = [Exact(x, 2 * shift) for x, shift in zip(exact, shifts(compute), strict=True)]
+    return found if type(exact) is tuple else type(exact)(*found)
+
+
+def assert_within(actual: Sequence[Tensor], expected: Sequence[Exact]) -> None:
+    """Float32 against float64: NaN and infinities in the same places, the rest within the roundings
+    of inputs and of terms as large as the largest result."""
+    for ours, (exact, error) in zip(actual, expected, strict=True):
+        assert ours.dtype == torch.float32 and ours.shape == exact.shape
+        finite = exact.isfinite()
+        torch.testing.assert_close(ours.double()[~finite], exact[~finite], equal_nan=True)
+        if finite.any():
+            largest = exact[finite].abs().max().clamp_min(1e-3)
+            allowed = error[finite] + 2 * ROUNDINGS * UNIT * largest
+            assert ((ours - exact)[finite].abs() <= allowed).all()

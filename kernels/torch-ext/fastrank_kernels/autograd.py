@@ -22,7 +22,13 @@ from . import ops
 from .dispatch import backend_module
 from .host_memory import send
 from .projection import Projection
-from .reference import RankResult, accumulation_dtype, group_scale, segment_index
+from .reference import (
+    RankResult,
+    accumulation_dtype,
+    equal_offsets,
+    group_scale,
+    segment_index,
+)
 from .spec import RankSpec
 
 
@@ -52,18 +58,19 @@ def rank_scores(
     scores: Tensor,
     rewards: Tensor,
     *,
-    cu_groups: Tensor,
     spec: RankSpec,
+    cu_groups: Tensor | None = None,
     valid: Tensor | None = None,
-    width: int | None = None,
+    reduction: str = "none",
     backend: str | None = None,
 ) -> Tensor:
-    """Ranking term of each group, [G], differentiable in ``scores`` [C].
+    """Ranking term of each group, [G], or its ``"sum"`` or ``"mean"`` over the groups (0 if there
+    is none), [], differentiable in ``scores``.
 
-    ``cu_groups`` int32 [G + 1]; ``valid`` bool [C] leaves candidates out; ``width`` is the size of
-    the groups if they are known to be of one size, which makes the backward cheaper.
+    ``scores`` and ``rewards`` [C] with ``cu_groups`` int32 [G + 1], or [G, n] without; ``valid``,
+    bool of that shape, leaves candidates out.
     """
-    loss: Tensor = _RankScores.apply(scores, rewards, cu_groups, valid, width, spec, backend)
+    loss: Tensor = _RankScores.apply(scores, rewards, cu_groups, valid, spec, reduction, backend)
     return loss
 
 
@@ -73,26 +80,43 @@ class _RankScores(torch.autograd.Function):
         ctx: Any,
         scores: Tensor,
         rewards: Tensor,
-        cu_groups: Tensor,
+        cu_groups: Tensor | None,
         valid: Tensor | None,
-        width: int | None,
         spec: RankSpec,
+        reduction: str,
         backend: str | None,
     ) -> Tensor:
         loss: Tensor
-        loss, grads = ops.rank_scores(
-            scores, rewards, cu_groups, valid, spec=spec.encode(), backend=backend
-        )
+        if not torch.compiler.is_compiling() and type(scores) in (Tensor, torch.nn.Parameter):
+            loss, grads = ops.compute_rank_scores(
+                scores, rewards, cu_groups, valid, spec=spec, backend=backend
+            )
+        else:
+            # A compiler, and tensors without numbers, know operators alone, of one shape.
+            offsets = equal_offsets(scores) if cu_groups is None else cu_groups
+            flat = [x if x is None else x.reshape(-1) for x in (scores, rewards, valid)]
+            loss, grads = ops.rank_scores(
+                flat[0], flat[1], offsets, flat[2], spec=spec.encode(), backend=backend
+            )
+            grads = grads.view(scores.shape)
+        if reduction != "none":
+            cu_groups, groups = None, loss.shape[0]
+            if reduction == "mean" and groups:
+                loss, grads = loss.mean(), grads.div_(groups)
+            else:
+                loss = loss.sum()
+        ctx.dtype, ctx.reduced = scores.dtype, reduction != "none"
         ctx.save_for_backward(grads, cu_groups)
-        ctx.dtype, ctx.width = scores.dtype, width
         return loss
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads, cu_groups = ctx.saved_tensors
-        if ctx.width is not None:
-            scaled = (grads.view(grad.shape[0], ctx.width) * grad[:, None]).view(-1)
+        if ctx.reduced:
+            scaled = grads * grad
+        elif cu_groups is None:
+            scaled = grads * grad[:, None]
         else:
             scaled = _scaled_by_segment(grads, grad, cu_groups)
         return scaled.to(ctx.dtype), *(None,) * 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Literal, get_args
@@ -45,7 +46,12 @@ def backend_module(
 ) -> ModuleType:
     """The module with the backend's functions: `reference`, or `triton_backend`."""
     name, _ = choose_backend(backend, device, dtype)
-    return import_module(".reference" if name == "torch" else ".triton_backend", __package__)
+    return _load(".reference" if name == "torch" else ".triton_backend")
+
+
+@cache
+def _load(name: str) -> ModuleType:
+    return import_module(name, __package__)
 
 
 def _require_triton(device: torch.device, dtype: torch.dtype) -> None:

@@ -28,6 +28,26 @@ from .reference import RankResult, accumulation_dtype, group_scale, segment_inde
 from .spec import RankSpec
 
 
+def compute_rank_scores(
+    scores: Tensor,
+    rewards: Tensor,
+    cu_groups: Tensor | None,
+    valid: Tensor | None,
+    *,
+    spec: RankSpec,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """What `rank_scores` computes, without an operator's boundary, which costs more than the work;
+    groups of one size may also be given as in `reference.rank_scores`."""
+    if cu_groups is not None and cu_groups.device.type == "cpu":
+        check_offsets("cu_groups", cu_groups, scores.shape[0], "scores", allow_empty=True)
+    if rewards.device.type == "cpu":
+        check_not_nan("rewards", rewards if valid is None else rewards[valid])
+    module = backend_module(backend, scores.device, scores.dtype)
+    found: tuple[Tensor, Tensor] = module.rank_scores(scores, rewards, cu_groups, valid, spec)
+    return found
+
+
 @torch.library.custom_op("fastrank::rank_scores", mutates_args=())
 def rank_scores(
     scores: Tensor,
@@ -40,15 +60,9 @@ def rank_scores(
 ) -> tuple[Tensor, Tensor]:
     """Ranking term [G] of each group and its gradient by the scores [C]; see
     `reference.rank_scores`."""
-    if cu_groups.device.type == "cpu":
-        check_offsets("cu_groups", cu_groups, scores.shape[0], "scores", allow_empty=True)
-    if rewards.device.type == "cpu":
-        check_not_nan("rewards", rewards if valid is None else rewards[valid])
-    module = backend_module(backend, scores.device, scores.dtype)
-    found: tuple[Tensor, Tensor] = module.rank_scores(
-        scores, rewards, cu_groups, valid, RankSpec.decode(spec)
+    return compute_rank_scores(
+        scores, rewards, cu_groups, valid, spec=RankSpec.decode(spec), backend=backend
     )
-    return found
 
 
 @rank_scores.register_fake

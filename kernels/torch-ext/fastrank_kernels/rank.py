@@ -24,7 +24,7 @@ from .launch import (
     run,
 )
 from .rank_kernel import rank_kernel
-from .reference import RankResult
+from .reference import RankResult, equal_offsets
 from .spec import RankSpec
 
 _LARGEST_TILE = 64
@@ -81,22 +81,25 @@ def rank_tokens(
 def rank_scores(
     scores: Tensor,
     rewards: Tensor,
-    cu_groups: Tensor,
+    cu_groups: Tensor | None,
     valid: Tensor | None,
     spec: RankSpec,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.rank_scores` as one launch: ranking term [G] and score gradients [C], float32.
+    """`reference.rank_scores` as one launch: ranking term [G] and score gradients, float32.
 
-    ``scores`` [C] are on the GPU; ``rewards`` [C], ``cu_groups`` int32 [G + 1] and ``valid`` bool
-    [C] may be on the host: they are copied. ValueError for a wrong device, dtype or shape.
+    ``scores`` are on the GPU; ``rewards`` and ``valid`` bool, of their shape, and ``cu_groups``
+    int32 [G + 1] may be on the host: they are copied. ValueError for a wrong device, dtype or
+    shape.
     """
     require_device(scores=scores)
     require_dtype(FLOATS, scores=scores)
-    require_shape((scores.numel(),), scores=scores, rewards=rewards, valid=valid)
+    require_shape(tuple(scores.shape), rewards=rewards, valid=valid)
     require_dtype((torch.bool,), valid=valid)
+    if cu_groups is None:
+        cu_groups = equal_offsets(scores)
     _require_offsets(cu_groups, scores.numel())
     rank_loss = torch.empty(cu_groups.numel() - 1, dtype=torch.float32, device=scores.device)
-    score_grads = torch.empty(scores.numel(), dtype=torch.float32, device=scores.device)
+    score_grads = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
     launch = plan_rank(
         spec,
         rewards=rewards,

@@ -11,7 +11,7 @@ Shapes: T response tokens, C candidates, G groups, V vocabulary entries. Offsets
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -262,19 +262,35 @@ def rank_tokens(
     return RankResult(rank_loss, sft_loss, scores, coefficients)
 
 
+def equal_offsets(scores: Tensor) -> Tensor:
+    """int32 [G + 1] beside ``scores`` [G, n], the offsets of groups of one size."""
+    groups, width = scores.shape
+    return torch.arange(groups + 1, dtype=torch.int32, device=scores.device) * width
+
+
 def rank_scores(
     scores: Tensor,
     rewards: Tensor,
-    cu_groups: Tensor,
+    cu_groups: Tensor | None,
     valid: Tensor | None,
     spec: RankSpec,
 ) -> tuple[Tensor, Tensor]:
-    """Ranking term [G] of each group and its gradient by the scores [C]; float32 at least.
+    """Ranking term [G] of each group and its gradient by the scores; float32 at least.
 
-    ``valid`` (bool [C]) leaves candidates out: they get gradient 0 whatever their score is.
+    ``scores`` and ``rewards`` [C], or [G, n] without ``cu_groups``. ``valid`` (bool, of that shape)
+    leaves candidates out: they get gradient 0 whatever their score is.
     """
     dtype = accumulation_dtype(scores.dtype)
     device = scores.device
+    if cu_groups is None:
+        width = scores.shape[1]
+        if valid is None and 2 <= width and scores.numel() * width <= _PAIR_ELEMENTS:
+            return _rank_padded(scores.to(dtype), rewards.to(device, dtype), None, spec)
+        valid = None if valid is None else valid.reshape(-1)
+        loss, grads = rank_scores(
+            scores.reshape(-1), rewards.reshape(-1), equal_offsets(scores), valid, spec
+        )
+        return loss, grads.view(scores.shape)
     cu_groups = cu_groups.to(device)
     num_groups = cu_groups.numel() - 1
     width = int((cu_groups[1:] - cu_groups[:-1]).max()) if num_groups else 0
@@ -287,8 +303,7 @@ def rank_scores(
     if valid is None and num_groups * width == scores.shape[0] and num_groups <= step:
         # Groups of one size, as most data has them: nothing to gather, nothing to leave out.
         u, r = scores.to(dtype).view(-1, width), rewards.to(device, dtype).view(-1, width)
-        present = torch.ones((), dtype=torch.bool, device=device).expand(u.shape)
-        group_loss, group_grads = _rank_padded(u, r, present, spec)
+        group_loss, group_grads = _rank_padded(u, r, None, spec)
         return group_loss, group_grads.reshape(-1)
     loss = torch.zeros(num_groups, dtype=dtype, device=device)
     grads = torch.zeros(scores.shape[0], dtype=dtype, device=device)
@@ -307,20 +322,31 @@ def rank_scores(
 
 
 def _rank_padded(
-    scores: Tensor, rewards: Tensor, present: Tensor, spec: RankSpec
+    scores: Tensor, rewards: Tensor, present: Tensor | None, spec: RankSpec
 ) -> tuple[Tensor, Tensor]:
-    """Loss [G] and score gradients [G, n]; places that are not ``present`` hold zeros."""
+    """Loss [G] and score gradients [G, n]; places that are not ``present`` hold zeros. None: every
+    place holds a candidate."""
     u = scores * spec.score_scale if spec.score_scale != 1.0 else scores
-    loss, grads = _FORMS[spec.form](u, rewards, present, spec)
-    ranked = _has_strict_pair(rewards, present)
     if spec.rank_weight == 0:
         # Left out, not multiplied: a term that is infinite must not turn into NaN.
-        ranked = torch.zeros_like(ranked)
-    elif spec.rank_weight != 1.0:
-        loss, grads = loss * spec.rank_weight, grads * spec.rank_weight
-    if spec.score_scale != 1.0:
-        grads = grads * spec.score_scale
-    return torch.where(ranked, loss, 0.0), torch.where(ranked[:, None], grads, 0.0)
+        return torch.zeros_like(u[:, 0]), torch.zeros_like(u)
+    if spec.form == "pairwise":
+        loss, grads = _pairwise(u, rewards, present, spec)
+    else:
+        if present is None:
+            present = _everywhere(u)
+        loss, grads = _FORMS[spec.form](u, rewards, present, spec)
+        ranked = _has_strict_pair(rewards, present)
+        loss = torch.where(ranked, loss, 0.0)
+        grads = torch.where(ranked[:, None], grads, 0.0)
+    factor = spec.rank_weight * spec.score_scale
+    if spec.rank_weight != 1.0:
+        loss = loss * spec.rank_weight
+    return loss, grads * factor if factor != 1.0 else grads
+
+
+def _everywhere(values: Tensor) -> Tensor:
+    return torch.ones((), dtype=torch.bool, device=values.device).expand(values.shape)
 
 
 def _places(values: Tensor, present: Tensor) -> Tensor:
@@ -341,32 +367,45 @@ def _has_strict_pair(rewards: Tensor, present: Tensor) -> Tensor:
     return high > low
 
 
-def _pairwise(u: Tensor, r: Tensor, present: Tensor, spec: RankSpec) -> tuple[Tensor, Tensor]:
-    """Form A: Σ_{r_i > r_j} w_ij φ(u_i − u_j − m_ij); g_i = Σ_j w_ij φ' − Σ_j w_ji φ'."""
-    pair = (r[:, :, None] > r[:, None, :]) & present[:, :, None] & present[:, None, :]
+def _pairwise(
+    u: Tensor, r: Tensor, present: Tensor | None, spec: RankSpec
+) -> tuple[Tensor, Tensor]:
+    """Form A: Σ_{r_i > r_j} w_ij φ(u_i − u_j − m_ij); g_i = Σ_j w_ij φ' − Σ_j w_ji φ'. Zeros where
+    a group has no strict pair."""
+    pair = r.unsqueeze(2) > r.unsqueeze(1)
+    if present is not None:
+        pair = pair & present[:, :, None] & present[:, None, :]
+    elif spec.pairs == "best_worst" or spec.pair_weight == "lambda" or spec.margin_by == "rank":
+        present = _everywhere(u)
+    here = cast(Tensor, present)  # what is None is not looked at below
     if spec.pairs == "best_worst":
-        place = _places(r, present)
-        last = present.sum(-1)[:, None] - 1
+        place = _places(r, here)
+        last = here.sum(-1)[:, None] - 1
         pair = pair & (place == 0)[:, :, None] & (place == last)[:, None, :]
-    z = u[:, :, None] - u[:, None, :] - _margins(r, present, spec)
+    # How far a pair is from its order, -z: value and slope are those of φ(-x).
+    x = u.unsqueeze(1) - u.unsqueeze(2)
+    if spec.margin:
+        x = x + _margins(r, here, spec)
     if spec.phi == "hinge":
-        value, slope = torch.relu(-z), -(z < 0).to(z.dtype)
-        # NaN is neither below nor above zero: without this a NaN score would get a gradient of 0.
-        slope = torch.where(torch.isnan(z), z, slope)
+        # What is no pair has no loss. Clamping and rounding up keep NaN, a comparison would not.
+        x = torch.where(pair, x, 0.0)
+        value = torch.relu(x)
+        slope = value.clamp(max=1.0).ceil_()
     elif spec.phi == "logistic":
-        # softplus(-z); torch's own softplus switches to the identity at a threshold.
-        value, slope = -torch.nn.functional.logsigmoid(z), -torch.sigmoid(-z)
+        # softplus(x); torch's own softplus switches to the identity at a threshold.
+        value, slope = -torch.nn.functional.logsigmoid(-x), torch.sigmoid(x)
         if spec.wrong:
-            flipped = -torch.nn.functional.logsigmoid(-z)
+            flipped = -torch.nn.functional.logsigmoid(x)
             value = spec.right * value + spec.wrong * flipped
-            slope = spec.right * slope + spec.wrong * torch.sigmoid(z)
+            slope = spec.right * slope - spec.wrong * torch.sigmoid(-x)
     else:
-        value, slope = z * z, 2.0 * z
+        value, slope = x * x, 2.0 * x
     if spec.pair_weight == "lambda":
-        weight = _lambda_weights(u, r, present)
+        weight = _lambda_weights(u, r, here)
         value, slope = value * weight, slope * weight
-    value, slope = torch.where(pair, value, 0.0), torch.where(pair, slope, 0.0)
-    return value.sum((1, 2)), slope.sum(2) - slope.sum(1)
+    if spec.phi != "hinge":
+        value, slope = torch.where(pair, value, 0.0), torch.where(pair, slope, 0.0)
+    return value.sum((1, 2)), slope.sum(1) - slope.sum(2)
 
 
 def _margins(r: Tensor, present: Tensor, spec: RankSpec) -> Tensor | float:
@@ -485,7 +524,6 @@ def _target(r: Tensor, present: Tensor, spec: RankSpec) -> Tensor:
 
 
 _FORMS = {
-    "pairwise": _pairwise,
     "staged": _staged,
     "softmax": _softmax,
     "expected": _expected,
