@@ -60,7 +60,8 @@ def linear_ranking_loss(
             goes through `fastrank.token_logprobs`.
         device_offsets: copies of ``cu_responses`` and ``cu_groups`` beside ``hidden``, as a
             `fastrank.Pack` has them, where the offsets are on the host. Nothing is copied to a GPU
-            then, which a step captured in a CUDA graph needs.
+            then, which a step captured in a CUDA graph needs. ``reduction="none"`` and a function
+            of one's own copy the offsets all the same and cannot be captured.
         rows: int64 [T], the hidden row that predicts each label; a prompt's last row serves every
             one of its responses.
         bias: [V]. softcap: κ > 0. logit_scale: σ, in ``z = κ tanh(σ (W h + b) / κ)``.

@@ -288,7 +288,9 @@ def measure_head(lm: PreTrainedModel, hidden: Tensor, logits: Tensor) -> Head:
             made = scale * plain
             if softcap is not None:
                 made = softcap * torch.tanh(made / softcap)
-            if (made - logits).norm() <= error * logits.norm():
+            # A token that a bias of -inf forbids has no difference, and no size.
+            difference = torch.where(made == logits, 0.0, made - logits)
+            if difference.norm() <= error * logits[logits.isfinite()].norm():
                 return Head(True, "the head reproduces the model's logits", softcap, scale)
     return Head(False, "the head alone does not reproduce the model's logits")
 

@@ -107,8 +107,9 @@ def prepare_model(
             take packs made with ``shared_prompts=False``.
         head_path: ``"fused"`` computes the loss inside the head's own forward, without the logits
             of all response rows at once, under DDP, FSDP2 and ZeRO-3 too; ``"logits"`` lets the
-            model make them; ``"auto"`` is fused wherever the head is a plain linear layer, and logs
-            a warning where that changes from one pack to the next. `head_path_of` tells.
+            model make them, which no CUDA graph captures; ``"auto"`` is fused wherever the head is
+            a plain linear layer, and logs a warning where that changes from one pack to the next.
+            `head_path_of` tells.
 
     Raises:
         TypeError: the model is not a transformers model.

@@ -72,8 +72,7 @@ def test_a_captured_step_is_replayed(loss):
         assert error <= 2e-2 * parameter.grad.float().norm(), name
 
 
-def test_two_phases_wait_once_for_the_live_candidates():
-    """Beside the look at the random numbers of the first pack."""
+def test_two_phases_find_the_same_scores_again():
     model, groups = prepared("segmentwise"), random_groups(LAYOUT)
     run = {"loss": fastrank.RRHF(), "max_tokens": 90}
     first = fastrank.two_phase_backward(model, groups, **run)

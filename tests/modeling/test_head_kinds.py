@@ -37,6 +37,16 @@ def with_bias() -> nn.Module:
     return model
 
 
+def with_forbidden_token() -> nn.Module:
+    """A bias of -inf on a token that no response has."""
+    model = with_bias()
+    used = {int(x) for group in random_groups() for ids in group.response_ids for x in ids}
+    unused = next(i for i in range(model.config.vocab_size) if i not in used)
+    with torch.no_grad():
+        model.lm_head.bias[unused] = float("-inf")
+    return model
+
+
 def frozen(*names: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         model = llama()
@@ -139,6 +149,7 @@ KINDS = {
     "frozen head": (frozen("lm_head"), True),
     "frozen trunk": (frozen("model"), True),
     "bias": (with_bias, True),
+    "forbidden token": (with_forbidden_token, True),
     "softcap": (lambda: build("gemma2"), True),
     "scale": (lambda: build("cohere", logit_scale=0.3), True),
     "parametrized": (with_head(parametrized), True),

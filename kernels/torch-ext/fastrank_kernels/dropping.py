@@ -3,7 +3,8 @@
 A host learns how many rows are live by waiting for the device. On a CPU that costs nothing. On a
 GPU the previous call's share decides instead, which was sent to the host as that call went on. The
 same sequence of calls therefore decides the same way, and the first call of a process drops
-nothing.
+nothing: after a resume a GPU's first step may differ from the unbroken run's by roundings, where
+that one dropped rows.
 
 Leaving rows out saves their part of two products. Its price is a second pass over the logits, where
 otherwise one suffices (`unit_dlogits`).
