@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 import fastrank_kernels
 from fastrank_kernels import Backend
@@ -42,6 +43,7 @@ def linear_ranking_loss(
     reference_scores: Tensor | None = None,
     reduction: Reduction = "mean",
     logits_memory: int | None = None,
+    vocab_group: ProcessGroup | None = None,
     validate: bool = False,
     backend: Backend | None = None,
 ) -> RankingOutput:
@@ -71,6 +73,11 @@ def linear_ranking_loss(
             for one value per group.
         logits_memory: bytes of logits that may exist at once; None for the device's default. A
             group that does not fit costs one more matrix product.
+        vocab_group: the processes among which the vocabulary is divided (tensor parallelism), in
+            the order of their parts. ``weight`` and ``bias`` are this process's own rows then, and
+            everything else is the same on all of them. So is the result, with the gradient of
+            ``hidden``; that of ``weight`` stays where the rows are. Three collectives per chunk of
+            rows. The first call with new sizes exchanges these.
         validate: also check values that live on a GPU, which waits for it.
         backend: ``"torch"``, ``"triton"``, or None for the device's own.
 
@@ -83,8 +90,9 @@ def linear_ranking_loss(
     loss = as_loss(loss)
     check_choice("reduction", reduction, Reduction)
     call = checked_projection(
-        hidden, weight, labels, rows, bias, softcap, logit_scale, logits_memory, validate, backend
-    )
+        hidden, weight, labels, rows, bias, softcap, logit_scale, logits_memory, vocab_group,
+        validate, backend,
+    )  # fmt: skip
     check_tensor("cu_responses", cu_responses, ("C + 1",), kind="offsets")
     check_tensor("cu_groups", cu_groups, ("G + 1",), kind="offsets")
     candidates = cu_responses.shape[0] - 1

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 import fastrank_kernels
-from fastrank_kernels import Backend, Projection
+from fastrank_kernels import Backend, Projection, agree_on_shard
 from fastrank_kernels.host_memory import send
 
 from .arguments import Normalize, check_normalize, check_tensor, length_exponent
@@ -28,6 +29,7 @@ def token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     logits_memory: int | None = None,
+    vocab_group: ProcessGroup | None = None,
     validate: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
@@ -43,6 +45,8 @@ def token_logprobs(
         logits_memory: bytes of logits that may exist at once; None for the device's default. It
             decides between keeping the logits (3 matrix products) and computing them twice (4);
             with a frozen head 2 products serve either way.
+        vocab_group: the processes among which the vocabulary is divided, in the order of their
+            parts; see `fastrank.linear_ranking_loss`.
         validate: also check values that live on a GPU, which waits for it.
         backend: ``"torch"``, ``"triton"``, or None for the device's own.
 
@@ -62,6 +66,7 @@ def token_logprobs(
             softcap,
             logit_scale,
             logits_memory,
+            vocab_group,
             validate,
             backend,
         )  # fmt: skip
@@ -147,6 +152,7 @@ def checked_projection(
     softcap: float | None,
     logit_scale: float,
     logits_memory: int | None,
+    vocab_group: ProcessGroup | None,
     validate: bool,
     backend: Backend | None,
 ) -> Projection:
@@ -169,6 +175,15 @@ def checked_projection(
         raise ValueError(f"logits_memory must be a positive number of bytes, got {logits_memory}")
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend must be 'torch', 'triton' or None, got {backend!r}")
+    shard = None
+    if vocab_group is not None:
+        if not isinstance(vocab_group, ProcessGroup):
+            raise TypeError(
+                "vocab_group must be a process group that this process is in, got "
+                f"{type(vocab_group).__name__}"
+            )
+        found, logits_memory = agree_on_shard(vocab_group, weight.shape[0], logits_memory, device)
+        shard = found.encode()
     return Projection(
         hidden=hidden,
         weight=weight,
@@ -181,6 +196,7 @@ def checked_projection(
         logits_memory=logits_memory,
         validate=validate,
         backend=backend,
+        shard=shard,
     )
 
 

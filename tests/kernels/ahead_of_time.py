@@ -160,6 +160,13 @@ def row_cases(few: bool) -> Iterator[Case]:
         launch = plan_row_stats(logits, labels, bias, scale, cap, stats, stats)
         if not live_only:
             yield f"row_stats {name}", launch, targets
+        if most and large:
+            launch = plan_row_stats(logits, labels, bias, scale, cap, stats, stats, True)
+            yield f"sharded row_stats {name}", launch, PAIR if few else TARGETS
+            launch = plan_dlogits(
+                logits, labels, stats, stats, stats, bias, scale, cap, logits, None, True
+            )
+            yield f"sharded dlogits {name}", launch, PAIR if few else TARGETS
 
         def gradient(out, live=None, *, at=(logits, labels, stats, bias, scale, cap)) -> Launch:
             logits, labels, stats, bias, scale, cap = at

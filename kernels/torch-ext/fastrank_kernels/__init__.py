@@ -21,6 +21,7 @@ from .head_cast import reuse_head_cast
 from .ops import segment_sum
 from .projection import Projection
 from .reference import RankResult, length_divisor, live_candidates, sft_weights
+from .shards import VocabShard, agree_on_shard
 from .spec import Form, MarginBy, RankSpec
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "Projection",
     "RankResult",
     "RankSpec",
+    "VocabShard",
+    "agree_on_shard",
     "choose_backend",
     "first_order_only",
     "length_divisor",

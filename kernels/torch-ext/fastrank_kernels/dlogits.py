@@ -81,6 +81,7 @@ def dlogits_kernel(
     logit_scale,
     softcap,
     IN_PLACE: tl.constexpr,
+    SHARDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     out_row = tl.program_id(0).to(tl.int64)
@@ -92,8 +93,12 @@ def dlogits_kernel(
     row_lse = tl.load(lse + row).to(tl.float32)
     row_logp = tl.load(logp + row).to(tl.float32)
     c = tl.load(coefficients + row).to(tl.float32)
-    # A label outside the vocabulary has NaN in logp; clamped, it puts that NaN into the row.
-    label = tl.minimum(tl.maximum(tl.load(labels + row), 0), vocab - 1).to(tl.int32)
+    label = tl.load(labels + row)
+    if SHARDED:
+        label = tl.where((label >= 0) & (label < vocab), label, -1).to(tl.int32)
+    else:
+        # A label outside the vocabulary has NaN in logp; clamped, it puts that NaN into the row.
+        label = tl.minimum(tl.maximum(label, 0), vocab - 1).to(tl.int32)
     at_label = negative_expm1(row_logp) * c
     finite = (tl.abs(row_lse) < float("inf")) & (row_logp == row_logp)
     lanes = tl.arange(0, BLOCK)
@@ -154,6 +159,7 @@ def plan_dlogits(
     softcap: float | None,
     out: Tensor,
     live: Tensor | None,
+    sharded: bool = False,
 ) -> Launch:
     """The launch that `dlogits` does, for tensors on any device."""
     rows, vocab = logits.shape
@@ -173,6 +179,7 @@ def plan_dlogits(
         "write_end": write_end(logits, out) if in_place else vocab,
         "out_stride": out.stride(0),
         "IN_PLACE": in_place,
+        "SHARDED": sharded,
     }
     count = rows if live is None else live.numel()
     # Left to itself ptxas takes 64 registers for some of the narrow types, and spills.
@@ -194,6 +201,7 @@ def dlogits(
     *,
     out: Tensor,
     live: Tensor | None = None,
+    sharded: bool = False,
 ) -> Tensor:
     """`reference.dlogits` as one launch: d(Σ_t coefficients_t · logp_t) / d logits, in ``out``.
 
@@ -224,7 +232,7 @@ def dlogits(
         raise ValueError(f"out must have shape [{count} or more, {vocab}], got {tuple(out.shape)}")
     require_separate_rows(out=out[:count])
     launch = plan_dlogits(
-        logits, labels, lse, logp, coefficients, bias, logit_scale, softcap, out, live
+        logits, labels, lse, logp, coefficients, bias, logit_scale, softcap, out, live, sharded
     )
     run(launch, logits.device)
     return out[:count]

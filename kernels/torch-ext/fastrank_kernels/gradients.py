@@ -57,7 +57,7 @@ class GradientSums:
         applied to what they are multiplied with, and to what comes out.
         """
         if self._hidden is not None:
-            set_rows(self._hidden, at, dlogits, self._call.weight, factor)
+            set_rows(self._call, self._hidden, at, dlogits, factor)
         _, need_weight, need_bias = self._call.needs
         if need_bias:
             part = _column_sums(dlogits, factor)
@@ -102,13 +102,23 @@ def hidden_gradient(call: Projection, *, sparse: bool) -> Tensor:
 
 
 def set_rows(
-    grad: Tensor, at: slice | Tensor, dlogits: Tensor, weight: Tensor, factor: Tensor | None = None
+    call: Projection,
+    grad: Tensor,
+    at: slice | Tensor,
+    dlogits: Tensor,
+    factor: Tensor | None = None,
 ) -> None:
-    """Rows ``at`` of the hidden rows' gradient: ``dlogits @ weight``, times ``factor`` [rows]."""
+    """Rows ``at`` of the hidden rows' gradient: ``dlogits @ weight``, times ``factor`` [rows];
+    summed over the processes that share the vocabulary."""
+    weight, shard = call.weight, call.vocab_shard
+    shape = (dlogits.shape[0], grad.shape[1])
+    if shard is not None:
+        part = grad.new_empty(shape, dtype=accumulation_dtype(grad.dtype))
+        grad[at] = shard.sum(product(dlogits, weight, part)).to(grad.dtype)
+        return
     if factor is None and isinstance(at, slice):
         product(dlogits, weight, grad[at])
         return
-    shape = (dlogits.shape[0], grad.shape[1])
     if factor is None:
         grad[at] = product(dlogits, weight, grad.new_empty(shape))
         return

@@ -97,7 +97,7 @@ def forward(call: Projection, plan: Plan) -> Forward:
                 ones = torch.ones_like(logp[at])
                 dlogits = logits.gradient(chunk, at, norm[at], logp[at], ones)
         if unit is not None:
-            set_rows(unit, at, dlogits, call.weight, factor)
+            set_rows(call, unit, at, dlogits, factor)
     if unit is not None:
         return Forward(norm, logp, unit)
     return Forward(norm, logp, chunk if keep else norm.new_empty(0))

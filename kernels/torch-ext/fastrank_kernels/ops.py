@@ -155,6 +155,7 @@ def linear_ranking(
     spec: str,
     scale: float | None,
     drop_dead_rows: bool,
+    shard: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fused ranking loss: ``(rank_loss [G], sft_loss [G], scores [C], token_logprobs [T], dh,
     dW, db)``, the gradients being of ``scale · Σ_g (rank_loss + sft_loss)_g``; None is 1 / G, which
@@ -165,7 +166,7 @@ def linear_ranking(
     """
     call = Projection(
         hidden, weight, labels, rows, bias, logit_scale, softcap, compute_dtype, head_dtype,
-        logits_memory, validate, backend, needs,
+        logits_memory, validate, backend, needs, shard,
     )  # fmt: skip
     _check_groups(labels, "labels", rewards, cu_responses, cu_groups, validate)
     _check_rows(call)
@@ -186,6 +187,8 @@ def linear_ranking(
         scale=group_scale(scale, cu_groups),
         drop_dead_rows=drop_dead_rows
         and decoded.leaves_rows_dead
+        # Processes that share the vocabulary decide alike: not by what each has seen.
+        and (shard is None or hidden.device.type == "cpu")
         and dropping.decide(hidden.device, hidden.shape[1]),
     )
     result, logp, gradients = linear.rank(call, ranking, plan, groups, tokens)
@@ -225,11 +228,12 @@ def linear_logprobs(
     validate: bool,
     backend: str | None,
     needs: Sequence[bool],
+    shard: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(logp [T], norm [T], saved)``, with what `linear.Forward` saves for the backward."""
     call = Projection(
         hidden, weight, labels, rows, bias, logit_scale, softcap, compute_dtype, head_dtype,
-        logits_memory, validate, backend, needs,
+        logits_memory, validate, backend, needs, shard,
     )  # fmt: skip
     _check_rows(call)
     call = call.cast()
@@ -275,11 +279,12 @@ def linear_logprobs_backward(
     validate: bool,
     backend: str | None,
     needs: Sequence[bool],
+    shard: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dh, dW, db)`` of ``Σ_t grad_t · logp_t``; an empty tensor where none was asked for."""
     call = Projection(
         hidden, weight, labels, rows, bias, logit_scale, softcap, compute_dtype, head_dtype,
-        logits_memory, validate, backend, needs,
+        logits_memory, validate, backend, needs, shard,
     ).cast()  # fmt: skip
     # Finding dead rows waits for a GPU; on a CPU it is free.
     gradients = linear.backward(
@@ -314,17 +319,19 @@ def _check_groups(
 
 def _check_rows(call: Projection) -> None:
     if call.validate or call.labels.device.type == "cpu":
-        check_range("labels", call.labels, call.weight.shape[0], "the vocabulary")
+        shard = call.vocab_shard
+        vocab = call.weight.shape[0] if shard is None else shard.total
+        check_range("labels", call.labels, vocab, "the vocabulary")
         if call.rows is not None:
             check_range("rows", call.rows, call.hidden.shape[0], "the hidden rows")
 
 
 def _sizes(call: Projection) -> dict[str, Any]:
     """What a plan depends on."""
-    device = call.hidden.device
+    device, shard = call.hidden.device, call.vocab_shard
     return {
         "rows": call.num_tokens,
-        "vocab": call.weight.shape[0],
+        "vocab": call.weight.shape[0] if shard is None else shard.largest,
         "logits_itemsize": call.logits_dtype.itemsize,
         "hidden_grad": call.need_hidden,
         "head_grad": call.need_head,

@@ -15,6 +15,7 @@ from .head_cast import cast_head
 from .planner import row_pitch
 from .products import product, writes_wide
 from .reference import accumulation_dtype
+from .shards import VocabShard
 
 
 class Projection(NamedTuple):
@@ -50,6 +51,8 @@ class Projection(NamedTuple):
     """``"torch"``, ``"triton"``, or None for the device's own."""
     needs: Sequence[bool] = (False, False, False)
     """Whether hidden, weight and bias are differentiated: set by `autograd`."""
+    shard: str | None = None
+    """The rows of the head that this process holds, by `shards.VocabShard`; None for all."""
 
     def cast(self) -> Projection:
         """The same call with hidden and weight in the dtype of the products."""
@@ -73,6 +76,10 @@ class Projection(NamedTuple):
         return self.labels.shape[0]
 
     @property
+    def vocab_shard(self) -> VocabShard | None:
+        return None if self.shard is None else VocabShard.decode(self.shard)
+
+    @property
     def need_hidden(self) -> bool:
         return self.needs[0]
 
@@ -91,8 +98,10 @@ class Projection(NamedTuple):
     def one_pass(self) -> bool:
         """Whether statistics and gradient are made in one pass over the logits (`unit_dlogits`): by
         the kernels in bfloat16. A CPU's products take longer than a second pass, and its dead rows
-        are known before it."""
-        return self.hidden.dtype == torch.bfloat16 and self.module is not reference
+        are known before it; a shard's pass does not know the rest of the row, which the label's
+        place needs."""
+        narrow = self.hidden.dtype == torch.bfloat16
+        return narrow and self.shard is None and self.module is not reference
 
     @property
     def gradient_dtype(self) -> torch.dtype:
@@ -123,7 +132,7 @@ class Logits:
     """
 
     def __init__(self, call: Projection, chunk_rows: int) -> None:
-        self._call, self._module = call, call.module
+        self._call, self._module, self._shard = call, call.module, call.vocab_shard
         shape = (chunk_rows, row_pitch(call.weight.shape[0]))
         self.memory = host_memory.empty(shape, call.logits_dtype, call.hidden.device)
         self._separate: Tensor | None = None
@@ -135,11 +144,17 @@ class Logits:
 
     def statistics(self, logits: Tensor, at: slice) -> tuple[Tensor, Tensor]:
         """Log-sum-exp and log-probability of the labels ``at`` from their logits."""
-        call = self._call
+        call, shard = self._call, self._shard
+        labels = self._labels(at)
         stats: tuple[Tensor, Tensor] = self._module.row_stats(
-            logits, call.labels[at], call.bias, call.logit_scale, call.softcap
+            logits, labels, call.bias, call.logit_scale, call.softcap, sharded=shard is not None
         )
-        return stats
+        return stats if shard is None else shard.merge(*stats, labels)
+
+    def _labels(self, at: slice | Tensor) -> Tensor:
+        """The labels ``at`` as columns of the logits."""
+        labels = self._call.labels[at]
+        return labels if self._shard is None else labels - self._shard.first
 
     def unit_gradient(self, logits: Tensor, at: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability of the labels ``at``, and its gradient by the logits as the rows of a
@@ -173,8 +188,8 @@ class Logits:
         else:
             out = rows_over(self.memory, logits, compute)
         gradient: Tensor = self._module.dlogits(
-            logits, call.labels[at], lse, logp, coefficients,
-            call.bias, call.logit_scale, call.softcap, out=out, live=live,
+            logits, self._labels(at), lse, logp, coefficients, call.bias, call.logit_scale,
+            call.softcap, out=out, live=live, sharded=self._shard is not None,
         )  # fmt: skip
         return gradient
 

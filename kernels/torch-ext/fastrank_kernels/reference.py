@@ -49,6 +49,8 @@ def row_stats(
     bias: Tensor | None,
     logit_scale: float,
     softcap: float | None,
+    *,
+    sharded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and label log-probability of each row of a logits chunk.
 
@@ -56,6 +58,9 @@ def row_stats(
     ``z = cap(logit_scale * (logits + bias))`` the results are ``lse = logsumexp(z)`` and
     ``logp = z[label] - lse``, both [rows] in float32 (float64 for float64 logits).
     A label outside the vocabulary gives NaN in ``logp``.
+
+    ``sharded``: the columns are a part of the vocabulary. The second result is then
+    ``z[label]`` of the labels in this part, and 0 for the others.
     """
     rows, vocab = logits.shape
     dtype = accumulation_dtype(logits.dtype)
@@ -72,9 +77,12 @@ def row_stats(
         total = torch.sub(z, top, out=scratch[: stop - start]).exp_().sum(-1)
         block_lse = total.log_().add_(top.squeeze(1))
         lse[start:stop] = block_lse
+        if sharded:
+            logp[start:stop] = target
+            continue
         # Rounding can lift the label's logit above the log-sum-exp; a log-probability is never > 0.
         logp[start:stop] = (target - block_lse).clamp_(max=0.0)
-    return lse, logp.masked_fill_(~valid, float("nan"))
+    return lse, logp.masked_fill_(~valid, 0.0 if sharded else float("nan"))
 
 
 def dlogits(
@@ -89,6 +97,7 @@ def dlogits(
     *,
     out: Tensor,
     live: Tensor | None = None,
+    sharded: bool = False,
 ) -> Tensor:
     """Gradient of ``sum_t coefficients_t * logp_t`` by the bare logits, written into ``out``.
 
@@ -99,6 +108,9 @@ def dlogits(
 
     ``onehot - p`` is formed in float32, as ``-expm1(logp)`` at the label, before the coefficient
     and before any cast: subtracting rounded probabilities would lose confident tokens.
+
+    ``sharded``: the columns are a part of the vocabulary, ``lse`` and ``logp`` are over all of it,
+    and a label may lie in another part.
     """
     rows, vocab = logits.shape
     dtype = accumulation_dtype(logits.dtype)
@@ -121,7 +133,10 @@ def dlogits(
         # z may be a view of `logits` (nothing was applied): `out` is written last.
         grad = torch.sub(z, lse[take, None], out=scratch[: stop - start]).exp_()
         grad *= -c[:, None]
-        grad.scatter_(1, label, (-torch.expm1(logp[take]) * c)[:, None])
+        at_label = (-torch.expm1(logp[take]) * c)[:, None]
+        if sharded:
+            at_label = torch.where(label == labels[take][:, None], at_label, grad.gather(1, label))
+        grad.scatter_(1, label, at_label)
         if slope is not None:
             grad *= slope
         if logit_scale != 1.0:

@@ -54,6 +54,7 @@ def row_stats_kernel(
     stride,
     logit_scale,
     softcap,
+    SHARDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -78,11 +79,14 @@ def row_stats_kernel(
     row_lse = tl.where(peak == float("inf"), peak, row_lse)
 
     target, known = load_target(logits, bias, tl.load(labels + row), vocab, logit_scale, softcap)
-    row_logp = target - row_lse
-    # Rounding can lift the label's logit above the log-sum-exp; a log-probability is never > 0.
-    row_logp = tl.where(row_logp > 0.0, 0.0, row_logp)
     tl.store(lse + row, row_lse)
-    tl.store(logp + row, tl.where(known, row_logp, float("nan")))
+    if SHARDED:
+        tl.store(logp + row, tl.where(known, target, 0.0))
+    else:
+        row_logp = target - row_lse
+        # Rounding can lift the label's logit above the log-sum-exp; a log-probability is never > 0.
+        row_logp = tl.where(row_logp > 0.0, 0.0, row_logp)
+        tl.store(logp + row, tl.where(known, row_logp, float("nan")))
 
 
 def block_of_row(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -119,10 +123,11 @@ def plan_row_stats(
     softcap: float | None,
     lse: Tensor,
     logp: Tensor,
+    sharded: bool = False,
 ) -> Launch:
     """The launch that `row_stats` does, for tensors on any device."""
     arguments, num_warps = row_arguments(logits, labels, bias, logit_scale, softcap)
-    arguments |= {"lse": lse, "logp": logp}
+    arguments |= {"lse": lse, "logp": logp, "SHARDED": sharded}
     max_registers = None if logits.dtype == torch.float32 else 128
     return Launch(
         row_stats_kernel,
@@ -140,6 +145,8 @@ def row_stats(
     bias: Tensor | None,
     logit_scale: float,
     softcap: float | None,
+    *,
+    sharded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`reference.row_stats` as one launch: ``lse`` and ``logp``, both float32 [rows].
 
@@ -156,5 +163,6 @@ def row_stats(
     require_shape((vocab,), bias=bias)
     lse = torch.empty(rows, dtype=torch.float32, device=logits.device)
     logp = torch.empty_like(lse)
-    run(plan_row_stats(logits, labels, bias, logit_scale, softcap, lse, logp), logits.device)
+    launch = plan_row_stats(logits, labels, bias, logit_scale, softcap, lse, logp, sharded)
+    run(launch, logits.device)
     return lse, logp

@@ -87,6 +87,32 @@ def test_over_the_logits_bit_for_bit(device, dtype, narrow, vocab, options) -> N
     assert torch.equal(out, separate)
 
 
+@pytest.mark.parametrize("module", [reference, triton_backend], ids=["reference", "triton"])
+@pytest.mark.parametrize("options", [OPTIONS["bare"], OPTIONS["all"]], ids=["bare", "all"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_parts_of_the_vocabulary_make_the_whole_bit_for_bit(
+    device, module, options, in_place
+) -> None:
+    """A label lies in one of three uneven parts, and is no column of the others."""
+    case = Case(6, 301, torch.float32, device, **options)
+    case.labels[:4] = torch.tensor([0, 116, 117, 300])
+    case.measure()
+    live = torch.tensor([0, 1, 4, 5], device=device)
+
+    def run(first: int, end: int, sharded: bool, live=None) -> torch.Tensor:
+        logits = case.logits[:, first:end].clone()
+        apart = not in_place or live is not None
+        return module.dlogits(
+            logits, case.labels - first, case.lse, case.logp, case.coefficients,
+            None if case.bias is None else case.bias[first:end], case.scale, case.cap,
+            out=torch.empty_like(logits) if apart else logits, live=live, sharded=sharded,
+        )  # fmt: skip
+
+    for rows in (None, live):
+        parts = [run(*at, True, rows) for at in ((0, 117), (117, 120), (120, 301))]
+        assert torch.equal(torch.cat(parts, 1), run(0, 301, False, rows))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "narrow"), OVERLAYS, ids=str)
 def test_over_the_logits_bit_for_bit_at_scale(device, dtype, narrow) -> None:

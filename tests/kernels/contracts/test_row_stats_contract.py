@@ -51,6 +51,30 @@ def test_equals_the_reference(device, poisoned, approximate, dtype, vocab, optio
     assert (logp <= 0).all()
 
 
+@pytest.mark.parametrize("options", [OPTIONS["bare"], OPTIONS["all"]], ids=["bare", "all"])
+def test_a_part_of_the_vocabulary_gives_its_own_labels_logits(
+    device, poisoned, approximate, options
+) -> None:
+    """Of the other labels, before and after the part, nothing is read, and 0 is given."""
+    vocab = 301
+    logits = strided_rows(5, vocab, torch.float32, device)
+    labels = torch.tensor([5, -3, vocab, vocab - 1, 10**6], device=device)
+    bias = torch.randn(vocab, device=device) if options["bias"] else None
+    scale, cap = options["logit_scale"], options["softcap"]
+    lse, target = triton_backend.row_stats(logits, labels, bias, scale, cap, sharded=True)
+    z = final(logits, bias, scale, cap)
+    wide_bias = None if bias is None else bias.double()
+    close = {"rtol": 2e-6, "atol": 1e-5}
+    for module_lse, module_target in (
+        (lse, target),
+        reference.row_stats(logits.double(), labels, wide_bias, scale, cap, sharded=True),
+    ):
+        torch.testing.assert_close(module_lse.double(), torch.logsumexp(z, -1), **close)
+        assert (module_target[[1, 2, 4]] == 0).all()
+        own = z[[0, 3], [5, vocab - 1]]
+        torch.testing.assert_close(module_target[[0, 3]].double(), own, **close)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error_is_no_larger_than_that_of_plain_pytorch(device, dtype) -> None:
     logits = strided_rows(16, 3001, dtype, device)
