@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 #: To be raised when what is stored, or how records are tokenised, changes.
-LAYOUT = 3
+LAYOUT = 4
 
 ABOUT_FILE = "about.json"
 _UNFINISHED = ".incomplete"

@@ -20,6 +20,10 @@ Message = dict[str, Any]
 Prompt = str | list[Message]
 #: A response: its text, or a whole message where that says more than a text.
 Said = str | Message
+#: Whether each response came to its end (False: it was cut at a limit); None where unknown.
+Ends = list[bool | None]
+
+_ENDS = {"stop": True, "length": False}
 
 #: Rewards are float32 further on; a larger one would silently become infinite there.
 _LARGEST = 3.4028234663852886e38
@@ -195,6 +199,27 @@ def listed(value: Any, place: Place, what: str) -> list[Any]:
     if not isinstance(value, list):
         raise InputError(f"{place}: {what} is {shown(value)}, expected a list")
     return value
+
+
+def ends(value: Any, length: int, place: Place) -> Ends:
+    """How each of a row's responses ended, of a field ``ended``: "stop", "length" or null."""
+    items = [value] if isinstance(value, str) and length == 1 else listed(value, place, "ended")
+    if len(items) != length:
+        raise InputError(f"{place}: ended has {len(items)} entries, expected {length}")
+    for i, item in enumerate(items):
+        if item is not None and item not in _ENDS:
+            raise InputError(f"{place}: ended[{i}] is {shown(item)}, expected 'stop' or 'length'")
+    return [None if item is None else _ENDS[item] for item in items]
+
+
+def end_names(given: Sequence[bool | None]) -> list[str | None]:
+    """What `ends` reads.
+
+    >>> end_names([True, False, None])
+    ['stop', 'length', None]
+    """
+    names: dict[bool | None, str | None] = {whole: name for name, whole in _ENDS.items()}
+    return [names.get(whole) for whole in given]
 
 
 def numbers(value: Any, length: int, place: Place, what: str, beside: str) -> list[float | None]:

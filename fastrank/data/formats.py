@@ -13,7 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastrank.data import fields
-from fastrank.data.fields import Message, Prompt, Said, field_of, listed, number, numbers, response
+from fastrank.data.fields import (
+    Ends,
+    Message,
+    Prompt,
+    Said,
+    field_of,
+    listed,
+    number,
+    numbers,
+    response,
+)
 from fastrank.data.files import Place, Row, one_line
 from fastrank.errors import InputError
 
@@ -26,6 +36,7 @@ class ParsedRow(NamedTuple):
     scores: list[float | None]
     id: str | None = None
     tools: list[Any] | None = None
+    ended: Ends | None = None
 
 
 Reader = Callable[[Row, Place, str | None], ParsedRow]
@@ -269,7 +280,8 @@ def parse(name: str, row: Row, place: Place, score_key: str | None = None) -> Pa
 
 
 def complete(found: ParsedRow, row: Row, place: Place, used: Sequence[str]) -> ParsedRow:
-    """A parsed row with what any format may have beside it: a system message, and tools.
+    """A parsed row with what any format may have beside it: a system message, tools, and how each
+    response ended (``ended``).
 
     With a field ``system``, a text prompt becomes a message of the user.
 
@@ -281,6 +293,8 @@ def complete(found: ParsedRow, row: Row, place: Place, used: Sequence[str]) -> P
     """
     if row.get("tools") is not None:
         found = found._replace(tools=fields.tools(row["tools"], place))
+    if row.get("ended") is not None:
+        found = found._replace(ended=fields.ends(row["ended"], len(found.responses), place))
     if row.get("system") is not None and found.prompt is not None:
         system = fields.text(row["system"], place, "system")
         found = found._replace(prompt=_with_system(found.prompt, system, place))
@@ -314,7 +328,7 @@ Columns = tuple[tuple[str, str], ...]
 
 def column_names() -> list[str]:
     """The names that `columns` maps to fields of a file."""
-    names = {"scores", "ranks", "system", "tools", "id", *FLAT_SCORES}
+    names = {"scores", "ranks", "system", "tools", "ended", "id", *FLAT_SCORES}
     return sorted(names.union(*(known.fields for known in FORMATS.values())))
 
 

@@ -42,6 +42,8 @@ class Record:
         turns: the candidates with whole messages for those that say more than their text; empty if
             none does.
         tools: descriptions of the tools that the chat template shows to the model.
+        ended: whether each candidate came to its end; one that was cut at a limit is not taught an
+            end. Empty if none was cut.
         source: the row as read, for writing results back; None for flat rows.
     """
 
@@ -54,6 +56,7 @@ class Record:
     num_source: int = dataclasses.field(default=0, compare=False)
     turns: tuple[Said, ...] = ()
     tools: list[Any] | None = None
+    ended: tuple[bool, ...] = ()
     source: Row | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
@@ -220,11 +223,19 @@ def gather_flat(rows: Iterable[tuple[Place, ParsedRow]]) -> Iterator[tuple[Place
     for place, row in rows:
         key = json.dumps([row.prompt, row.tools], default=str)  # text, null and messages differ
         if key in groups:
-            groups[key][1].responses.extend(row.responses)
-            groups[key][1].scores.extend(row.scores)
+            first = groups[key][1]
+            if row.ended is not None or first.ended is not None:
+                ended = _known(first) + _known(row)
+                groups[key] = (groups[key][0], first._replace(ended=ended))
+            first.responses.extend(row.responses)
+            first.scores.extend(row.scores)
         else:
             groups[key] = (place, row)
     yield from groups.values()
+
+
+def _known(row: ParsedRow) -> fields.Ends:
+    return [None] * len(row.responses) if row.ended is None else row.ended
 
 
 def _usable(
@@ -256,6 +267,8 @@ def _usable(
         positions = [positions[i] for i in kept]
         responses = [responses[i] for i in kept]
         scores = [scores[i] for i in kept]
+    ended = [] if found.ended is None else [found.ended[i] is not False for i in positions]
+    report.count(reports.CUT_SAMPLE, place.line, ended.count(False))
     return Record(
         found.prompt,
         [fields.said_text(response) for response in responses],
@@ -266,6 +279,7 @@ def _usable(
         num_source=len(found.responses),
         turns=tuple(responses) if any(isinstance(r, dict) for r in responses) else (),
         tools=found.tools,
+        ended=() if all(ended) else tuple(ended),
         source=row,
     )
 

@@ -59,16 +59,18 @@ class Rendered(NamedTuple):
     Attributes:
         own: the prompt alone; every joint text begins with it.
         joint: the prompt with each response.
-        ended: whether the joint texts end with the template's own end of turn.
+        end: the template's own end of turn, with which joint texts end; "" for none.
         is_chat: whether a template wrote them, its BOS included.
         notes: what is to be said of the record.
+        cut: positions of responses that have no end of turn.
     """
 
     own: str
     joint: list[str]
-    ended: bool
+    end: str
     is_chat: bool
     notes: tuple[str, ...] = ()
+    cut: tuple[int, ...] = ()
 
 
 def render_plain(messages: Sequence[Message]) -> str:
@@ -92,12 +94,21 @@ def render_record(record: Record, tokenizer: PreTrainedTokenizerBase, as_chat: b
     """
     prompt = as_messages(record.prompt) if as_chat else record.prompt
     said = list(record.turns or record.responses)
-    if isinstance(prompt, str) or tokenizer.chat_template is None:
-        return _plain(prompt, record.responses, said, record.tools)
     try:
-        return _chat(prompt, said, record.tools, tokenizer)
+        if isinstance(prompt, str) or tokenizer.chat_template is None:
+            rendered = _plain(prompt, record.responses, said, record.tools)
+        else:
+            rendered = _chat(prompt, said, record.tools, tokenizer)
     except TemplateError as error:
         raise Refused(TEMPLATE_REFUSED) from error
+    if not record.ended:
+        return rendered
+    cut = tuple(i for i, whole in enumerate(record.ended) if not whole)
+    joint = [
+        text.removesuffix(rendered.end) if i in cut else text
+        for i, text in enumerate(rendered.joint)
+    ]
+    return rendered._replace(joint=joint, cut=cut)
 
 
 def render_prompt(
@@ -134,18 +145,19 @@ def _plain(
     if isinstance(prompt, str):
         glued = any(_is_glued(prompt, response) for response in responses)
         joint = [prompt + response for response in responses]
-        return Rendered(prompt, joint, False, False, (GLUED,) if glued else ())
+        return Rendered(prompt, joint, "", False, (GLUED,) if glued else ())
     own = render_plain(prompt)
     joint = [f"{own} {response.strip()}" for response in responses]
     trimmed = any(response != response.strip() for response in responses)
-    return Rendered(own, joint, False, False, (PLAIN, TRIMMED) if trimmed else (PLAIN,))
+    return Rendered(own, joint, "", False, (PLAIN, TRIMMED) if trimmed else (PLAIN,))
 
 
 def _is_glued(prompt: str, response: str) -> bool:
     """Whether a word or sentence of Latin letters runs into the next one."""
     last, first = prompt[-1:], response[:1]
     return (
-        last.isascii()
+        last != ""
+        and last.isascii()
         and first.isascii()
         and first.isalnum()
         and (last.isalnum() or last in ".?!,;")
@@ -199,7 +211,7 @@ def _chat(
             own_text = own
     if not _shows_prompt(own, prompt, tools):
         notes.append(HIDDEN_PROMPT)
-    return Rendered(own_text, whole, bool(end), True, tuple(dict.fromkeys(notes)))
+    return Rendered(own_text, whole, end, True, tuple(dict.fromkeys(notes)))
 
 
 def _turn(said: Said) -> Message:

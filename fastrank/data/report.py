@@ -21,6 +21,8 @@ EMPTY_RESPONSE = "empty response"
 NO_SCORE = "no score"
 BEYOND_MAXIMUM = "beyond max_candidates"
 WITH_RECORD = "in a dropped record"
+#: What is counted of candidates and pairs that are used.
+CUT_SAMPLE = "responses cut at a limit when they were made: no end is taught"
 #: What is said of a record that is used.
 SAME_TOKENS = "candidates of different rewards with the same tokens"
 
@@ -52,6 +54,7 @@ class Report:
     truncated: dict[str, list[int]] = field(default_factory=dict)
     forced_boundaries: list[int] = field(default_factory=list)
     notes: dict[str, list[int]] = field(default_factory=dict)
+    counts: dict[str, list[int]] = field(default_factory=dict)
     reward_min: float | None = None
     reward_max: float | None = None
     pairs: int = 0
@@ -118,11 +121,16 @@ class Report:
         """Something is to be said of a record that is used."""
         self.notes.setdefault(what, []).append(line)
 
+    def count(self, what: str, line: int, number: int = 1) -> None:
+        """``number`` candidates or pairs of a record that is used, of which something is said."""
+        if number:
+            self.counts.setdefault(what, []).extend([line] * number)
+
     def merge(self, later: Report) -> None:
         """Add what was counted of a later part of the same file."""
         self.read += later.read
         self.candidates_read += later.candidates_read
-        for name in ("dropped", "dropped_candidates", "truncated", "notes"):
+        for name in ("dropped", "dropped_candidates", "truncated", "notes", "counts"):
             mine = getattr(self, name)
             for reason, lines in getattr(later, name).items():
                 mine.setdefault(reason, []).extend(lines)
@@ -167,6 +175,7 @@ class Report:
             "truncated": {k: counted(v) for k, v in self.truncated.items()},
             "forced_boundaries": counted(self.forced_boundaries),
             "notes": {k: counted(v) for k, v in self.notes.items()},
+            "counts": {k: counted(v) for k, v in self.counts.items()},
             "candidates_per_group": {str(n): k for n, k in self.candidates_per_group.items()},
             "ties": {
                 "pairs": self.pairs,
@@ -204,11 +213,12 @@ class Report:
                 _reason("prompt and responses tokenised apart", self.forced_boundaries, "records:")
             )
         out += [_reason(k, v, "records:") for k, v in self.notes.items()]
+        out += [_reason(k, v) for k, v in self.counts.items()]
         return "\n".join(out)
 
 
-def _reason(reason: str, lines: list[int], verb: str) -> str:
+def _reason(reason: str, lines: list[int], *verb: str) -> str:
     unique = sorted(set(lines))
     shown = ", ".join(map(str, unique[:_LINES_SHOWN]))
     more = f", … {len(unique) - _LINES_SHOWN} more" if len(unique) > _LINES_SHOWN else ""
-    return f"    {len(lines)} {verb} {reason} (line {shown}{more})"
+    return f"    {' '.join([str(len(lines)), *verb, reason])} (line {shown}{more})"

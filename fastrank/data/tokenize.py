@@ -250,7 +250,7 @@ def _split(
     report: Report,
     line: int,
 ) -> Encoded | None:
-    own, joint, ended = item.own, item.joint, item.ended
+    own, joint, ended, cut = item.own, item.joint, bool(item.end), item.cut
     prefix = [] if item.is_chat else _prefix(tokenizer)  # a template writes its own BOS
     if prefix and prompt[: len(prefix)] == prefix:
         prefix = []  # the text begins with its own BOS
@@ -258,8 +258,8 @@ def _split(
         eos = tokenizer.eos_token_id
         if eos is None:
             raise InputError("the tokenizer has no EOS token, so the end of a response is unknown")
-        for ids in whole:  # in place: the tokenizer made them for this record
-            if ids[-1:] != [eos]:
+        for i, ids in enumerate(whole):  # in place: the tokenizer made them for this record
+            if i not in cut and ids[-1:] != [eos]:
                 ids.append(eos)
     shared = len(os.path.commonprefix([prompt, *whole]))  # works on any sequences
     # A response keeps at least one token, also when it adds nothing to the prompt's.
@@ -273,7 +273,9 @@ def _split(
     report.forced_boundaries.append(line)
     apart = _encode(tokenizer, [text.removeprefix(own) for text in joint])
     tail = [] if ended else [tokenizer.eos_token_id]
-    return prompt, [ids if ids[-1:] == tail else ids + tail for ids in apart]
+    return prompt, [
+        ids if i in cut or ids[-1:] == tail else ids + tail for i, ids in enumerate(apart)
+    ]
 
 
 def cut_record(

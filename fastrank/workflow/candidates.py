@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
+from fastrank.data.fields import Ends
 from fastrank.data.packing import Group
-from fastrank.data.records import Record
 from fastrank.data.report import Report
-from fastrank.data.tokenize import TokenizeOptions, encode_record, truncate
+from fastrank.data.tokenize import TokenizeOptions, as_group, encode_record, truncate
 from fastrank.workflow.items import PromptItem
 
 
@@ -28,7 +27,7 @@ class MixtureCounts:
 
 def add_responses(
     item: PromptItem,
-    drawn: Sequence[tuple[str, Sequence[str]]],
+    drawn: Sequence[tuple[str, Sequence[tuple[str, bool]]]],
     counts: MixtureCounts,
     *,
     as_chat: bool = False,
@@ -41,7 +40,8 @@ def add_responses(
 
     Args:
         item: a prompt and its responses.
-        drawn: (source, responses) of each policy.
+        drawn: (source, responses) of each policy; of a response its text and whether it came to its
+            end.
         counts: updated in place.
         as_chat: the prompt was given to the policies as a message.
     """
@@ -49,10 +49,11 @@ def add_responses(
     texts: list[str] = []
     scores: list[float | None] = []
     sources: list[str] = []
+    ended: Ends = []
     seen: set[str] = set()
     counts.empty += item.num_blank
 
-    def add(text: str, score: float | None, source: str) -> bool:
+    def add(text: str, score: float | None, source: str, whole: bool | None) -> bool:
         bare = text.strip()
         if not bare:
             counts.empty += 1
@@ -63,59 +64,42 @@ def add_responses(
             texts.append(text)
             scores.append(score)
             sources.append(source)
+            ended.append(whole)
             counts.kept += 1
             return True
         return False
 
-    for text, score, source in zip(item.responses, item.scores, item.sources, strict=True):
-        add(text, score, source)
+    for own in zip(item.responses, item.scores, item.sources, item.ended, strict=True):
+        add(*own)
     for source, responses in drawn:
-        for text in responses:
-            counts.new += add(text.strip() if is_chat else text, None, source)
+        for text, whole in responses:
+            counts.new += add(text.strip() if is_chat else text, None, source, whole)
     counts.sizes[len(texts)] = counts.sizes.get(len(texts), 0) + 1
-    return replace(item, responses=texts, scores=scores, sources=sources, num_blank=0)
+    return replace(item, responses=texts, scores=scores, sources=sources, ended=ended, num_blank=0)
 
 
 def group_of_item(
-    item: PromptItem,
-    ended: Sequence[bool],
-    tokenizer: PreTrainedTokenizerBase,
-    limit: TokenizeOptions,
+    item: PromptItem, tokenizer: PreTrainedTokenizerBase, limit: TokenizeOptions
 ) -> Group | None:
-    """Tokenise an item's responses as training on a file would, except for their end.
+    """Tokenise an item's responses as training on a file would.
 
     Args:
-        item: a prompt, its responses, and their scores (None counts as 0).
-        ended: whether each response came to its end; the others lose the end of turn that
-            tokenisation adds, so that no model is taught (or blamed for) an end that was a limit.
+        item: a prompt, its responses, and their scores (None counts as 0). Responses that are
+            blank and were cut have no token and are left out.
         tokenizer: of the model that is to read them.
         limit: in tokens.
 
     Returns:
         None if there is no response, no prompt token, or the chat template refuses.
     """
+    pairs = enumerate(zip(item.responses, item.ended, strict=True))
+    item = item.take([i for i, (text, whole) in pairs if whole is not False or text.strip()])
     if not item.responses:
         return None
-    scores = [0.0 if score is None else score for score in item.scores]
-    record = Record(item.prompt, list(item.responses), scores, item.place.line, tools=item.tools)
+    record = item.as_record()
     encoded = encode_record(record, tokenizer, Report(), as_chat=limit.as_chat)
     if encoded is None:
         return None
-    prompt, responses = encoded
-    eos = tokenizer.eos_token_id
-    texts = [
-        ids if whole or ids[-1:] != [eos] else ids[:-1]
-        for ids, whole in zip(responses, ended, strict=True)
-    ]
-    kept = [i for i, ids in enumerate(texts) if ids]
-    if not kept:
-        return None
-    prompt, texts = truncate(
-        (prompt, [texts[i] for i in kept]), tokenizer, limit, Report(), item.place.line
-    )
-    return Group(
-        torch.tensor(prompt),
-        tuple(torch.tensor(ids) for ids in texts),
-        torch.tensor([scores[i] for i in kept], dtype=torch.float32),
-        name=f"{item.place.name}:{item.place.line}",
+    return as_group(
+        record, truncate(encoded, tokenizer, limit, Report(), record.line), item.place.name
     )

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from fastrank.data import fields, formats
-from fastrank.data.fields import Prompt
+from fastrank.data.fields import Ends, Prompt
 from fastrank.data.files import Place, Row, content_hash, read_rows
 from fastrank.data.formats import ParsedRow
-from fastrank.data.records import gather_flat
+from fastrank.data.records import Record, gather_flat
 from fastrank.errors import InputError
 
 #: A row with one of these and no responses is a prompt to sample for.
 _PROMPT_KEYS = ("prompt", "query", "instruction")
 
 #: What a canonical record says itself, and what would contradict it.
-_OWN = {"prompt", "responses", "scores", "ranks", "sources"}
+_OWN = {"prompt", "responses", "scores", "ranks", "sources", "ended"}
 
 #: The source of a response that was in the file and does not say where it came from.
 FROM_DATA = "data"
@@ -44,6 +44,8 @@ class PromptItem:
         responses: those in the file that are not blank.
         scores: one per response; None where the file gives none.
         sources: what made each response: a model's path, or "data".
+        ended: whether each response came to its end; False for one cut at a limit, None where the
+            file does not say.
         num_blank: null and blank responses that were left out.
         extra: the row's other fields.
     """
@@ -53,6 +55,7 @@ class PromptItem:
     responses: list[str]
     scores: Scores
     sources: list[str]
+    ended: Ends
     num_blank: int = 0
     extra: Row = field(default_factory=dict, repr=False)
 
@@ -68,17 +71,31 @@ class PromptItem:
             responses=[self.responses[i] for i in kept],
             scores=[self.scores[i] for i in kept],
             sources=[self.sources[i] for i in kept],
+            ended=[self.ended[i] for i in kept],
+        )
+
+    def as_record(self) -> Record:
+        """The record that training would read; no score counts as 0."""
+        return Record(
+            self.prompt,
+            list(self.responses),
+            [0.0 if score is None else score for score in self.scores],
+            self.place.line,
+            tools=self.tools,
+            ended=tuple(whole is not False for whole in self.ended),
         )
 
     def as_row(self) -> Row:
         """The canonical record."""
-        return {
+        row = {
             **self.extra,
             "prompt": self.prompt,
             "responses": self.responses,
             "scores": self.scores,
             "sources": self.sources,
         }
+        known = any(whole is not None for whole in self.ended)
+        return row | ({"ended": fields.end_names(self.ended)} if known else {})
 
 
 def read_items(
@@ -174,9 +191,12 @@ def _build(
     sources: Sequence[str] | None = None,
 ) -> PromptItem:
     assert found.prompt is not None
-    texts, scores, origins = [], [], []
+    texts, scores, origins, ends = [], [], [], []
     origin = sources or [FROM_DATA] * len(found.responses)
-    for response, score, source in zip(found.responses, found.scores, origin, strict=True):
+    ended = found.ended or [None] * len(found.responses)
+    for response, score, source, whole in zip(
+        found.responses, found.scores, origin, ended, strict=True
+    ):
         if isinstance(response, dict):
             keys = ", ".join(key for key in response if key not in ("role", "content"))
             raise InputError(f"{place}: a response is a message with {keys}, expected a text alone")
@@ -184,8 +204,9 @@ def _build(
             texts.append(response)
             scores.append(score if has_scores else None)  # an order alone is no reward
             origins.append(source)
+            ends.append(whole)
     blank = len(found.responses) - len(texts)
-    return PromptItem(place, found.prompt, texts, scores, origins, blank, extra)
+    return PromptItem(place, found.prompt, texts, scores, origins, ends, blank, extra)
 
 
 def as_line(row: Row) -> str:

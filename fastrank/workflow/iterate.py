@@ -96,9 +96,6 @@ def iterate(options: IterateOptions, config: RankConfig) -> dict[str, Any]:
     check_reward(options.reward, options.reward_kind, loading)
     output_dir = Path(config.output_dir or "")
     _check_plan(output_dir, options, config)
-    if config.max_response_length is None:
-        # Responses that were cut have no end; this keeps them from being taught one.
-        config.max_response_length = options.max_new_tokens
     model = options.model
     results = []
     for number in range(1, options.rounds + 1):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fastrank.data.fields import end_names
 from fastrank.data.write import atomic_path
 from fastrank.errors import InputError
 from fastrank.workflow.items import PromptItem
@@ -55,7 +56,11 @@ class Round:
         about = {"round": self.number, "step": self.step, "duplicates": self.duplicates}
         lines = [json.dumps({**about, "empty": self.empty})]
         for own in self.candidates:
-            row = {"prompt": items[own.index].prompt, **asdict(own)}
+            row = {
+                "prompt": items[own.index].prompt,
+                **asdict(own),
+                "ended": end_names(own.ended),
+            }
             lines.append(json.dumps(row, ensure_ascii=False))
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as file:
@@ -73,7 +78,13 @@ class Round:
             # Not splitlines: a response may hold U+2028 and other ends of a line.
             lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
             first, *rest = map(json.loads, lines)
-            rows = [RoundCandidates(**{k: v for k, v in row.items() if k in names}) for row in rest]
+            rows = [
+                RoundCandidates(
+                    **{k: v for k, v in row.items() if k in names}
+                    | {"ended": [name == "stop" for name in row["ended"]]}
+                )
+                for row in rest
+            ]
             return cls(first["round"], first["step"], rows, first["duplicates"], first["empty"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrank.data.fields import Ends
 from fastrank.data.packing import Group
 from fastrank.data.records import spread
 from fastrank.data.tokenize import TokenizeOptions
@@ -102,7 +103,7 @@ class RoundMaker:
         quiet = None if self.rank == 0 else True
         for batch in tqdm(batches, f"round {number}", unit=" batches", leave=False, disable=quiet):
             drawn = self._draw(policy, number, batch)
-            mine += self._score(model, batch, *self._mix(batch, drawn, counts))
+            mine += self._score(model, batch, self._mix(batch, drawn, counts))
         shares = self.gather([(mine, counts.duplicates, counts.empty)])
         candidates = [own for share, _, _ in shares for own in share]
         return Round(
@@ -115,15 +116,21 @@ class RoundMaker:
 
     def group(self, own: RoundCandidates) -> Group:
         """The candidates as a group to train on."""
-        item = self._item(own.index, own.responses, list(own.scores))
-        group = group_of_item(item, own.ended, self.tokenizer, self.limit)
+        item = self._item(own.index, own.responses, list(own.scores), list(own.ended))
+        group = group_of_item(item, self.tokenizer, self.limit)
         assert group is not None and group.num_candidates == len(own.responses)
         return group
 
-    def _item(self, index: int, responses: list[str], scores: list[float | None]) -> PromptItem:
-        sources = [FRESH] * len(responses)
+    def _item(
+        self, index: int, responses: list[str], scores: list[float | None], ended: Ends
+    ) -> PromptItem:
         return replace(
-            self.items[index], responses=responses, scores=scores, sources=sources, num_blank=0
+            self.items[index],
+            responses=responses,
+            scores=scores,
+            sources=[FRESH] * len(responses),
+            ended=ended,
+            num_blank=0,
         )
 
     def _batches(self, indices: Sequence[int]) -> Iterator[_Batch]:
@@ -140,28 +147,26 @@ class RoundMaker:
 
     def _mix(
         self, batch: _Batch, drawn: list[list[Response]], counts: MixtureCounts
-    ) -> tuple[list[PromptItem], list[list[bool]]]:
-        """Fresh responses before stored ones, blanks and duplicates left out; and which ended."""
-        items, ended = [], []
+    ) -> list[PromptItem]:
+        """Fresh responses before stored ones, blanks and duplicates left out."""
+        items = []
         for index, responses in zip(batch.members, drawn, strict=True):
             stored = self._stored(self.items[index])
-            fresh = self._item(index, [r.text for r in responses], [None] * len(responses))
+            fresh = self._item(
+                index,
+                [r.text for r in responses],
+                [None] * len(responses),
+                [r.ended for r in responses],
+            )
             both = replace(
                 fresh,
                 responses=fresh.responses + stored.responses,
                 scores=fresh.scores + stored.scores,
                 sources=fresh.sources + stored.sources,
+                ended=fresh.ended + stored.ended,
             )
-            item = add_responses(both, [], counts)
-            ends = {r.text.strip(): r.ended for r in reversed(responses)}
-            items.append(item)
-            ended.append(
-                [
-                    ends[text.strip()] if source == FRESH else True
-                    for text, source in zip(item.responses, item.sources, strict=True)
-                ]
-            )
-        return items, ended
+            items.append(add_responses(both, [], counts))
+        return items
 
     def _stored(self, item: PromptItem) -> PromptItem:
         """At most ``online_stored`` of the file's own responses; the best one first to stay."""
@@ -173,12 +178,12 @@ class RoundMaker:
         return item.take(kept)
 
     def _score(
-        self, model: nn.Module, batch: _Batch, items: list[PromptItem], ended: list[list[bool]]
+        self, model: nn.Module, batch: _Batch, items: list[PromptItem]
     ) -> list[RoundCandidates]:
         rewards = self._rewards(items)
         groups = {}
-        for i, (item, ends) in enumerate(zip(items, ended, strict=True)):
-            group = group_of_item(item, ends, self.tokenizer, self.limit)
+        for i, item in enumerate(items):
+            group = group_of_item(item, self.tokenizer, self.limit)
             if group is not None:
                 groups[i] = group
         below = self._logprobs(self.reference, [*groups.values()])
@@ -193,7 +198,7 @@ class RoundMaker:
                 RoundCandidates(
                     index=batch.members[i],
                     responses=list(items[i].responses),
-                    ended=ended[i],
+                    ended=[whole is not False for whole in items[i].ended],
                     fresh=[source == FRESH for source in items[i].sources],
                     rewards=rewards[i],
                     scores=(scores - self.options.kl_weight * penalty).tolist(),

@@ -24,7 +24,7 @@ from fastrank.modeling.score import enough_tokens, score
 from fastrank.options import DecodingOptions
 from fastrank.workflow.candidates import group_of_item
 from fastrank.workflow.generation import Response
-from fastrank.workflow.items import PromptItem, Scores
+from fastrank.workflow.items import PromptItem
 from fastrank.workflow.policy import draw, encode_prompts
 
 _PACK_TOKENS = 16384
@@ -36,12 +36,10 @@ class Samples:
 
     Attributes:
         items: each prompt with its responses; an empty response is kept, it counts.
-        ended: whether the model ended each response, or was cut at ``max_new_tokens``.
         num_tokens: tokens generated.
     """
 
     items: list[PromptItem]
-    ended: list[list[bool]]
     num_tokens: int
 
     @property
@@ -78,14 +76,20 @@ def sample_items(
         for i, responses in zip(members, batch, strict=True):
             found[i] = responses
         progress(len(members))
-    drawn, ended = [], []
+    drawn = []
     for item, responses in zip(items, found, strict=True):
         bare = drawing.as_chat or not isinstance(item.prompt, str)
         texts = [r.text.strip() if bare else r.text for r in responses]
-        unknown: Scores = [None] * len(texts)
-        drawn.append(replace(item, responses=texts, scores=unknown, sources=[source] * len(texts)))
-        ended.append([r.ended for r in responses])
-    return Samples(drawn, ended, sum(r.num_tokens for row in found for r in row))
+        drawn.append(
+            replace(
+                item,
+                responses=texts,
+                scores=[None] * len(texts),
+                sources=[source] * len(texts),
+                ended=[r.ended for r in responses],
+            )
+        )
+    return Samples(drawn, sum(r.num_tokens for row in found for r in row))
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,8 @@ def perplexity(
     """
     limit = fit_context(TokenizeOptions(as_chat=as_chat), context_length(model.config))  # type: ignore[arg-type]
     groups = []
-    for item, ended in zip(samples.items, samples.ended, strict=True):
-        group = group_of_item(item, ended, tokenizer, limit)
+    for item in samples.items:
+        group = group_of_item(item, tokenizer, limit)
         if group is not None:
             groups.append(group)
     if not groups:

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from fastrank.attention.gate import refusal
 from fastrank.data.load import fit_context
 from fastrank.data.packing import Group
-from fastrank.data.records import Record
 from fastrank.data.render import render_plain
 from fastrank.data.report import Report
 from fastrank.data.tokenize import (
@@ -115,7 +114,7 @@ class ClassifierReward:
                 limits["max_length"] = self.context
             rows = [tokenizer(prompt, response, **limits) for response in item.responses]
             return [{name: list(values) for name, values in row.items()} for row in rows]
-        record = _record(item)
+        record = item.as_record()
         encoded = encode_record(record, tokenizer, Report(), as_chat=self.as_chat)
         if encoded is None:
             return [{} for _ in item.responses]
@@ -165,7 +164,7 @@ class LogprobReward:
         for i, item in enumerate(items):
             if not item.responses:
                 continue
-            group = tokenize_record(_record(item), self.tokenizer, self.options, Report())
+            group = tokenize_record(item.as_record(), self.tokenizer, self.options, Report())
             if group is not None:
                 groups.append(group)
                 members.append(i)
@@ -182,8 +181,3 @@ class LogprobReward:
 def _joins_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
     special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
     return None not in special and tokenizer.chat_template is None
-
-
-def _record(item: PromptItem) -> Record:
-    scores = [0.0] * len(item.responses)
-    return Record(item.prompt, list(item.responses), scores, item.place.line, tools=item.tools)

@@ -143,16 +143,16 @@ class _PolicyRun:
             skip=self._is_done,
         ):
             unit = {
-                "responses": [[r.text for r in row] for row in found],
+                "responses": [[(r.text, r.ended) for r in row] for row in found],
                 "tokens": sum(r.num_tokens for row in found for r in row),
                 "cut": sum(not r.ended for row in found for r in row),
             }
             self.journal.append(f"{self.number}/{batch}", unit)
             bar.update(len(members))
 
-    def responses(self, num_items: int) -> list[list[str]]:
-        """Responses drawn for each prompt, in the order of the prompts."""
-        drawn: list[list[str]] = [[] for _ in range(num_items)]
+    def responses(self, num_items: int) -> list[list[tuple[str, bool]]]:
+        """Responses drawn for each prompt, in the order of the prompts, and whether they ended."""
+        drawn: list[list[tuple[str, bool]]] = [[] for _ in range(num_items)]
         assert self._plan is not None
         for batch, members in enumerate(self._plan["batches"]):
             unit = self.journal.finished[f"{self.number}/{batch}"]

@@ -15,6 +15,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fastrank import options as shared
+from fastrank.data.fields import end_names
 from fastrank.errors import InputError
 from fastrank.options.declare import change, check_least, option, options, values_of
 
@@ -190,6 +191,8 @@ def _write(file: TextIO, record: Record, values: Tensor) -> None:
     row = record.source
     if row is None:
         row = {"prompt": record.prompt, "responses": record.responses, "scores": record.scores}
+        if record.ended:
+            row["ended"] = end_names(record.ended)
         aligned: list[float | None] = values.tolist()
     else:
         aligned = [None] * record.num_source

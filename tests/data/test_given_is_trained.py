@@ -30,7 +30,7 @@ from fastrank.data.render import (
     TRIMMED,
     set_chat_template,
 )
-from fastrank.data.report import SAME_TOKENS, Report
+from fastrank.data.report import CUT_SAMPLE, SAME_TOKENS, Report
 from fastrank.data.tokenize import TokenizeOptions, encode_prompt, encode_record
 from fastrank.errors import InputError
 
@@ -318,6 +318,59 @@ CASES = {
         ("<|user|>\nhi<|end|><|assistant|>\n", ["c<|end|>", "d<|end|>"]),
         (PARTED,),
     ),
+    "cut sample": Case(
+        "ab ",
+        ["c", "d", "e"],
+        None,
+        ("<s>ab ", ["c", "d</s>", "e</s>"]),
+        more={"ended": ["length", "stop", None]},
+    ),
+    "cut sample of a chat": Case(
+        HI, ["c", "d"], CHAT, (ASK, ["c", "d<|end|>"]), more={"ended": ["length", "stop"]}
+    ),
+    "cut sample of a template without an end": Case(
+        HI,
+        ["c", "d"],
+        COLON,
+        ("user: hi\nassistant:", [" c", " d</s>"]),
+        more={"ended": ["length", None]},
+    ),
+    "cut thinking": Case(
+        HI,
+        ["<think>go", "<think>a</think>4"],
+        R1_BEFORE,
+        (ASK, ["<think>go", "<think>a</think>4<|end|>"]),
+        (BY_HAND,),
+        more={"ended": ["length", "stop"]},
+    ),
+    "cut sample beside a call": Case(
+        HI,
+        [call({}), "d"],
+        CALLS,
+        (ASK, ['<call>{"name": "clock", "arguments": {}}</call><|end|>', "d"]),
+        more={"ended": ["stop", "length"]},
+    ),
+    "cut sample without a template": Case(
+        HI,
+        ["c", "d"],
+        None,
+        ("<s>User: hi\n\nAssistant:", [" c", " d</s>"]),
+        (PLAIN,),
+        more={"ended": ["length", "stop"]},
+    ),
+    "cut sample of no prompt": Case(
+        "", ["c", "d"], None, ("<s>", ["c", "d</s>"]), more={"ended": ["length", "stop"]}
+    ),
+    "a wrong end": Case(
+        HI,
+        ["c", "d"],
+        CHAT,
+        "error: ended[1] is 'eos' (str), expected 'stop' or 'length'",
+        more={"ended": ["stop", "eos"]},
+    ),
+    "too few ends": Case(
+        HI, ["c", "d"], CHAT, "error: ended has 1 entries, expected 2", more={"ended": ["stop"]}
+    ),
     "refused": Case(HI, ["c", "d"], "{{ raise_exception('no') }}", TEMPLATE_REFUSED),
     "a template that adds text to nothing": Case(
         HI, ["c", "d"], "{{ 1 + messages }}", TEMPLATE_REFUSED
@@ -394,6 +447,8 @@ def test_table(name: str, tmp_path: Path) -> None:
         assert report.dropped == {case.expected: [1]} and len(groups) == 1
         return
     assert report.dropped == {}
+    cut = list(case.more.get("ended") or []).count("length")
+    assert report.counts == ({CUT_SAMPLE: [1] * cut} if cut else {})
     assert {note: lines[0] for note, lines in report.notes.items() if 1 in lines} == dict.fromkeys(
         case.notes, 1
     )

@@ -45,8 +45,12 @@ def vowels(tmp_path: Path) -> str:
     return f"{path}:count"
 
 
-def item(prompt: str, *responses: str) -> PromptItem:
-    return PromptItem(Place("p", 1), prompt, list(responses), [None] * len(responses), [])
+def item(prompt: str, *responses: str, ended: list[bool] | None = None) -> PromptItem:
+    unknown = [None] * len(responses)
+    ended = [True] * len(responses) if ended is None else ended
+    return PromptItem(
+        Place("p", 1), prompt, list(responses), unknown, ["m"] * len(responses), ended
+    )
 
 
 def test_fresh_samples_and_their_rewards(policy_path, write_rows, read_rows, tmp_path, vowels):
@@ -86,7 +90,7 @@ def test_perplexity_equals_separate_forward_passes(policy_path):
     model = AutoModelForCausalLM.from_pretrained(policy_path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(policy_path)
     samples = Samples(
-        [item("ab", "cde", "", "f"), item("x", "yz")], [[False, True, True], [False]], 0
+        [item("ab", "cde", "", "f", ended=[False, True, True]), item("x", "yz", ended=[False])], 0
     )
     total, tokens = 0.0, 0
     for prompt, response, ended in (
@@ -158,7 +162,7 @@ def test_wins_ties_and_missing_rewards():
 def test_bleu_is_sacrebleus(policy_path, write_rows):
     sacrebleu = pytest.importorskip("sacrebleu", reason="the extra fastrank[eval]")
     texts = ["the cat sat on the mat today", "a dog ran over the old bridge"]
-    samples = Samples([item("a", texts[0], "no"), item("b", texts[1]), item("c", "x")], [], 0)
+    samples = Samples([item("a", texts[0], "no"), item("b", texts[1]), item("c", "x")], 0)
     references = [[texts[0]], ["a dog walked over the old bridge", texts[1] + " fast"], []]
     expected = sacrebleu.corpus_bleu(
         [texts[0], "no", texts[1]],

@@ -305,7 +305,7 @@ def three_candidates(*responses: str) -> RoundCandidates:
 
 def test_a_round_is_read_as_it_was_written(tmp_path):
     own = three_candidates("one\ntwo\r\n", "line\u2028separator\x85", "\x1c\u2029 end")
-    item = PromptItem(tmp_path, "prompt\u2028", [], [], [])  # type: ignore[arg-type]
+    item = PromptItem(tmp_path, "prompt\u2028", [], [], [], [])  # type: ignore[arg-type]
     for given in (Round(3, 12, [own], duplicates=2, empty=1), Round(0, 0, [])):
         given.write(tmp_path / "round.jsonl", [item])
         assert Round.read(tmp_path / "round.jsonl") == given

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 from killing import run_until_lines
+from transformers import AutoTokenizer
 
+from fastrank.data.load import load_groups
+from fastrank.data.report import CUT_SAMPLE
 from fastrank.errors import InputError
+from fastrank.options import LoadOptions
 from fastrank.workflow import policy
 from fastrank.workflow.items import read_items
 from fastrank.workflow.journal import Journal
+from fastrank.workflow.reward import RewardOptions, reward_file
+from fastrank.workflow.reward_model import LogprobReward
 from fastrank.workflow.sample import SampleOptions, sample_file, sample_text
 
 PROMPTS = [{"prompt": "once " * (k % 5 + 1) + str(k), "id": k} for k in range(23)]
@@ -250,3 +257,29 @@ def test_what_json_lacks_is_written_as_text(tmp_path, policy_path, read_rows):
     draw(policy_path, path, tmp_path / "out.jsonl")
     assert [row["day"] for row in read_rows(tmp_path / "out.jsonl")] == ["2024-01-01", "2024-01-02"]
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["prompt"] == "a"
+
+
+def test_a_cut_sample_is_never_taught_an_end(policy_path, write_rows, read_rows, tmp_path):
+    prompts = write_rows([PROMPTS[0] | {"responses": ["mine"]}, *PROMPTS[1:8]])
+    output, ranked = tmp_path / "out.jsonl", tmp_path / "ranked.jsonl"
+    result = draw(policy_path, prompts, output, max_new_tokens=5, stop=["e"])
+    rows = read_rows(output)
+    ends = [end for row in rows for end in row["ended"]]
+    assert rows[0]["ended"][0] is None and ends.count(None) == 1
+    assert 0 < ends.count("length") <= result["cut_at_max_new_tokens"] < len(ends)
+    function = tmp_path / "size.py"
+    function.write_text("def size(prompt, response):\n    return len(response)\n")
+    reward_file(RewardOptions(data=str(output), output=str(ranked), reward=f"{function}:size"))
+    assert [row["ended"] for row in read_rows(ranked)] == [row["ended"] for row in rows]
+    tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    groups, report = load_groups(ranked, tokenizer, min_candidates=1)
+    taught = [ids[-1] == tokenizer.eos_token_id for g in groups for ids in g.response_ids]
+    assert taught == [end != "length" for end in ends]
+    assert len(report.counts[CUT_SAMPLE]) == ends.count("length")
+    assert f"{ends.count('length')} responses cut at a limit" in report.as_text()
+    scorer = LogprobReward(str(policy_path), LoadOptions(device="cpu"), batch_size=1)
+    items = list(read_items(ranked))
+    whole = scorer([replace(item, ended=[True] * len(item.ended)) for item in items])
+    for item, cut, other in zip(items, scorer(items), whole, strict=True):
+        same = [a == pytest.approx(b, abs=1e-5) for a, b in zip(cut, other, strict=True)]
+        assert same == [end is not False for end in item.ended]
