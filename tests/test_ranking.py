@@ -306,7 +306,12 @@ S3 = torch.zeros(3)
         (
             {"rewards": torch.tensor([0.0, float("nan"), 1.0])},
             ValueError,
-            "rewards must be numbers, got nan at index 1",
+            "rewards must be finite, got nan at index 1",
+        ),
+        (
+            {"rewards": torch.tensor([0.0, 1.0, -float("inf")])},
+            ValueError,
+            "rewards must be finite, got -inf at index 2",
         ),
         ({"where": torch.ones(3, dtype=torch.bool)}, ValueError, "where goes with scores"),
         ({"scores": torch.zeros(1, 1, 3)}, ValueError, r"\[C\] or \[G, n\], got \[1, 1, 3\]"),

@@ -22,6 +22,7 @@ class InspectOptions(
     shared.DataOptions,
     shared.ReadOptions,
     shared.TextOptions,
+    shared.SameTokensOptions,
     shared.PackOptions,
     shared.TrustOptions,
     shared.JsonOptions,
@@ -63,8 +64,9 @@ def inspect(options: InspectOptions) -> dict[str, Any]:
             chat_template_kwargs=options.chat_template_kwargs,
         )
         cut = fit_context(cut, tokenizer_context(options.tokenizer, tokenizer))
-    elif values_of(options, shared.TextOptions) != values_of(
-        shared.TextOptions(), shared.TextOptions
+    elif any(
+        values_of(options, kind) != values_of(kind(), kind)
+        for kind in (shared.TextOptions, shared.SameTokensOptions)
     ):
         raise InputError("limits in tokens and chat templates need --tokenizer")
 
@@ -79,7 +81,10 @@ def inspect(options: InspectOptions) -> dict[str, Any]:
             whole = encode_record(record, tokenizer, report, as_chat=cut.as_chat)
             if whole is None:
                 continue
-            short = cut_record(record, whole, tokenizer, cut, report)
+            settled = cut_record(record, whole, tokenizer, cut, report)
+            if settled is None:
+                continue
+            record, short = settled
             example = example or as_group(record, short, options.data)
             lengths.add(len(whole[0]), [*map(len, whole[1])], len(short[0]), [*map(len, short[1])])
         if options.plot is not None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fastrank.data.columns import FlatGroups, GroupSizes, prompt_key
 from fastrank.data.files import content_hash
-from fastrank.data.records import Record
+from fastrank.data.records import Record, narrowed
 from fastrank.data.tokenize import Encoded
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _row(record: Record, encoded: Encoded) -> tuple[Any, ...]:
     key = prompt_key(np.array(prompt))
     signed = key - (1 << 64) if key >> 63 else key
     largest = max(max(prompt), *map(max, responses))
-    return prompt, responses, record.scores, record.line, signed, largest
+    return prompt, responses, narrowed(record.scores), record.line, signed, largest
 
 
 class CachedGroups(Sequence["Group"]):

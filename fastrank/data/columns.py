@@ -150,6 +150,17 @@ def flat_parts(groups: Sequence[Group]) -> Iterator[FlatGroups]:
         )
 
 
+def reward_gap(groups: Sequence[Group]) -> float:
+    """The largest difference of two rewards of one group; 0 for no group."""
+    largest = 0.0
+    for part in flat_parts(groups):
+        starts = np.cumsum(part.num_candidates) - part.num_candidates
+        rewards = part.rewards.astype(np.float64)
+        gaps = np.maximum.reduceat(rewards, starts) - np.minimum.reduceat(rewards, starts)
+        largest = max(largest, float(gaps.max()))
+    return largest
+
+
 def groups_digest(groups: Sequence[Group]) -> str:
     """Digest of tokens and rewards in this order, as 32 hexadecimal digits: the same for a list of
     groups, for a cached data set of them, and wherever either comes from."""

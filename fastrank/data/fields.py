@@ -26,7 +26,7 @@ Ends = list[bool | None]
 _ENDS = {"stop": True, "length": False}
 
 #: Rewards are float32 further on; a larger one would silently become infinite there.
-_LARGEST = 3.4028234663852886e38
+LARGEST = 3.4028234663852886e38
 
 
 def shown(value: Any) -> str:
@@ -187,7 +187,7 @@ def number(value: Any, place: Place, what: str) -> float | None:
         converted = float(value)
     except OverflowError:
         converted = math.inf
-    if not abs(converted) <= _LARGEST:
+    if not abs(converted) <= LARGEST:
         raise InputError(f"{place}: {what} is {one_line(value, 40)}, expected a finite number")
     return converted
 

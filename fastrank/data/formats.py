@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from fastrank.data import fields
@@ -29,7 +30,12 @@ from fastrank.errors import InputError
 
 
 class ParsedRow(NamedTuple):
-    """One row: a prompt and its responses with their scores (higher is better)."""
+    """One row: a prompt and its responses with their scores (higher is better).
+
+    Attributes:
+        taught: position of the response that the supervised term is to take.
+        counts: what is to be counted of the row.
+    """
 
     prompt: Prompt | None
     responses: list[Said | None]
@@ -37,6 +43,8 @@ class ParsedRow(NamedTuple):
     id: str | None = None
     tools: list[Any] | None = None
     ended: Ends | None = None
+    taught: int | None = None
+    counts: tuple[str, ...] = ()
 
 
 Reader = Callable[[Row, Place, str | None], ParsedRow]
@@ -47,14 +55,27 @@ ASKED = ("question", "instruction", "query", "input")
 #: Text fields that are a part of the prompt wherever a file has them.
 PROMPT_LIKE = (*ASKED, "context", "history", "post", "problem", "system_prompt", "system_message")
 
+#: Fields that may hold the scores of ``chosen`` and ``rejected``.
+PAIR_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen_reward", "rejected_reward"),
+)
+INVERTED = "pairs whose chosen response has the lower score: trained as scored"
+
 #: Fields that may hold the score of a flat row, in the order tried; the last is HelpSteer's.
 FLAT_SCORES = ("score", "reward", "rating", "overall_score", "helpfulness")
 
 
 def from_ranks(ranks: Sequence[float | None]) -> list[float | None]:
-    """Ranks (lower is better) as scores: the largest rank of the group minus the rank."""
+    """Ranks (lower is better) as scores: the largest rank of the group minus the rank, or minus the
+    rank alone where that difference would round two ranks to one score."""
     largest = max((rank for rank in ranks if rank is not None), default=0.0)
-    return [None if rank is None else largest - rank for rank in ranks]
+    scores = [None if rank is None else largest - rank for rank in ranks]
+    if len(set(scores)) == len(set(ranks)):
+        return scores
+    return [None if rank is None else -rank for rank in ranks]
 
 
 def _identity(row: Row) -> str | None:
@@ -94,7 +115,11 @@ def _pro(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     key = score_key or "reward"
     scores = numbers(row.get(key), len(responses), place, key, "suffix")
     asked = _pro_prompt(field_of(row, "prefix", place), len(responses), place)
-    return ParsedRow(asked, responses, scores, _identity(row))
+    taught = row.get("sft_index")
+    if taught is not None and taught not in range(len(responses)):
+        got = fields.shown(taught)
+        raise InputError(f"{place}: sft_index is {got}, expected a position in suffix")
+    return ParsedRow(asked, responses, scores, _identity(row), taught=taught)
 
 
 _PRO_ROLES = (("<|prompter|>", "user"), ("<|assistant|>", "assistant"))
@@ -178,7 +203,19 @@ def _preference(row: Row, place: Place, score_key: str | None) -> ParsedRow:
     if _are_texts(chosen) or _are_texts(rejected):
         return _several(row, asked, place)
     prompt, responses = _split_pair(asked, chosen, rejected, place)
-    return ParsedRow(prompt, responses, [1.0, 0.0], _identity(row))
+    scores = _pair_scores(row, place)
+    counts = (INVERTED,) if scores[0] < scores[1] else ()
+    return ParsedRow(prompt, responses, [*scores], _identity(row), counts=counts)
+
+
+def _pair_scores(row: Row, place: Place) -> tuple[float, float]:
+    """The two scores of a pair, if the row has both as numbers; otherwise 1 and 0."""
+    for names in PAIR_SCORES:
+        if all(isinstance(row.get(name), (int, float, Decimal)) for name in names):
+            first, second = (number(row[name], place, name) for name in names)
+            if first is not None and second is not None:
+                return first, second
+    return 1.0, 0.0
 
 
 def _is_said(value: Any) -> bool:
@@ -328,7 +365,8 @@ Columns = tuple[tuple[str, str], ...]
 
 def column_names() -> list[str]:
     """The names that `columns` maps to fields of a file."""
-    names = {"scores", "ranks", "system", "tools", "ended", "id", *FLAT_SCORES}
+    names = {"scores", "ranks", "system", "tools", "ended", "id", "sft_index", *FLAT_SCORES}
+    names.update(*PAIR_SCORES)
     return sorted(names.union(*(known.fields for known in FORMATS.values())))
 
 

@@ -10,8 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrank.data.records import narrowed
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+#: Types that float32 cannot hold every value of.
+_WIDE = (torch.float64, torch.int64, torch.int32)
 
 #: Stands between prompt and response.
 BOUNDARY = "┃"
@@ -27,7 +32,8 @@ class Group:
     Attributes:
         prompt_ids: int64 [P], P >= 1; any sequence of integers is accepted.
         response_ids: n >= 1 sequences of integers, kept as int64 [R_i], R_i >= 1.
-        rewards: float32 [n] (float64 is kept), finite, higher is better.
+        rewards: float32 [n] (a float64 tensor or array stays one), finite, higher is better. Where
+            float32 would make different ones equal, `fastrank.data.records.narrowed` shifts them.
         reference_scores: float32 [n], the reference model's scores, for losses that use them.
         name: where the group comes from, for messages, e.g. ``"data.jsonl:17"``.
 
@@ -54,7 +60,8 @@ class Group:
         if not responses:
             raise ValueError(f"{where}: response_ids must hold at least one response, got none")
         set_field(self, "response_ids", responses)
-        set_field(self, "rewards", _per_response(self.rewards, len(responses), f"{where}: rewards"))
+        rewards = _per_response(self.rewards, len(responses), f"{where}: rewards", ordered=True)
+        set_field(self, "rewards", rewards)
         if self.reference_scores is not None:
             scores = _per_response(
                 self.reference_scores, len(responses), f"{where}: reference_scores"
@@ -107,15 +114,17 @@ def _token_ids(ids: Any, what: str) -> Tensor:
     return tensor
 
 
-def _per_response(values: Any, num_candidates: int, what: str) -> Tensor:
+def _per_response(values: Any, num_candidates: int, what: str, *, ordered: bool = False) -> Tensor:
+    # Plain Python floats become float32, as torch makes them; a tensor or array keeps float64.
+    if isinstance(values, np.ndarray):
+        values = torch.from_numpy(values)
+    kind = torch.float64 if getattr(values, "dtype", None) == torch.float64 else torch.float32
     if not isinstance(values, Tensor):
-        # Plain Python floats become float32, as torch makes them; an array keeps float64.
-        values = (
-            torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values)
-        )
-    if values.dtype != torch.float64:
-        values = values.to(torch.float32)
+        values = torch.tensor(values, dtype=torch.float64)
     values = values.detach().cpu()
+    if ordered and values.dtype in _WIDE and values.ndim == 1 and bool(values.isfinite().all()):
+        values = torch.tensor(narrowed(values.double().tolist()), dtype=torch.float64)
+    values = values.to(kind)
     if values.shape != (num_candidates,):
         raise ValueError(
             f"{what} must have one value for each of {num_candidates} responses, "

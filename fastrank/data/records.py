@@ -11,13 +11,16 @@ import dataclasses
 import itertools
 import json
 import statistics
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from fastrank.data import fields, formats
 from fastrank.data import report as reports
-from fastrank.data.fields import Prompt, Said
+from fastrank.data.fields import LARGEST, Prompt, Said
 from fastrank.data.files import Place, RawRow, Row, Source, open_source, parse_row, slices
 from fastrank.data.formats import ParsedRow
 from fastrank.data.report import Report
@@ -267,8 +270,18 @@ def _usable(
         positions = [positions[i] for i in kept]
         responses = [responses[i] for i in kept]
         scores = [scores[i] for i in kept]
+    if found.taught is not None:
+        order = _taught_first(found.taught, positions, scores)
+        if order is None:
+            report.note(reports.NOT_TAUGHT, place.line)
+        else:
+            positions, responses, scores = (
+                [items[i] for i in order] for items in (positions, responses, scores)
+            )
     ended = [] if found.ended is None else [found.ended[i] is not False for i in positions]
     report.count(reports.CUT_SAMPLE, place.line, ended.count(False))
+    for what in found.counts:
+        report.count(what, place.line)
     return Record(
         found.prompt,
         [fields.said_text(response) for response in responses],
@@ -284,6 +297,19 @@ def _usable(
     )
 
 
+def _taught_first(
+    taught: int, positions: Sequence[int], scores: Sequence[float]
+) -> list[int] | None:
+    """An order in which the candidate at position ``taught`` is the first of the best, the one
+    that the supervised term takes; None if it is not among the best."""
+    best = max(scores)
+    at = positions.index(taught) if taught in positions else None
+    if at is None or scores[at] < best:
+        return None
+    first = scores.index(best)
+    return sorted(range(len(scores)), key=lambda i: i != at and at != first)
+
+
 def spread(scores: Sequence[float], count: int) -> list[int]:
     """Positions of ``count`` (at least 2) scores: best, worst, and evenly by rank between them.
 
@@ -293,6 +319,43 @@ def spread(scores: Sequence[float], count: int) -> list[int]:
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     last = len(scores) - 1
     return sorted(order[(k * last + (count - 1) // 2) // (count - 1)] for k in range(count))
+
+
+def narrowed(scores: Sequence[float]) -> list[float]:
+    """Scores that float32 holds in the same order: what is different stays different.
+
+    Where rounding would make some of a group's scores equal, all of them are counted from the
+    lowest, which every loss of the library allows, as it sees differences alone. What still is
+    equal then, a small step beside a large one, is kept apart by a unit in the last place.
+
+    >>> narrowed([1000000001.0, 1000000003.0])
+    [0.0, 2.0]
+    """
+    if len(set(array("f", scores))) == len(set(scores)):
+        return list(scores)
+    low = min(scores)
+    shifted = [score - low for score in scores]
+    return _kept_apart(shifted if max(shifted) <= LARGEST else scores, scores, np.float32)
+
+
+def _kept_apart(values: Sequence[float], scores: Sequence[float], kind: Any) -> list[float]:
+    """``values``, which rise with ``scores`` but may be equal where those are not, as floats of a
+    kind that are not."""
+    place = {score: i for i, score in enumerate(sorted(set(scores)))}
+    found = np.empty(len(place), dtype=kind)
+    for value, score in zip(values, scores, strict=True):
+        found[place[score]] = value
+    least = np.finfo(kind).tiny  # subnormal numbers may count as 0 on a device
+    for i in range(1, len(found)):
+        if not found[i] > found[i - 1]:
+            with np.errstate(over="ignore"):
+                above = np.nextafter(found[i - 1], kind(np.inf))
+            found[i] = above if found[i - 1] else least
+    if np.isinf(found[-1]):
+        found[-1] = np.finfo(kind).max
+        for i in range(len(found) - 2, -1, -1):
+            found[i] = min(found[i], np.nextafter(found[i + 1], kind(-np.inf)))
+    return [float(found[place[score]]) for score in scores]
 
 
 def standardized(scores: Sequence[float]) -> list[float]:
@@ -307,4 +370,7 @@ def standardized(scores: Sequence[float]) -> list[float]:
     deviation = statistics.pstdev(scores)
     if not deviation:  # a spread below the smallest float
         return [0.0] * len(scores)
-    return [(score - mean) / deviation for score in scores]
+    found = [(score - mean) / deviation for score in scores]
+    if len(set(found)) < len(set(scores)):
+        return _kept_apart(found, scores, np.float64)
+    return found

@@ -19,12 +19,15 @@ NO_PROMPT = "no prompt"
 #: Reasons for dropping one candidate.
 EMPTY_RESPONSE = "empty response"
 NO_SCORE = "no score"
+AS_ANOTHER = "same tokens as a candidate of another reward"
 BEYOND_MAXIMUM = "beyond max_candidates"
 WITH_RECORD = "in a dropped record"
 #: What is counted of candidates and pairs that are used.
 CUT_SAMPLE = "responses cut at a limit when they were made: no end is taught"
+SAME_PAIRS = "pairs of different rewards and the same tokens: they teach nothing"
+CUT_EQUAL = "pairs of different rewards that truncation made equal"
 #: What is said of a record that is used.
-SAME_TOKENS = "candidates of different rewards with the same tokens"
+NOT_TAUGHT = "sft_index is not the best candidate: the best one is taught"
 
 _LINES_SHOWN = 5
 
@@ -99,10 +102,18 @@ class Report:
         self.reward_min = low if self.reward_min is None else min(self.reward_min, low)
         self.reward_max = high if self.reward_max is None else max(self.reward_max, high)
 
-    def drop_kept(self, reason: str, line: int, scores: Sequence[float]) -> None:
-        """Leave out, at a later stage, a record that `keep` had counted."""
+    def rescore(self, before: Sequence[float], after: Sequence[float]) -> None:
+        """The rewards of a record that `keep` had counted have changed at a later stage."""
+        self._count(before, -1)
+        self._count(after, 1)
+
+    def drop_kept(
+        self, reason: str, line: int, scores: Sequence[float], num_candidates: int | None = None
+    ) -> None:
+        """Leave out, at a later stage, a record that `keep` had counted, and those of its
+        candidates (by default all) that are not yet counted as dropped."""
         self._count(scores, -1)
-        self.drop_record(reason, line, len(scores))
+        self.drop_record(reason, line, len(scores) if num_candidates is None else num_candidates)
 
     def _count(self, scores: Sequence[float], sign: int) -> None:
         strict, tied = strict_pairs(scores)

@@ -16,23 +16,26 @@ import os
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from fastrank.data.fields import Prompt
 from fastrank.data.files import Place
-from fastrank.data.records import Record, RecordReader, Unread
+from fastrank.data.records import Record, RecordReader, Unread, narrowed
 from fastrank.data.render import Refused, Rendered, as_messages, render_prompt, render_record
-from fastrank.data.report import SAME_TOKENS, Report
+from fastrank.data.report import AS_ANOTHER, CUT_EQUAL, FEW_CANDIDATES, SAME_PAIRS, Report
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fastrank.data.group import Group
+
+SameTokens = Literal["keep", "merge", "drop"]
 
 #: Prompt ids, and one list of ids per response.
 Encoded = tuple[list[int], list[list[int]]]
@@ -57,12 +60,16 @@ class TokenizeOptions:
         max_length: limit of a prompt with any one response, normally the model's context. The
             prompt gives way first, down to half of it, then the responses.
         as_chat: treat a text prompt as a single user message.
+        same_tokens: candidates of one prompt that have the same tokens and different rewards are
+            all kept ("keep"), become one with the mean of their rewards ("merge"), or are all left
+            out ("drop").
     """
 
     max_prompt_length: int | None = None
     max_response_length: int | None = None
     max_length: int | None = None
     as_chat: bool = False
+    same_tokens: SameTokens = "keep"
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -73,6 +80,9 @@ class TokenizeOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} must be at least {least}, got {value}")
+        if self.same_tokens not in get_args(SameTokens):
+            allowed = ", ".join(get_args(SameTokens))
+            raise InputError(f"same_tokens must be one of {allowed}, got '{self.same_tokens}'")
 
 
 def tokenize_record(
@@ -83,8 +93,9 @@ def tokenize_record(
 ) -> Group | None:
     """The record as a `Group`, or None if it has to be left out (counted in ``report``).
 
-    Left out are records whose prompt has no token (an empty text with a tokenizer that has no BOS)
-    and those that `fastrank.data.render` refuses. The group is named ``file:line``.
+    Left out are records whose prompt has no token (an empty text with a tokenizer that has no BOS),
+    those that `fastrank.data.render` refuses, and those of which ``options.same_tokens`` leaves
+    fewer than two candidates. The group is named ``file:line``.
 
     Raises:
         InputError: the tokenizer has no EOS token to end a response with.
@@ -92,7 +103,8 @@ def tokenize_record(
     encoded = encode_record(record, tokenizer, report, as_chat=options.as_chat)
     if encoded is None:
         return None
-    return as_group(record, cut_record(record, encoded, tokenizer, options, report), report.name)
+    cut = cut_record(record, encoded, tokenizer, options, report)
+    return None if cut is None else as_group(*cut, report.name)
 
 
 def encode_record(
@@ -160,8 +172,9 @@ def encode_rows(
         records = [record for record in found if record is not None]
         whole = encode_records(records, tokenizer, report, as_chat=options.as_chat)
         for record, encoded in zip(records, whole, strict=True):
-            if encoded is not None:
-                yield record, cut_record(record, encoded, tokenizer, options, report)
+            cut = encoded and cut_record(record, encoded, tokenizer, options, report)
+            if cut is not None:
+                yield cut
 
 
 def _portions(rows: Iterable[tuple[Place, Unread]]) -> Iterator[list[tuple[Place, Unread]]]:
@@ -189,7 +202,7 @@ def as_group(record: Record, encoded: Encoded, file: str) -> Group:
     # An array takes a list's numbers several times as fast as NumPy or torch.
     ids = torch.frombuffer(array("q", [*chain.from_iterable(texts)]), dtype=torch.int64)
     own, *rest = ids.split([len(text) for text in texts])
-    rewards = torch.from_numpy(np.array(record.scores, dtype=np.float32))
+    rewards = torch.from_numpy(np.array(narrowed(record.scores), dtype=np.float32))
     return Group(own, tuple(rest), rewards, name=f"{file}:{record.line}")
 
 
@@ -284,21 +297,67 @@ def cut_record(
     tokenizer: PreTrainedTokenizerBase,
     options: TokenizeOptions,
     report: Report,
-) -> Encoded:
-    """A record's token ids as training sees them: cut to the limits, every trouble counted."""
+) -> tuple[Record, Encoded] | None:
+    """A record and its token ids as training sees them: cut to the limits, every trouble counted.
+
+    None, counted, if ``options.same_tokens`` leaves fewer than two candidates.
+    """
     cut = truncate(encoded, tokenizer, options, report, record.line)
-    if _same_tokens(cut[1], record.scores):
-        report.note(SAME_TOKENS, record.line)
-    return cut
+    same = _same_tokens(cut[1], record.scores)
+    if not same:
+        return record, cut
+    whole = encoded[1]
+    made_equal = sum(whole[i] != whole[j] for i, j in same)
+    report.count(SAME_PAIRS, record.line, len(same) - made_equal)
+    report.count(CUT_EQUAL, record.line, made_equal)
+    if options.same_tokens == "keep":
+        return record, cut
+    return _settled(record, cut, same, options.same_tokens == "merge", report)
 
 
-def _same_tokens(responses: Sequence[list[int]], scores: Sequence[float]) -> bool:
-    """Whether responses with different scores have the same tokens."""
-    return any(
-        scores[i] != scores[j] and responses[i] == responses[j]
+def _same_tokens(responses: Sequence[list[int]], scores: Sequence[float]) -> list[tuple[int, int]]:
+    """Pairs of responses with different scores and the same tokens."""
+    return [
+        (j, i)
         for i in range(len(responses))
         for j in range(i)
+        if scores[i] != scores[j] and responses[i] == responses[j]
+    ]
+
+
+def _settled(
+    record: Record,
+    encoded: Encoded,
+    same: Sequence[tuple[int, int]],
+    merge: bool,
+    report: Report,
+) -> tuple[Record, Encoded] | None:
+    """A record without candidates that have the same tokens and different scores."""
+    prompt, responses = encoded
+    at_odds = {i for pair in same for i in pair}
+    scores = list(record.scores)
+    kept = [i for i in range(len(scores)) if i not in at_odds]
+    for i in at_odds if merge else ():
+        equal = [j for j in at_odds if responses[j] == responses[i]]
+        if i == min(equal):
+            scores[i] = fmean(record.scores[j] for j in equal)
+            kept.append(i)
+    kept.sort()
+    left = [scores[i] for i in kept]
+    report.drop_candidate(AS_ANOTHER, record.line, len(scores) - len(kept))
+    if len(kept) < 2:
+        report.drop_kept(FEW_CANDIDATES.format(minimum=2), record.line, record.scores, len(kept))
+        return None
+    report.rescore(record.scores, left)
+    settled = replace(
+        record,
+        responses=[record.responses[i] for i in kept],
+        scores=left,
+        positions=tuple(record.positions[i] for i in kept) if record.positions else (),
+        turns=tuple(record.turns[i] for i in kept) if record.turns else (),
+        ended=tuple(record.ended[i] for i in kept) if record.ended else (),
     )
+    return settled, (prompt, [responses[i] for i in kept])
 
 
 def truncate(

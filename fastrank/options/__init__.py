@@ -132,6 +132,17 @@ class TemplateOptions(ChatOptions):
 
 
 @options
+class SameTokensOptions(Options):
+    """Candidates that become the same tokens."""
+
+    same_tokens: Literal["keep", "merge", "drop"] = option(
+        "Candidates of one prompt with the same tokens and different rewards: keep all, merge them "
+        "into one with their mean reward, or drop all.",
+        default="keep",
+    )
+
+
+@options
 class TextOptions(LengthOptions, TemplateOptions):
     """How records become tokens."""
 

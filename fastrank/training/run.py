@@ -24,11 +24,14 @@ from transformers import (
     TrainingArguments,
 )
 
+from fastrank.data.columns import reward_gap
 from fastrank.data.group import Group, example_text
 from fastrank.data.load import fit_context, load_groups
 from fastrank.data.report import Report
 from fastrank.data.tokenize import TokenizeOptions, tokenize_record
 from fastrank.errors import InputError
+from fastrank.loss import Loss
+from fastrank.losses import PRO
 from fastrank.modeling.context import context_length
 from fastrank.modeling.pretrained import load_model, load_tokenizer
 from fastrank.options import LengthOptions, ReadOptions
@@ -47,6 +50,8 @@ from fastrank.training.together import ending_together
 from fastrank.training.trainer import RankTrainer
 
 HELD_OUT, TRAINING = "eval", "train_split"  # prefixes of the log keys
+#: Rewards of PRO are said to be far apart from here on: a score's difference of 1 is then e^10.
+LARGE_GAP = 10.0
 _TITLES = {HELD_OUT: "held out", TRAINING: "training split"}
 
 
@@ -223,7 +228,9 @@ def load_job(options: TrainOptions, config: RankConfig) -> Job:
         options.model, config.weights_dtype, trust_remote_code=options.trust_remote_code
     )
     read: dict[str, Any] = {
-        "options": replace(length_limits(config, model), as_chat=options.as_chat),
+        "options": replace(
+            length_limits(config, model), as_chat=options.as_chat, same_tokens=options.same_tokens
+        ),
         **values_of(options, ReadOptions),
         "cache": False if options.no_cache else None,
         "cache_dir": options.cache_dir,
@@ -265,12 +272,24 @@ def describe(
         f"context {context_length(job.model.config)}",
         *([f"adapter: {trainable(trainer.lm)}"] if options.use_peft else []),
         f"loss: {trainer.loss}",
+        *warn_of_gaps(trainer.loss, groups),
         f"precision: {config.dtype_reason}",
         f"dropout: {off}" if config.disable_dropout else "dropout: as the model has it",
         *([example_text(job.train[0], job.tokenizer, colour=colour)] if len(job.train) else []),
         f"steps: {steps} per epoch of {trainer.groups_per_step} prompts on {config.world_size} "
         f"process(es), packs of at most {trainer.max_tokens} tokens"
         + (", back-propagated in two phases" if config.two_phase else ""),
+    ]
+
+
+def warn_of_gaps(loss: Loss, groups: Sequence[Group]) -> list[str]:
+    """A line where PRO's temperatures, one over a gap of rewards, come near 0."""
+    gap = reward_gap(groups) if isinstance(loss, PRO) and loss.stage_scale != "one" else 0.0
+    if gap <= LARGE_GAP:
+        return []
+    return [
+        f"rewards: up to {gap:.4g} apart within a prompt; PRO multiplies scores by these gaps, and "
+        f"above {LARGE_GAP:g} one candidate takes all: see --normalize_rewards group"
     ]
 
 

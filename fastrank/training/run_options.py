@@ -76,6 +76,7 @@ class TrainOptions(
     shared.DataOptions,
     shared.ReadOptions,
     shared.TemplateOptions,
+    shared.SameTokensOptions,
     CacheOptions,
     AdapterOptions,
     shared.TrustOptions,

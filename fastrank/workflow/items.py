@@ -131,7 +131,13 @@ def read_items(
         item = _item(place, row, name)
         if item is not None:
             num_items += 1
-            unread = {key: given[key] for key, theirs in pairs if not theirs and key in given}
+            # What `train` would read, or refuse, stays out of what is written as well.
+            known = {*formats.column_names(), *formats.PROMPT_LIKE}
+            unread = {
+                key: given[key]
+                for key, theirs in pairs
+                if not theirs and key in given and key not in known
+            }
             yield replace(item, extra=item.extra | unread)
     for place, found in gather_flat(flat):
         if found.prompt is not None:

@@ -7,7 +7,6 @@ the record, the output is not written, and the same command goes on at that reco
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from fastrank import options as shared
+from fastrank.data.fields import LARGEST
 from fastrank.data.user_functions import RewardFunction, is_function
 from fastrank.data.write import atomic_path, check_output
 from fastrank.errors import InputError
@@ -193,11 +193,13 @@ def _score_missing(
 
 
 def check_finite(item: PromptItem, scores: Sequence[float | None], name: str) -> None:
-    """Raise `InputError` for a reward that is NaN or infinite, naming record and response."""
+    """Raise `InputError`, naming record and response, for a reward that is NaN, infinite or beyond
+    float32, which no command would read again."""
     for number, value in enumerate(scores, start=1):
-        if value is not None and not math.isfinite(value):
+        if value is not None and not abs(value) <= LARGEST:
             raise InputError(
-                f"{item.place}: response {number}: {name} gave {value}, expected a finite number"
+                f"{item.place}: response {number}: {name} gave {value}, expected a finite number "
+                "that float32 can hold"
             )
 
 

@@ -71,7 +71,7 @@ def score_file(options: ScoreOptions) -> dict[str, Any]:
     check_least(options, "--", max_tokens=2)
     if options.output is not None:
         check_output(options.output, "--output")
-    cut = TokenizeOptions(**values_of(options, TokenizeOptions))
+    cut = TokenizeOptions(**values_of(options, shared.LengthOptions), as_chat=options.as_chat)
     check_model_path(options.model)
     report = Report(name=options.data)
     reading = values_of(options, shared.ReadOptions)

@@ -30,7 +30,7 @@ from fastrank.data.render import (
     TRIMMED,
     set_chat_template,
 )
-from fastrank.data.report import CUT_SAMPLE, SAME_TOKENS, Report
+from fastrank.data.report import CUT_SAMPLE, SAME_PAIRS, Report
 from fastrank.data.tokenize import TokenizeOptions, encode_prompt, encode_record
 from fastrank.errors import InputError
 
@@ -105,6 +105,7 @@ class Case(NamedTuple):
     more: dict[str, Any] = {}
     options: dict[str, Any] = {}
     kwargs: dict[str, Any] | None = None
+    counts: dict[str, int] = {}
 
 
 CASES = {
@@ -140,7 +141,7 @@ CASES = {
     "text for a chat model": Case("hi ", ["c", "d"], CHAT, ("<s>hi ", ["c</s>", "d</s>"])),
     "trim": Case(HI, [" c", "d\n"], TRIM, (ASK, ["c<|end|>", "d<|end|>"]), (TRIMMED,)),
     "trim to the same": Case(
-        HI, ["c", "c "], TRIM, (ASK, ["c<|end|>", "c<|end|>"]), (TRIMMED, SAME_TOKENS)
+        HI, ["c", "c "], TRIM, (ASK, ["c<|end|>", "c<|end|>"]), (TRIMMED,), counts={SAME_PAIRS: 1}
     ),
     "inner space stays": Case(HI, ["c  c", "d"], TRIM, (ASK, ["c  c<|end|>", "d<|end|>"])),
     "upper case": Case(
@@ -324,9 +325,15 @@ CASES = {
         None,
         ("<s>ab ", ["c", "d</s>", "e</s>"]),
         more={"ended": ["length", "stop", None]},
+        counts={CUT_SAMPLE: 1},
     ),
     "cut sample of a chat": Case(
-        HI, ["c", "d"], CHAT, (ASK, ["c", "d<|end|>"]), more={"ended": ["length", "stop"]}
+        HI,
+        ["c", "d"],
+        CHAT,
+        (ASK, ["c", "d<|end|>"]),
+        more={"ended": ["length", "stop"]},
+        counts={CUT_SAMPLE: 1},
     ),
     "cut sample of a template without an end": Case(
         HI,
@@ -334,6 +341,7 @@ CASES = {
         COLON,
         ("user: hi\nassistant:", [" c", " d</s>"]),
         more={"ended": ["length", None]},
+        counts={CUT_SAMPLE: 1},
     ),
     "cut thinking": Case(
         HI,
@@ -342,6 +350,7 @@ CASES = {
         (ASK, ["<think>go", "<think>a</think>4<|end|>"]),
         (BY_HAND,),
         more={"ended": ["length", "stop"]},
+        counts={CUT_SAMPLE: 1},
     ),
     "cut sample beside a call": Case(
         HI,
@@ -349,6 +358,7 @@ CASES = {
         CALLS,
         (ASK, ['<call>{"name": "clock", "arguments": {}}</call><|end|>', "d"]),
         more={"ended": ["stop", "length"]},
+        counts={CUT_SAMPLE: 1},
     ),
     "cut sample without a template": Case(
         HI,
@@ -357,9 +367,15 @@ CASES = {
         ("<s>User: hi\n\nAssistant:", [" c", " d</s>"]),
         (PLAIN,),
         more={"ended": ["length", "stop"]},
+        counts={CUT_SAMPLE: 1},
     ),
     "cut sample of no prompt": Case(
-        "", ["c", "d"], None, ("<s>", ["c", "d</s>"]), more={"ended": ["length", "stop"]}
+        "",
+        ["c", "d"],
+        None,
+        ("<s>", ["c", "d</s>"]),
+        more={"ended": ["length", "stop"]},
+        counts={CUT_SAMPLE: 1},
     ),
     "a wrong end": Case(
         HI,
@@ -447,8 +463,7 @@ def test_table(name: str, tmp_path: Path) -> None:
         assert report.dropped == {case.expected: [1]} and len(groups) == 1
         return
     assert report.dropped == {}
-    cut = list(case.more.get("ended") or []).count("length")
-    assert report.counts == ({CUT_SAMPLE: [1] * cut} if cut else {})
+    assert {what: len(lines) for what, lines in report.counts.items()} == case.counts
     assert {note: lines[0] for note, lines in report.notes.items() if 1 in lines} == dict.fromkeys(
         case.notes, 1
     )

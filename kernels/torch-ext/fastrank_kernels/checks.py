@@ -50,16 +50,17 @@ def check_range(name: str, values: Tensor, stop: int, what: str) -> None:
     )
 
 
-def check_not_nan(name: str, values: Tensor) -> None:
-    """None of ``values`` may be NaN, which is neither above nor below any other and would silently
-    drop out of a ranking.
+def check_finite(name: str, values: Tensor) -> None:
+    """``values`` must be finite: NaN is neither above nor below any other and would silently drop
+    out of a ranking, and differences of infinite ones are NaN.
 
     Raises:
         ValueError: one is; its position is named.
     """
-    # One pass for what is all but always so; infinities of both signs have no sum either.
-    if not math.isnan(values.sum()):
+    # One pass for what is all but always so.
+    if math.isfinite(values.sum()):
         return
-    wrong = values.isnan()
+    wrong = ~values.isfinite()
     if bool(wrong.any()):
-        raise ValueError(f"{name} must be numbers, got nan at index {int(wrong.nonzero()[0])}")
+        at = int(wrong.nonzero()[0])
+        raise ValueError(f"{name} must be finite, got {float(values[at])} at index {at}")

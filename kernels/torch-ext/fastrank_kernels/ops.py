@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import dropping, linear
-from .checks import check_not_nan, check_offsets, check_range
+from .checks import check_finite, check_offsets, check_range
 from .dispatch import backend_module
 from .gradients import Gradients
 from .host_memory import send
@@ -314,7 +314,7 @@ def _check_groups(
         check_offsets("cu_responses", cu_responses, tokens.shape[0], what, allow_empty=False)
         check_offsets("cu_groups", cu_groups, rewards.shape[0], "rewards", allow_empty=True)
     if validate or rewards.device.type == "cpu":
-        check_not_nan("rewards", rewards)
+        check_finite("rewards", rewards)
 
 
 def _check_rows(call: Projection) -> None:
