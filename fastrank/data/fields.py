@@ -55,9 +55,29 @@ def content(value: Any, place: Place, what: str) -> str:
     return text(value, place, what)
 
 
+def structs(value: Any) -> Any:
+    """A struct of lists, as `datasets` stores a list of structs, as that list; others as they are.
+
+    >>> structs({"role": ["user", "assistant"], "content": ["a", "b"]})
+    [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
+    """
+    if not isinstance(value, dict) or not value:
+        return value
+    columns = list(value.values())
+    if not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return value
+    return [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
+
+
+#: Roles of ShareGPT's messages, ``{"from", "value"}``.
+_SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
+
+
 def is_messages(value: Any) -> bool:
-    """Whether a value has the shape of a list of chat messages."""
-    return isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
+    """Whether a value has the shape of a list of chat messages, ShareGPT's among them."""
+    return isinstance(value, list) and all(
+        isinstance(m, dict) and ("role" in m or ("from" in m and "value" in m)) for m in value
+    )
 
 
 def messages(value: Sequence[Any], place: Place, what: str) -> list[Message]:
@@ -71,6 +91,10 @@ def messages(value: Sequence[Any], place: Place, what: str) -> list[Message]:
 
 
 def _message(value: Any, place: Place, what: str) -> Message:
+    if isinstance(value, dict) and "role" not in value and "from" in value and "value" in value:
+        role = text(value["from"], place, f"{what}.from")
+        rest = {key: item for key, item in value.items() if key not in ("from", "value")}
+        value = {"role": _SHAREGPT.get(role, role), "content": value["value"], **rest}
     calls = isinstance(value, dict) and value.get("tool_calls") or None
     if not isinstance(value, dict) or "role" not in value or not ("content" in value or calls):
         expected = 'a message {"role", "content"}'
@@ -140,6 +164,7 @@ def prompt(value: Any, place: Place, what: str) -> Prompt | None:
     """A prompt: text, or chat messages. None for null and for an empty list."""
     if value is None or value == []:
         return None
+    value = structs(value)
     if isinstance(value, list):
         return messages(value, place, what)
     if not isinstance(value, str):
@@ -151,6 +176,7 @@ def response(value: Any, place: Place, what: str) -> Said | None:
     """A response: text, one message, or a list of one message. None for null."""
     if value is None:
         return None
+    value = structs(value)
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list):
@@ -193,9 +219,10 @@ def number(value: Any, place: Place, what: str) -> float | None:
 
 
 def listed(value: Any, place: Place, what: str) -> list[Any]:
-    """A list; null counts as an empty one."""
+    """A list, or a struct of lists as a list of structs; null counts as an empty one."""
     if value is None:
         return []
+    value = structs(value)
     if not isinstance(value, list):
         raise InputError(f"{place}: {what} is {shown(value)}, expected a list")
     return value

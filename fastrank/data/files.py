@@ -15,7 +15,9 @@ and parse them.
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import io
 import json
 import re
 import sys
@@ -54,6 +56,13 @@ _LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
 _FILE_SUFFIXES = {".json", ".jsonl", ".ndjson", ".parquet", ".txt", *_LOADERS, *_COMPRESSED}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+#: Encodings that a file may begin with the mark of; the longer marks first.
+_ENCODINGS = (
+    (b"\xff\xfe\x00\x00", "utf-32"),
+    (b"\x00\x00\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
 
 #: A JSON document may keep its rows under one of these names.
 _CONTAINERS = ("data", "rows", "records", "train", "examples")
@@ -119,7 +128,7 @@ class Source:
             return slices(list(_numbered(self.name, _document(self.path, self.name))), count)
         if self.kind == "parquet":
             return [ParquetRows(self.path, self.name, part, count) for part in range(count)]
-        count = 1 if _is_compressed(self.path) else count
+        count = 1 if _is_recoded(self.path) else count
         return [Lines(self.path, self.name, part, count) for part in range(count)]
 
     @property
@@ -169,10 +178,10 @@ def open_source(source: Any) -> Source:
     """Look up where rows come from.
 
     Args:
-        source: a file, a folder (of files, or written by ``save_to_disk``) or a Hub name
-            ``owner/name``; folders and names may carry ``:split`` or ``:config:split`` (default
-            split ``train``). Or a `datasets.Dataset`, or any iterable of dictionaries, a
-            `datasets.IterableDataset` among them.
+        source: a file, a pattern of files (``shards/*.jsonl``), a folder (of files, or written by
+            ``save_to_disk``) or a Hub name ``owner/name``; folders and names may carry ``:split``
+            or ``:config:split`` (default split ``train``). Or a `datasets.Dataset`, or any iterable
+            of dictionaries, a `datasets.IterableDataset` among them.
 
     Raises:
         InputError: it does not exist, is empty or cannot be read.
@@ -188,6 +197,8 @@ def open_source(source: Any) -> Source:
             return _open_folder(local, name, None, "train")
     except OSError as error:  # a name too long for the file system, a folder that may not be read
         raise InputError(f"{one_line(name)}: {error.strerror}") from error
+    if glob.has_magic(name):
+        return _open_pattern(name)
     base, config, split = _split_name(name)
     if Path(base).expanduser().is_dir():
         return _open_folder(Path(base).expanduser(), name, config, split)
@@ -291,7 +302,9 @@ def _open_file(path: Path, name: str) -> Source:
     inner = path.with_suffix("") if _is_compressed(path) else path
     loader = _LOADERS.get(inner.suffix.lower())
     if loader is not None:
-        data = _load(name, loader[0], data_files=str(path), split="train", **loader[1])
+        encoding = _encoding(path, name)
+        more = {} if loader[0] != "csv" or encoding is None else {"encoding": encoding}
+        data = _load(name, loader[0], data_files=str(path), split="train", **loader[1], **more)
         return Source(name, "table", path, data)
     with _opened(path, name) as file:
         head = file.read(4096)
@@ -306,14 +319,37 @@ def _open_file(path: Path, name: str) -> Source:
     return Source(name, "lines", path)
 
 
+def _open_pattern(name: str) -> Source:
+    """All files that a pattern matches, in the order of their names, as one data set."""
+    files = sorted(glob.glob(str(Path(name).expanduser()), recursive=True))
+    if not files:
+        raise InputError(f"{one_line(name)}: no file matches")
+    if len(files) == 1:
+        return _open_file(Path(files[0]), files[0])
+    inner = {
+        Path(file).with_suffix("").suffix if _is_compressed(Path(file)) else Path(file).suffix
+        for file in files
+    }
+    kinds = {_LOADERS.get(suffix.lower(), ("json", {}))[0] for suffix in inner - {".parquet"}}
+    kinds |= {"parquet"} if ".parquet" in inner else set()
+    if len(kinds) > 1:
+        raise InputError(f"{name}: matches files of several kinds: {', '.join(sorted(inner))}")
+    options = _LOADERS[inner.pop().lower()][1] if kinds == {"csv"} else {}
+    return Source(
+        name, "table", data=_load(name, kinds.pop(), data_files=files, split="train", **options)
+    )
+
+
 def _open_folder(folder: Path, name: str, config: str | None, split: str) -> Source:
     if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
         import datasets
 
         with _loading(name):
             data = datasets.load_from_disk(str(folder))
-            if isinstance(data, datasets.DatasetDict):
-                data = data[split]
+        if isinstance(data, datasets.DatasetDict):
+            if split not in data:
+                raise InputError(f"{name}: no split '{split}'; it has {', '.join(data)}")
+            data = data[split]
         return Source(name, "table", data=data)
     return Source(name, "table", data=_load(name, str(folder), config, split=split))
 
@@ -367,11 +403,12 @@ class Lines:
     def __iter__(self) -> Iterator[tuple[Place, bytes]]:
         size = self.path.stat().st_size
         at, end = (size * k // self.parts for k in (self.part, self.part + 1))
+        whole = _is_recoded(self.path)
         with _opened(self.path, self.name) as file:
             number = 1
             if at:
                 number, at = _skip_to_line(file, at)
-            while at < end or _is_compressed(self.path):
+            while at < end or whole:
                 line = file.readline(LONGEST_LINE)
                 if not line:
                     return
@@ -427,10 +464,18 @@ def _numbered(name: str, rows: Iterable[Any], start: int = 1) -> Iterator[tuple[
 
 @contextmanager
 def _opened(path: Path, name: str) -> Iterator[Any]:
-    """A file's bytes, decompressed if its suffix says so."""
+    """A file's bytes, decompressed if its suffix says so, in UTF-8 if its first bytes name another
+    encoding."""
     try:
-        if _is_compressed(path):
+        encoding = _encoding(path, name)
+        if encoding is not None:
+            with path.open("rb") as file:
+                yield _AsUtf8(file, encoding)
+        elif _is_compressed(path):
             import fsspec
+
+            if path.suffix.lower() == ".zst" and "zstd" not in fsspec.available_compressions():
+                raise InputError(f"{name}: needs another package: pip install zstandard")
 
             with fsspec.open(str(path), "rb", compression="infer") as file:
                 yield file
@@ -442,6 +487,43 @@ def _opened(path: Path, name: str) -> Iterator[Any]:
     except Exception as error:  # each decompressor raises its own
         reason = error.strerror if isinstance(error, OSError) else None
         raise InputError(f"{name}: cannot be read: {reason or one_line(error)}") from error
+
+
+class _AsUtf8:
+    """A file of another encoding, whose bytes are UTF-8.
+
+    Lines end at a line feed alone; `codecs.EncodedFile` ends them at U+2028 too.
+    """
+
+    def __init__(self, file: Any, encoding: str) -> None:
+        self._text = io.TextIOWrapper(file, encoding=encoding, newline="\n")
+
+    def read(self, size: int = -1) -> bytes:
+        return self._text.read(size).encode()
+
+    def readline(self, size: int = -1) -> bytes:
+        return self._text.readline(size).encode()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (line.encode() for line in self._text)
+
+
+def _encoding(path: Path, name: str) -> str | None:
+    """The encoding whose mark a file begins with; None for UTF-8 and for compressed files."""
+    if _is_compressed(path):
+        return None
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
+    return next((encoding for mark, encoding in _ENCODINGS if head.startswith(mark)), None)
+
+
+def _is_recoded(path: Path) -> bool:
+    """Whether a file's bytes are not those that are read, so that it has to be read from its
+    beginning."""
+    return _is_compressed(path) or _encoding(path, path.name) is not None
 
 
 def _is_compressed(path: Path) -> bool:

@@ -37,7 +37,7 @@ def load_groups(
     context_length: int | None = None,
     options: TokenizeOptions | None = None,
     format: str | None = None,
-    score_key: str | None = None,
+    score_key: str | Mapping[str, float] | None = None,
     max_candidates: int | None = None,
     normalize_rewards: NormalizeRewards = "none",
     min_candidates: int = 2,

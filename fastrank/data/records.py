@@ -22,7 +22,7 @@ from fastrank.data import fields, formats
 from fastrank.data import report as reports
 from fastrank.data.fields import LARGEST, Prompt, Said
 from fastrank.data.files import Place, RawRow, Row, Source, open_source, parse_row, slices
-from fastrank.data.formats import ParsedRow
+from fastrank.data.readers import ParsedRow, weights
 from fastrank.data.report import Report
 from fastrank.errors import InputError
 
@@ -68,7 +68,7 @@ class Reading:
     """How rows become records; the fields are the options of `read_records`."""
 
     format: str | None = None
-    score_key: str | None = None
+    score_key: Any = None
     max_candidates: int | None = None
     normalize_rewards: NormalizeRewards = "none"
     min_candidates: int = 2
@@ -76,20 +76,24 @@ class Reading:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", formats.columns(self.columns))
+        if isinstance(self.score_key, Mapping):
+            object.__setattr__(self, "score_key", json.dumps(dict(self.score_key)))
+        if self.score_key is not None:
+            weights(self.score_key)
         if self.max_candidates is not None and self.max_candidates < 2:
             raise InputError(f"max_candidates must be at least 2, got {self.max_candidates}")
         if self.normalize_rewards not in get_args(NormalizeRewards):
             allowed = " or ".join(get_args(NormalizeRewards))
             raise InputError(f"normalize_rewards must be {allowed}, got '{self.normalize_rewards}'")
         if self.format is not None:
-            formats.reader(self.format, self.score_key)
+            formats.check_name(self.format, self.score_key)
 
 
 def read_records(
     source: Any,
     *,
     format: str | None = None,
-    score_key: str | None = None,
+    score_key: str | Mapping[str, float] | None = None,
     max_candidates: int | None = None,
     normalize_rewards: NormalizeRewards = "none",
     min_candidates: int = 2,
@@ -103,7 +107,8 @@ def read_records(
             see `fastrank.data.files.open_source`.
         format: one of `fastrank.data.formats.FORMATS`; by default recognised by the first row's
             fields. ``unscored`` reads prompts and responses alone and gives every candidate 0.
-        score_key: the field that holds the score (or list of scores) instead of the format's own.
+        score_key: the field that holds the score (or list of scores) instead of the format's own;
+            or several with weights, as a mapping or a JSON object: the score is their weighted sum.
         max_candidates: keep at most this many of a group: the best, the worst, and the others
             evenly spaced by reward in between (ties by position); their order stays.
         normalize_rewards: "none", or "group": zero mean and unit (population) deviation within each
@@ -148,14 +153,13 @@ class RecordReader:
     reading: Reading
     detected: bool = False
 
-    def parse(self, place: Place, row: Row) -> ParsedRow:
-        """The prompt and candidates of a row in the file's format."""
-        name, score_key = self.reading.format, self.reading.score_key
-        assert name is not None
+    def renamed(self, place: Place, row: Row) -> Row:
+        """A row under the names of the file's format."""
+        assert self.reading.format is not None
         row = formats.renamed(row, self.reading.columns)
         if self.detected:
-            formats.check_still(name, row, place)
-        return formats.parse(name, row, place, score_key)
+            formats.check_still(self.reading.format, row, place)
+        return row
 
     def read(self, place: Place, unread: Unread, report: Report) -> Record | None:
         """The record of a row, or None if it is of no use (counted in ``report``).
@@ -167,7 +171,9 @@ class RecordReader:
             row, found = None, unread
         else:
             row = parse_row(place, unread)
-            found = self.parse(place, row)
+            name = self.reading.format
+            assert name is not None
+            found = formats.parse(name, self.renamed(place, row), place, self.reading.score_key)
         report.add_read(len(found.responses))
         record = _usable(found, place, row, self.reading, report)
         if record is None:
@@ -203,11 +209,12 @@ def open_records(
         reading = dataclasses.replace(reading, format=found)
     report.format = reading.format or ""
     reader = RecordReader(reading, detected)
-    if reading.format != "flat":
+    gather = formats.FORMATS[reading.format or ""].gather
+    if gather is None:
         return pieces, reader
     rows = itertools.chain.from_iterable(pieces)
-    parsed = ((place, reader.parse(place, parse_row(place, raw))) for place, raw in rows)
-    return slices(list(gather_flat(parsed)), count), reader
+    parsed = ((place, reader.renamed(place, parse_row(place, raw))) for place, raw in rows)
+    return slices(list(gather(parsed, reading.score_key)), count), reader
 
 
 def require_records(report: Report) -> None:
@@ -220,33 +227,13 @@ def require_records(report: Report) -> None:
     raise InputError(f"{report.name}: no usable record: {report.read} read, {reasons}")
 
 
-def gather_flat(rows: Iterable[tuple[Place, ParsedRow]]) -> Iterator[tuple[Place, ParsedRow]]:
-    """Flat rows gathered by prompt, wherever they stand in the file, at the first row's place."""
-    groups: dict[str, tuple[Place, ParsedRow]] = {}
-    for place, row in rows:
-        key = json.dumps([row.prompt, row.tools], default=str)  # text, null and messages differ
-        if key in groups:
-            first = groups[key][1]
-            if row.ended is not None or first.ended is not None:
-                ended = _known(first) + _known(row)
-                groups[key] = (groups[key][0], first._replace(ended=ended))
-            first.responses.extend(row.responses)
-            first.scores.extend(row.scores)
-        else:
-            groups[key] = (place, row)
-    yield from groups.values()
-
-
-def _known(row: ParsedRow) -> fields.Ends:
-    return [None] * len(row.responses) if row.ended is None else row.ended
-
-
 def _usable(
     found: ParsedRow, place: Place, row: Row | None, reading: Reading, report: Report
 ) -> Record | None:
     """The usable candidates of a row; None, the row dropped, if too few are left."""
-    if found.prompt is None:
-        report.drop_record(reports.NO_PROMPT, place.line, len(found.responses))
+    if found.prompt is None or found.refused is not None:
+        reason = found.refused or reports.NO_PROMPT
+        report.drop_record(reason, place.line, len(found.responses))
         return None
     positions: list[int] = []
     responses: list[Said] = []
@@ -275,9 +262,9 @@ def _usable(
         if order is None:
             report.note(reports.NOT_TAUGHT, place.line)
         else:
-            positions, responses, scores = (
-                [items[i] for i in order] for items in (positions, responses, scores)
-            )
+            positions = [positions[i] for i in order]
+            responses = [responses[i] for i in order]
+            scores = [scores[i] for i in order]
     ended = [] if found.ended is None else [found.ended[i] is not False for i in positions]
     report.count(reports.CUT_SAMPLE, place.line, ended.count(False))
     for what in found.counts:

@@ -63,8 +63,11 @@ class FormatOptions(Options):
     """Format of the records."""
 
     format: str | None = option(
-        "Record format: canonical, rrhf, pro, ultrafeedback, nectar, all_rm_scores, preference, "
-        "best_first, flat or unscored (default: recognised by its fields).",
+        "Record format (default: by its fields). Lists: canonical, best_first, unscored, "
+        "rrhf, rrhf_scored, pro, all_rm_scores, ultrafeedback, nectar, stack_exchange, gpt4_llm. "
+        "Pairs: preference (chosen, rejected), ab, arena, stack_pairs, gpt4_llm_pairs, helpsteer2, "
+        "helpsteer3, safe_rlhf, shp, webgpt, tldr. One response per row: flat, completions. Trees: "
+        "oasst, oasst_trees.",
         default=None,
     )
     columns: str | None = option(
@@ -79,7 +82,9 @@ class ReadOptions(FormatOptions):
     """How ranked records are read; the names are those of `fastrank.data.records.read_records`."""
 
     score_key: str | None = option(
-        "Field that holds the scores, instead of the format's own.", default=None
+        "Field that holds the scores, instead of the format's own; or several with weights: "
+        '\'{"helpfulness": 0.7, "safety": 0.3}\'.',
+        default=None,
     )
     max_candidates: int | None = option(
         "Most candidates of a prompt: the best, the worst, and others evenly spaced by reward "

@@ -8,16 +8,18 @@ other fields of a row travel along unchanged.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fastrank.data import fields, formats
 from fastrank.data.fields import Ends, Prompt
 from fastrank.data.files import Place, Row, content_hash, read_rows
-from fastrank.data.formats import ParsedRow
-from fastrank.data.records import Record, gather_flat
+from fastrank.data.readers import ParsedRow
+from fastrank.data.records import Record
 from fastrank.errors import InputError
 
 #: A row with one of these and no responses is a prompt to sample for.
@@ -115,8 +117,8 @@ def read_items(
         InputError: the file cannot be used; its text names the line.
     """
     if format is not None:
-        formats.reader(format)
-    flat: list[tuple[Place, ParsedRow]] = []
+        formats.check_name(format)
+    waiting: dict[str, list[tuple[Place, Row]]] = {}
     num_rows = num_items = 0
     pairs = formats.columns(columns)
     for place, given in read_rows(path):
@@ -125,8 +127,8 @@ def read_items(
         num_rows += 1
         row = formats.renamed(given, pairs)
         name = format or _format_of(row, place)
-        if name == "flat":
-            flat.append((place, formats.parse(name, row, place)))
+        if name is not None and formats.FORMATS[name].gather is not None:
+            waiting.setdefault(name, []).append((place, row))
             continue
         item = _item(place, row, name)
         if item is not None:
@@ -139,11 +141,14 @@ def read_items(
                 if not theirs and key in given and key not in known
             }
             yield replace(item, extra=item.extra | unread)
-    for place, found in gather_flat(flat):
-        if found.prompt is not None:
-            num_items += 1
-            extra = {} if found.tools is None else {"tools": found.tools}
-            yield _build(place, found, extra, True)
+    for name, rows in waiting.items():
+        known_format = formats.FORMATS[name]
+        assert known_format.gather is not None
+        for place, found in known_format.gather(rows, None):
+            if found.prompt is not None:
+                num_items += 1
+                extra = {} if found.tools is None else {"tools": found.tools}
+                yield _build(place, found, extra, known_format.has_scores)
     if not num_items:
         raise InputError(f"{path}: no prompt in its {num_rows} records")
 
@@ -167,12 +172,20 @@ def _item(place: Place, row: Row, name: str | None) -> PromptItem | None:
     else:
         found = formats.parse(name, row, place)
         used = {*formats.FORMATS[name].fields, *_score_fields(name)}
-    if found.prompt is None:
+    if found.refused is not None:
+        _say_once(f"{place}: left out: {found.refused}")
+    if found.prompt is None or found.refused is not None:
         return None
     used |= {"system"}  # a message of the prompt by now
     extra = {key: value for key, value in row.items() if key not in used | _OWN}
     has_scores = name is not None and formats.FORMATS[name].has_scores
     return _build(place, found, extra, has_scores, _sources(row, place, len(found.responses)))
+
+
+@cache
+def _say_once(line: str) -> None:
+    """Log what is left out; a file is read several times."""
+    logging.getLogger(__name__).warning(line)
 
 
 def _score_fields(name: str) -> tuple[str, ...]:

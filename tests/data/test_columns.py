@@ -158,8 +158,9 @@ def test_a_prompt_alone_has_its_system_message_and_no_unread_field(tmp_path: Pat
     assert item.as_row() == {
         "id": 1, "prompt": ASKED, "responses": [], "scores": [], "sources": []
     }  # fmt: skip
-    left = file(tmp_path, {"prompt": "Q", "context": "C"})
-    assert [item.extra for item in read_items(left, columns="context=")] == [{"context": "C"}]
+    left = file(tmp_path, {"prompt": "Q", "context": "C", "note": "N"})
+    # What training would refuse is not written either.
+    assert [item.extra for item in read_items(left, columns="context=,note=")] == [{"note": "N"}]
     with pytest.raises(InputError, match="'context' looks like"):
         list(read_items(file(tmp_path, {"prompt": "Q", "context": "C"})))
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from fastrank.data.columns import reward_gap
 from fastrank.data.fields import LARGEST
-from fastrank.data.formats import INVERTED, from_ranks
 from fastrank.data.group import Group
 from fastrank.data.load import load_groups
+from fastrank.data.readers import INVERTED, from_ranks
 from fastrank.data.records import narrowed, read_records, standardized
 from fastrank.data.report import (
     AS_ANOTHER,

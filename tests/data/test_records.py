@@ -190,7 +190,7 @@ def test_broken_lines_are_refused_with_their_number(name: str, tmp_path: Path) -
             "turns.jsonl",
             b'{"chosen": [{"role": "u", "content": "1"}, {"role": "a", "content": "2"}],'
             b' "rejected": [{"role": "u", "content": "3"}, {"role": "a", "content": "4"}]}',
-            "chosen and rejected differ from message 1 on",
+            "no usable record: 1 read, 1 conversations that part before their last turn",
         ),
         (
             "prompts.jsonl",
