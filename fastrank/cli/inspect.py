@@ -55,13 +55,12 @@ def inspect(options: InspectOptions) -> dict[str, Any]:
     cut = TokenizeOptions(**values_of(options, TokenizeOptions))
     tokenizer = None
     if options.tokenizer is not None:
-        from fastrank.modeling.pretrained import load_tokenizer, tokenizer_context
+        from fastrank.modeling.pretrained import load_tokenizer, template_values, tokenizer_context
 
         tokenizer = load_tokenizer(
             options.tokenizer,
             trust_remote_code=options.trust_remote_code,
-            chat_template=options.chat_template,
-            chat_template_kwargs=options.chat_template_kwargs,
+            **template_values(options),
         )
         cut = fit_context(cut, tokenizer_context(options.tokenizer, tokenizer))
     elif any(

@@ -40,6 +40,7 @@ class ParsedRow(NamedTuple):
         taught: position of the response that the supervised term is to take.
         counts: what is to be counted of the row.
         refused: why the row is of no use, if it is of none.
+        names: the field of each response, of a pair.
     """
 
     prompt: Prompt | None
@@ -51,6 +52,7 @@ class ParsedRow(NamedTuple):
     taught: int | None = None
     counts: tuple[str, ...] = ()
     refused: str | None = None
+    names: tuple[str, ...] = ()
 
 
 Reader = Callable[[Row, Place, str | None], ParsedRow]
@@ -282,7 +284,8 @@ def pair(first: str, second: str, verdict: Verdict, asked: Asked | None = None) 
         if _are_texts(said[0]) or _are_texts(said[1]):
             return _several(row, prompt, place, first, second)
         found = _split_pair(prompt, *said, place, first, second)
-        return found._replace(scores=[*verdict(row, place)], id=identity(row))
+        scores = [*verdict(row, place)]
+        return found._replace(scores=scores, id=identity(row), names=(first, second))
 
     return read
 
@@ -331,16 +334,18 @@ def _several(row: Row, asked: Prompt | None, place: Place, first: str, second: s
     """Several chosen or several rejected texts beside one prompt."""
     responses: list[Said | None] = []
     scores: list[float | None] = []
+    names: list[str] = []
     for key, score in ((first, 1.0), (second, 0.0)):
         items = row[key] if isinstance(row[key], list) else [row[key]]
         responses += [response(item, place, f"{key}[{i}]") for i, item in enumerate(items)]
         scores += [score] * len(items)
+        names += [key] * len(items)
     if asked is None:
         raise InputError(f"{place}: lists of {first} or {second} texts need a field 'prompt'")
     texts = [text for text in responses if isinstance(text, str)]
     if isinstance(asked, str) and texts and all(text.startswith(asked) for text in texts):
         responses = [r.removeprefix(asked) if isinstance(r, str) else r for r in responses]
-    return ParsedRow(asked, responses, scores, identity(row))
+    return ParsedRow(asked, responses, scores, identity(row), names=tuple(names))
 
 
 # Verdicts. Ties are two equal scores: the row is kept and counted as one without an order.

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fastrank.options import TemplateOptions
+
 
 #: Tokenizers without a limit state 1e30; no context comes near this.
 _NO_LIMIT = 10**9
@@ -162,6 +164,14 @@ def load_tokenizer(
     with _errors_in_one_line(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return set_chat_template(tokenizer, chat_template, chat_template_kwargs)
+
+
+def template_values(given: TemplateOptions | None) -> dict[str, Any]:
+    """The chat template that options ask for, as arguments of `load_tokenizer`."""
+    if given is None:
+        return {}
+    names = ("chat_template", "chat_template_kwargs")
+    return {name: getattr(given, name) for name in names}
 
 
 def load_model(

@@ -298,7 +298,7 @@ class BatchOptions(Options):
 
 
 @options
-class DecodingOptions(Decoding, BatchOptions, ChatOptions):
+class DecodingOptions(Decoding, BatchOptions, TemplateOptions):
     """How the responses to a file of prompts are drawn."""
 
     seed: int = option("Seed of the samples.", default=0)

@@ -33,7 +33,7 @@ from fastrank.errors import InputError
 from fastrank.loss import Loss
 from fastrank.losses import PRO
 from fastrank.modeling.context import context_length
-from fastrank.modeling.pretrained import load_model, load_tokenizer
+from fastrank.modeling.pretrained import load_model, load_tokenizer, template_values
 from fastrank.options import LengthOptions, ReadOptions
 from fastrank.options.declare import values_of
 from fastrank.training.adapters import export_merged, lora_config, trainable
@@ -221,8 +221,7 @@ def load_job(options: TrainOptions, config: RankConfig) -> Job:
     tokenizer = load_tokenizer(
         options.model,
         trust_remote_code=options.trust_remote_code,
-        chat_template=options.chat_template,
-        chat_template_kwargs=options.chat_template_kwargs,
+        **template_values(options),
     )
     model = load_model(
         options.model, config.weights_dtype, trust_remote_code=options.trust_remote_code

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from fastrank import options as shared
 from fastrank.data.write import atomic_path, check_output
 from fastrank.errors import InputError
-from fastrank.options.declare import change, option, options
+from fastrank.options.declare import change, option, options, values_of
 from fastrank.workflow.items import PromptItem, Scores, as_line, check_distinct, read_items
-from fastrank.workflow.reward import check_finite, check_reward, load_reward
+from fastrank.workflow.reward import check_finite, check_reward, load_reward, read_as
 
 if TYPE_CHECKING:
     from fastrank.workflow.policy_metrics import Samples
@@ -29,6 +29,7 @@ class EvaluateOptions(
     shared.PromptOptions,
     shared.RewardModelOptions,
     shared.DataOptions,
+    shared.ReadOptions,
     shared.OutputOptions,
     shared.DecodingOptions,
     shared.LoadOptions,
@@ -49,7 +50,8 @@ class EvaluateOptions(
         "Causal model to take the samples' perplexity under.", default=None
     )
     reference_key: str | None = option(
-        "Field of the prompts with reference texts (one or a list), for BLEU.", default=None
+        "Field of the prompts with reference texts (one or a list), for BLEU; of pairs, chosen.",
+        default=None,
     )
 
     def __post_init__(self) -> None:
@@ -94,7 +96,7 @@ def _fresh(options: EvaluateOptions) -> dict[str, Any]:
     """Sample, and compute every metric of fresh samples."""
     from fastrank.workflow.policy_metrics import bleu, compare_rewards, mean_reward
 
-    items = list(read_items(str(options.prompts)))
+    items = list(read_items(str(options.prompts), format=options.format, columns=options.columns))
     references = _references(items, options.reference_key)
     samples = _sample(options.model, items, options)
     result: dict[str, Any] = {
@@ -104,13 +106,13 @@ def _fresh(options: EvaluateOptions) -> dict[str, Any]:
         "empty_responses": sum(not r.strip() for item in samples.items for r in item.responses),
     }
     if options.reward is not None:
-        rewards = _rewards(options, samples)
-        result["reward"] = asdict(mean_reward(rewards))
+        rewards, notes = _rewards(options, samples)
+        result["reward"] = asdict(mean_reward(rewards)) | {"read_as": notes}
         pairs = zip(samples.items, rewards, strict=True)
         samples = replace(samples, items=[replace(item, scores=own) for item, own in pairs])
         if options.against is not None:
             other = _sample(options.against, items, options)
-            others = _rewards(options, other)
+            others, _ = _rewards(options, other)
             result["against"] = {
                 "model": options.against,
                 "reward": asdict(mean_reward(others)),
@@ -137,7 +139,7 @@ def _references(items: Sequence[PromptItem], key: str | None) -> list[list[str]]
 
     references = []
     for item in items:
-        value = item.extra.get(key)
+        value = item.named.get(key, item.extra.get(key))
         texts = [] if value is None else value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts):
             raise InputError(f"{item.place}: {key} must be a text or a list of texts")
@@ -153,7 +155,7 @@ def _sample(path: str, items: Sequence[PromptItem], options: EvaluateOptions) ->
     from fastrank.workflow.policy import load_policy
     from fastrank.workflow.policy_metrics import sample_items
 
-    model, tokenizer = load_policy(path, options)
+    model, tokenizer = load_policy(path, options, options)
     with tqdm(desc=f"sampling {path}", unit=" prompts", total=len(items), disable=None) as bar:
         samples = sample_items(model, tokenizer, items, options, source=path, progress=bar.update)
     del model
@@ -161,21 +163,24 @@ def _sample(path: str, items: Sequence[PromptItem], options: EvaluateOptions) ->
     return samples
 
 
-def _rewards(options: EvaluateOptions, samples: Samples) -> list[Scores]:
+def _rewards(options: EvaluateOptions, samples: Samples) -> tuple[list[Scores], dict[str, int]]:
+    """Rewards, and what is to be said of the texts that a model was given for them. A reward model
+    has a chat template of its own: --chat_template is of the policies."""
     scorer, kind = load_reward(
         str(options.reward),
         options.reward_kind,
         options,
         batch_size=options.reward_batch_size,
-        as_chat=options.as_chat,
+        template=shared.TemplateOptions(as_chat=options.as_chat),
     )
     rewards = scorer(samples.items)
+    notes = read_as(scorer)
     for item, scores in zip(samples.items, rewards, strict=True):
         check_finite(item, scores, str(options.reward))
     if kind != "function":
         del scorer
         _free_memory()
-    return rewards
+    return rewards, notes
 
 
 def _perplexity(options: EvaluateOptions, samples: Samples) -> float:
@@ -185,7 +190,7 @@ def _perplexity(options: EvaluateOptions, samples: Samples) -> float:
     from fastrank.workflow.policy_metrics import perplexity
 
     path = str(options.perplexity_model)
-    model, tokenizer = load_policy(path, options)
+    model, tokenizer = load_policy(path, options, options)
     prepare_model(model, shared_prompts=refusal(model) is None)
     with refusals_of(path):
         return perplexity(model, tokenizer, samples, as_chat=options.as_chat)
@@ -198,12 +203,13 @@ def _ranking(options: EvaluateOptions) -> dict[str, Any]:
     from fastrank.workflow.policy import load_policy, refusals_of
     from fastrank.workflow.policy_metrics import ranking_accuracy
 
-    model, tokenizer = load_policy(options.model, options)
+    model, tokenizer = load_policy(options.model, options, options)
     groups, report = load_groups(
         str(options.data),
         tokenizer,
         context_length=context_length(model.config),
         options=TokenizeOptions(as_chat=options.as_chat),
+        **values_of(options, shared.ReadOptions),
     )
     with refusals_of(options.model):
         metrics = ranking_accuracy(model, groups)
@@ -231,6 +237,8 @@ def evaluation_text(result: dict[str, Any]) -> str:
         )
     if "reward" in result:
         lines.append(f"  reward      {_mean_text(result['reward'])}")
+        notes = result["reward"]["read_as"].items()
+        lines += [f"    {count} records read as: {note}" for note, count in notes]
     if "against" in result:
         other = result["against"]
         lines.append(

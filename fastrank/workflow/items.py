@@ -21,6 +21,7 @@ from fastrank.data.files import Place, Row, content_hash, read_rows
 from fastrank.data.readers import ParsedRow
 from fastrank.data.records import Record
 from fastrank.errors import InputError
+from fastrank.options import TemplateOptions
 
 #: A row with one of these and no responses is a prompt to sample for.
 _PROMPT_KEYS = ("prompt", "query", "instruction")
@@ -50,6 +51,7 @@ class PromptItem:
             file does not say.
         num_blank: null and blank responses that were left out.
         extra: the row's other fields.
+        named: responses by the field that they were read from, where it names them: ``chosen``.
     """
 
     place: Place
@@ -60,6 +62,7 @@ class PromptItem:
     ended: Ends
     num_blank: int = 0
     extra: Row = field(default_factory=dict, repr=False)
+    named: dict[str, list[str]] = field(default_factory=dict, repr=False)
 
     @property
     def tools(self) -> list[Any] | None:
@@ -225,7 +228,11 @@ def _build(
             origins.append(source)
             ends.append(whole)
     blank = len(found.responses) - len(texts)
-    return PromptItem(place, found.prompt, texts, scores, origins, ends, blank, extra)
+    named: dict[str, list[str]] = {}
+    for name, response in zip(found.names, found.responses, strict=False):
+        if response is not None:
+            named.setdefault(name, []).append(fields.said_text(response).strip())
+    return PromptItem(place, found.prompt, texts, scores, origins, ends, blank, extra, named)
 
 
 def as_line(row: Row) -> str:
@@ -242,6 +249,12 @@ def check_distinct(source: str, option: str, output: str) -> None:
     first, second = Path(source).expanduser(), Path(output).expanduser()
     if first.exists() and second.exists() and first.samefile(second):
         raise InputError(f"--output must be another file than {option}, got {output} for both")
+
+
+def template_identity(given: TemplateOptions) -> list[Any]:
+    """What tells one way of rendering a prompt from another: a template's file by its content."""
+    template = given.chat_template and file_identity(given.chat_template)
+    return [given.as_chat, template, given.chat_template_kwargs]
 
 
 def file_identity(path: str) -> str:

@@ -21,7 +21,7 @@ from fastrank.data.write import atomic_path
 from fastrank.errors import InputError
 from fastrank.options.declare import change, check_least, option, options, values_of
 from fastrank.workflow.evaluate import EvaluateOptions, evaluate
-from fastrank.workflow.items import file_identity
+from fastrank.workflow.items import file_identity, template_identity
 from fastrank.workflow.reward import RewardOptions, check_reward, reward_file
 from fastrank.workflow.sample import SampleOptions, sample_file
 
@@ -50,6 +50,8 @@ class IterateOptions(
     shared.PromptOptions,
     shared.RewardSourceOptions,
     shared.SamplingOptions,
+    shared.FormatOptions,
+    shared.TemplateOptions,
     shared.TrustOptions,
     shared.JsonOptions,
 ):
@@ -72,6 +74,7 @@ class IterateOptions(
     def drawing(self, seed: int) -> dict[str, Any]:
         """The options of ``fastrank sample`` that say how responses are drawn."""
         own = values_of(self, shared.SamplingOptions)
+        own |= values_of(self, shared.FormatOptions) | values_of(self, shared.TemplateOptions)
         return own | {"batch_size": self.sample_batch_size, "seed": seed}
 
 
@@ -118,6 +121,8 @@ def _check_plan(output_dir: Path, options: IterateOptions, config: RankConfig) -
         "model": options.model,
         "prompts": [options.prompts, file_identity(options.prompts)],
         "reward": [options.reward, options.reward_kind],
+        "format": [options.format, options.columns],
+        "chat template": template_identity(options),
         "decoding": values_of(decoding, shared.Decoding),
         "sample_batch_size": options.sample_batch_size,
         **{name: getattr(config, name) for name in _FIXED},
@@ -164,7 +169,13 @@ def _round(
         )
     rewards = folder / "rewards.json"
     if not rewards.is_file():
-        rewarding = RewardOptions(data=str(samples), output=str(ranked), **reward, **inference)
+        rewarding = RewardOptions(
+            data=str(samples),
+            output=str(ranked),
+            as_chat=options.as_chat,
+            **reward,
+            **inference,
+        )
         _write_json(rewards, reward_file(rewarding))
     trained = _train(model, ranked, folder / "model", options, config)
     result: dict[str, Any] = {
@@ -201,6 +212,7 @@ def _train(
         model=model,
         data=str(data),
         trust_remote_code=options.trust_remote_code,
+        **values_of(options, shared.TemplateOptions),
     )
     result = train(training, config)
     gc.collect()

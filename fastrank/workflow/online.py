@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ from fastrank.data.load import load_groups
 from fastrank.errors import InputError
 from fastrank.modeling.context import context_length
 from fastrank.modeling.prepare import prepare_model
-from fastrank.modeling.pretrained import check_model_path, load_model, load_tokenizer
-from fastrank.options import LoadOptions, ReadOptions
+from fastrank.modeling.pretrained import (
+    check_model_path,
+    load_model,
+    load_tokenizer,
+    template_values,
+)
+from fastrank.options import LoadOptions, ReadOptions, TemplateOptions
 from fastrank.options.declare import values_of
 from fastrank.training.callbacks import METRICS_FILE, read_metrics
 from fastrank.training.config import RankConfig
@@ -72,23 +78,27 @@ def _load(
     tokenizer = load_tokenizer(
         path,
         trust_remote_code=trust,
-        chat_template=options.chat_template,
-        chat_template_kwargs=options.chat_template_kwargs,
+        **template_values(options),
     )
     model = load_model(path, config.weights_dtype, trust_remote_code=trust)
     context = context_length(model.config)
-    limit = length_limits(config, model)
+    limit = replace(length_limits(config, model), as_chat=options.as_chat)
     encoded = encode_prompts(
         [item.prompt for item in items],
         tokenizer,
         options.decoding,
         context,
+        as_chat=options.as_chat,
         tools=[item.tools for item in items],
     )
     if not any(encoded.ids):
         raise InputError(f"{options.online_prompts}: no prompt can be sampled for")
     scorer, _ = load_reward(
-        str(options.reward), options.reward_kind, loading, batch_size=options.reward_batch_size
+        str(options.reward),
+        options.reward_kind,
+        loading,
+        batch_size=options.reward_batch_size,
+        template=TemplateOptions(as_chat=options.as_chat),
     )
     reference = None
     if options.needs_reference or config.ranking_loss.uses_reference:

@@ -22,8 +22,9 @@ from fastrank.modeling.pretrained import (
     choose_dtype,
     load_model,
     load_tokenizer,
+    template_values,
 )
-from fastrank.options import Decoding, LoadOptions
+from fastrank.options import Decoding, LoadOptions, TemplateOptions
 from fastrank.workflow.generation import Response, batch_seed, generate
 
 
@@ -49,15 +50,18 @@ class EncodedPrompts:
 
 
 def load_policy(
-    path: str | Path, loading: LoadOptions
+    path: str | Path, loading: LoadOptions, template: TemplateOptions | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model on its device, in evaluation mode, and its tokenizer.
+    """A causal language model on its device, in evaluation mode, and its tokenizer, with the chat
+    template that ``template`` asks for.
 
     Raises:
         InputError: there is none at that path, or it does not fit into the device's memory.
     """
     device = choose_device(loading.device)
-    tokenizer = load_tokenizer(path, trust_remote_code=loading.trust_remote_code)
+    tokenizer = load_tokenizer(
+        path, trust_remote_code=loading.trust_remote_code, **template_values(template)
+    )
     dtype, _ = choose_dtype(loading.dtype, device)
     model = load_model(path, dtype, trust_remote_code=loading.trust_remote_code)
     try:

@@ -28,6 +28,7 @@ from fastrank.workflow.items import (
     check_distinct,
     file_identity,
     read_items,
+    template_identity,
 )
 from fastrank.workflow.journal import Journal
 
@@ -40,7 +41,7 @@ class RewardOptions(
     shared.DataOptions,
     shared.RewardSourceOptions,
     shared.BatchOptions,
-    shared.ChatOptions,
+    shared.TemplateOptions,
     shared.ResumableOptions,
 ):
     """Score every response of a record file by a Python function or a model. A run that was
@@ -76,11 +77,17 @@ def reward_file(options: RewardOptions) -> dict[str, Any]:
         options.reward_kind,
         options,
         batch_size=options.batch_size,
-        as_chat=options.as_chat,
+        template=options,
     )
     plan = {
         "data file": [file_identity(options.data), options.format, options.columns],
-        "reward": [options.reward, identity(reward), kind, options.as_chat, options.dtype],
+        "reward": [
+            options.reward,
+            identity(reward),
+            kind,
+            template_identity(options),
+            options.dtype,
+        ],
     }
     began = time.perf_counter()
     with ExitStack() as stack:
@@ -116,6 +123,7 @@ def reward_file(options: RewardOptions) -> dict[str, Any]:
         "reward": options.reward,
         "kind": kind,
         **reward_counts(rows),
+        "read_as": read_as(scorer),
         "records_resumed": resumed,
         "seconds": time.perf_counter() - began,
     }
@@ -127,7 +135,7 @@ def load_reward(
     loading: shared.LoadOptions,
     *,
     batch_size: int,
-    as_chat: bool = False,
+    template: shared.TemplateOptions | None = None,
 ) -> tuple[Scorer, str]:
     """Load a reward; returns its scorer and its kind: "function", "classifier" or "logprob".
 
@@ -136,19 +144,31 @@ def load_reward(
         kind: of a model: "classifier", "logprob", or "auto" by its architecture.
         loading: device and type of a model's weights.
         batch_size: responses at once in a classifier.
-        as_chat: a text prompt is one user message.
+        template: the chat template of a model, and whether a text prompt is a user message; the
+            model's own and no, by default.
 
     Raises:
-        InputError: it is not there, or not of its kind.
+        InputError: it is not there, or not of its kind; a template for a function.
     """
+    template = template or shared.TemplateOptions()
     if is_function(reward):
+        if template.chat_template or template.chat_template_kwargs:
+            raise InputError("--chat_template is of reward models, got a function")
         return _function_scorer(RewardFunction(reward)), "function"
     from fastrank.workflow.reward_model import ClassifierReward, LogprobReward, reward_kind
 
     if kind == "auto":
         kind = reward_kind(reward, loading)
     model = ClassifierReward if kind == "classifier" else LogprobReward
-    return model(reward, loading, batch_size=batch_size, as_chat=as_chat), kind
+    return model(reward, loading, batch_size=batch_size, template=template), kind
+
+
+def read_as(scorer: Scorer) -> dict[str, int]:
+    """What is to be said of the texts that a reward model was given, with counts of records: what
+    was invented (``User: …``) or changed on the way. Nothing for a function, which gets the prompt
+    as it is."""
+    report = getattr(scorer, "report", None)
+    return {} if report is None else {note: len(lines) for note, lines in report.notes.items()}
 
 
 def check_reward(reward: str, kind: str, loading: shared.LoadOptions) -> None:
@@ -243,6 +263,7 @@ def reward_text(result: dict[str, Any]) -> str:
         f"  order       {result['records_with_an_order']} of {result['records']} records have "
         "responses with different rewards"
     )
+    lines += [f"  read as     {count} records: {note}" for note, count in result["read_as"].items()]
     if result["unscored"]:
         lines.append(f"  no reward   {result['unscored']} responses that the model cannot be shown")
     return "\n".join(lines)

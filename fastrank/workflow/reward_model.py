@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from fastrank.attention.gate import refusal
 from fastrank.data.load import fit_context
 from fastrank.data.packing import Group
-from fastrank.data.render import render_plain
+from fastrank.data.render import PLAIN, render_plain
 from fastrank.data.report import Report
 from fastrank.data.tokenize import (
     TokenizeOptions,
@@ -33,9 +33,10 @@ from fastrank.modeling.pretrained import (
     choose_dtype,
     load_reward_model,
     load_tokenizer,
+    template_values,
 )
 from fastrank.modeling.score import enough_tokens, score
-from fastrank.options import LoadOptions
+from fastrank.options import LoadOptions, TemplateOptions
 from fastrank.workflow.items import PromptItem, Scores
 from fastrank.workflow.policy import load_policy, read_config, refusals_of
 
@@ -66,18 +67,22 @@ class ClassifierReward:
         path: a model folder or Hub name.
         loading: device, type of the weights.
         batch_size: responses at once.
-        as_chat: treat a text prompt as one user message.
+        template: the chat template, and whether a text prompt is one user message.
+
+    Attributes:
+        report: notes on the texts that the model was given.
     """
 
     def __init__(
-        self, path: str, loading: LoadOptions, *, batch_size: int, as_chat: bool = False
+        self, path: str, loading: LoadOptions, *, batch_size: int, template: TemplateOptions
     ) -> None:
         self.path = path
         self.batch_size = batch_size
-        self.as_chat = as_chat
+        self.as_chat = template.as_chat
+        self.report = Report()
         device = choose_device(loading.device)
         trust = loading.trust_remote_code
-        self.tokenizer = load_tokenizer(path, trust_remote_code=trust)
+        self.tokenizer = load_tokenizer(path, trust_remote_code=trust, **template_values(template))
         dtype, _ = choose_dtype(loading.dtype, device)
         self.model = load_reward_model(path, dtype, trust_remote_code=trust).eval()
         torch.nn.Module.to(self.model, device)
@@ -108,14 +113,17 @@ class ClassifierReward:
         if not item.responses:
             return []
         if _joins_pairs(tokenizer) and not self.as_chat:
-            prompt = item.prompt if isinstance(item.prompt, str) else render_plain(item.prompt)
+            prompt = item.prompt
+            if not isinstance(prompt, str):
+                prompt = render_plain(prompt)
+                self.report.note(PLAIN, item.place.line)
             limits: dict[str, Any] = {"truncation": self.context is not None}
             if self.context is not None:
                 limits["max_length"] = self.context
             rows = [tokenizer(prompt, response, **limits) for response in item.responses]
             return [{name: list(values) for name, values in row.items()} for row in rows]
         record = item.as_record()
-        encoded = encode_record(record, tokenizer, Report(), as_chat=self.as_chat)
+        encoded = encode_record(record, tokenizer, self.report, as_chat=self.as_chat)
         if encoded is None:
             return [{} for _ in item.responses]
         limit = TokenizeOptions(max_length=self.context)
@@ -147,13 +155,14 @@ class LogprobReward:
     """A causal language model's own mean log-probability of the response, given the prompt."""
 
     def __init__(
-        self, path: str, loading: LoadOptions, *, batch_size: int, as_chat: bool = False
+        self, path: str, loading: LoadOptions, *, batch_size: int, template: TemplateOptions
     ) -> None:
         del batch_size  # packs are filled by tokens
         self.path = path
-        self.model, self.tokenizer = load_policy(path, loading)
+        self.report = Report()
+        self.model, self.tokenizer = load_policy(path, loading, template)
         context = context_length(self.model.config)
-        self.options = fit_context(TokenizeOptions(as_chat=as_chat), context)
+        self.options = fit_context(TokenizeOptions(as_chat=template.as_chat), context)
         prepare_model(self.model, shared_prompts=refusal(self.model) is None)
 
     def __call__(self, items: Sequence[PromptItem]) -> list[Scores]:
@@ -164,7 +173,7 @@ class LogprobReward:
         for i, item in enumerate(items):
             if not item.responses:
                 continue
-            group = tokenize_record(item.as_record(), self.tokenizer, self.options, Report())
+            group = tokenize_record(item.as_record(), self.tokenizer, self.options, self.report)
             if group is not None:
                 groups.append(group)
                 members.append(i)

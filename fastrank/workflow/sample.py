@@ -17,7 +17,14 @@ from fastrank.data.write import atomic_path, check_output
 from fastrank.errors import InputError
 from fastrank.options.declare import change, options, values_of
 from fastrank.workflow.candidates import MixtureCounts, add_responses
-from fastrank.workflow.items import PromptItem, as_line, check_distinct, file_identity, read_items
+from fastrank.workflow.items import (
+    PromptItem,
+    as_line,
+    check_distinct,
+    file_identity,
+    read_items,
+    template_identity,
+)
 from fastrank.workflow.journal import Journal
 
 
@@ -59,7 +66,7 @@ def sample_file(options: SampleOptions) -> dict[str, Any]:
     plan = {
         "prompts file": [file_identity(options.prompts), options.format, options.columns],
         "set of models": [model_identity(model) for model in options.model],
-        "way of decoding": [values_of(options, shared.Decoding), options.as_chat],
+        "way of decoding": [values_of(options, shared.Decoding), template_identity(options)],
         "seed": options.seed,
         "batch size": options.batch_size,
         "dtype": options.dtype,
@@ -110,12 +117,16 @@ class _PolicyRun:
     def sample(self, items: list[PromptItem], options: SampleOptions, bar: Any) -> None:
         """Draw what is missing; a model is loaded only if something is."""
         from fastrank.modeling.context import context_length
-        from fastrank.modeling.pretrained import load_tokenizer
+        from fastrank.modeling.pretrained import load_tokenizer, template_values
         from fastrank.workflow.policy import draw, encode_prompts, load_policy, read_config
 
         if self._plan is not None and all(map(self._is_done, range(len(self._plan["batches"])))):
             return
-        tokenizer = load_tokenizer(self.path, trust_remote_code=options.trust_remote_code)
+        tokenizer = load_tokenizer(
+            self.path,
+            trust_remote_code=options.trust_remote_code,
+            **template_values(options),
+        )
         encoded = encode_prompts(
             [item.prompt for item in items],
             tokenizer,
@@ -132,7 +143,7 @@ class _PolicyRun:
             }
             self.journal.append(f"policy {self.number}", plan)
         bar.update(len(encoded.unusable))
-        model, tokenizer = load_policy(self.path, options)
+        model, tokenizer = load_policy(self.path, options, options)
         for batch, members, found in draw(
             model,
             tokenizer,

@@ -66,7 +66,7 @@ def score_file(options: ScoreOptions) -> dict[str, Any]:
     from fastrank.data.write import atomic_path, check_output
     from fastrank.metrics import ranking_metrics
     from fastrank.modeling.context import context_length
-    from fastrank.modeling.pretrained import check_model_path, load_tokenizer
+    from fastrank.modeling.pretrained import check_model_path, load_tokenizer, template_values
 
     check_least(options, "--", max_tokens=2)
     if options.output is not None:
@@ -80,8 +80,7 @@ def score_file(options: ScoreOptions) -> dict[str, Any]:
     tokenizer = load_tokenizer(
         options.model,
         trust_remote_code=options.trust_remote_code,
-        chat_template=options.chat_template,
-        chat_template_kwargs=options.chat_template_kwargs,
+        **template_values(options),
     )
     model, sharing, chosen = _load(options)
     cut = fit_context(cut, context_length(model.config))

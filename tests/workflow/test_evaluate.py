@@ -11,8 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrank.data.files import Place
+from fastrank.data.render import PLAIN
 from fastrank.errors import InputError
 from fastrank.metrics import pairwise_accuracy
+from fastrank.workflow import generation, policy, policy_metrics
 from fastrank.workflow.evaluate import EvaluateOptions, evaluate, evaluation_text
 from fastrank.workflow.items import PromptItem
 from fastrank.workflow.policy_metrics import (
@@ -187,3 +189,46 @@ def test_bleu_is_sacrebleus(policy_path, write_rows):
 def test_options_that_do_not_go_together(options, said):
     with pytest.raises(InputError, match=said):
         EvaluateOptions(model="m", **options)
+
+
+HH = "\n\nHuman: {}\n\nAssistant:"
+PAIRS = [
+    {"good": HH.format(k) + f" yes {k}", "bad": HH.format(k) + " no", "context": "C"}
+    for k in range(4)
+]
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"
+
+
+def test_the_files_of_training_are_evaluated_on(policy_path, write_rows, monkeypatch):
+    pytest.importorskip("sacrebleu", reason="the extra fastrank[eval]")
+    seen = []
+    monkeypatch.setattr(policy_metrics, "bleu", lambda samples, own: seen.append(own) or 1.0)
+    file = write_rows(PAIRS)
+    more = {"columns": "chosen=good,rejected=bad,context=", "reference_key": "chosen"}
+    result = run(policy_path, prompts=file, data=file, **more)
+    assert seen == [[[f"yes {k}"] for k in range(4)]] and result["prompts"] == 4
+    assert result["ranking"]["report"]["records"]["kept"] == 4
+    with pytest.raises(InputError, match="fields of no known format"):
+        run(policy_path, prompts=file, reference_key="chosen")
+    several = [{"prompt": "q", "chosen": ["x", "y"], "rejected": "z"}]
+    run(policy_path, prompts=write_rows(several), reference_key="chosen", format="preference")
+    assert seen[1:] == [[["x", "y"]]]
+
+
+def test_a_chat_template_is_that_of_the_policies(policy_path, write_rows, tmp_path, monkeypatch):
+    template = tmp_path / "chat.jinja"
+    template.write_text(CHAT)
+    drawn = []
+
+    def remember(model, tokenizer, prompts, decoding, seed):
+        drawn.extend(tokenizer.decode(ids) for ids in prompts)
+        return generation.generate(model, tokenizer, prompts, decoding, seed)
+
+    monkeypatch.setattr(policy, "generate", remember)
+    prompts = write_rows([{"prompt": "hi"}, {"prompt": [{"role": "user", "content": "hi"}]}])
+    more = {"chat_template": template, "as_chat": True, "reward": policy_path}
+    result = run(policy_path, prompts=prompts, **more)
+    assert [text.removeprefix("<s>") for text in drawn] == ["user: hi;"] * 2
+    # The reward model has no template, which is said.
+    assert result["reward"]["read_as"][PLAIN] == 2
+    assert f"2 records read as: {PLAIN}" in evaluation_text(result)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from killing import run_until_lines
+from transformers import AutoTokenizer
 
 from fastrank.cli.main import main
 from fastrank.training.checkpoint import find_checkpoints
@@ -124,6 +125,22 @@ def test_wrong_options_are_one_line(inputs, policy_path, capsys, more, said):
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
     assert not (inputs / "wrong").exists()
+
+
+def test_a_field_map_and_a_chat_template_hold_for_every_step(inputs, policy_path, run_json, capsys):
+    rows = [{"q": "go " * (k % 4) + str(k), "context": "C"} for k in range(8)]
+    file = inputs / "mapped.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--prompts", str(file), "--columns", "prompt=q,context=", "--chat_template", "chatml"]
+    more += ["--as_chat", "--rounds", "1", "--max_steps", "1", "--eval_prompts", str(file)]
+    result = run_json(*arguments(inputs, policy_path, "mapped", *more))
+    first = inputs / "mapped" / "round-1"
+    assert result["rounds"][0]["evaluation"]["reward"]["num_prompts"] == 8
+    assert "<|im_start|>" in AutoTokenizer.from_pretrained(first / "model").chat_template
+    report = json.loads((first / "model" / "summary.json").read_text())["data"][0]
+    assert report["records"]["kept"] == 8
+    assert main(arguments(inputs, policy_path, "mapped", *more, "--chat_template", "hh")) == 2
+    assert "another chat template" in capsys.readouterr().err
 
 
 def test_a_folder_of_another_run_is_refused(inputs, policy_path, whole, capsys):

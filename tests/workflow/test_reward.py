@@ -12,6 +12,7 @@ from killing import run_until_lines
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastrank.data.records import read_records
+from fastrank.data.render import PLAIN
 from fastrank.errors import InputError
 from fastrank.workflow.reward import RewardOptions, reward_file, reward_text
 
@@ -279,3 +280,17 @@ def test_a_killed_run_goes_on_without_calling_the_function_twice(write_rows, rea
     assert len(set(seen)) == 180
     assert len(seen) <= 180 + 3  # only the record in the making is computed again
     assert not journal.exists()
+
+
+def test_what_a_reward_model_was_given_is_said(policy_path, write_rows, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "a"}], "responses": ["b", "cc"]}, ROWS[0]]
+    data, classifier = write_rows(rows), str(tiny_models.save_classifier(tmp_path / "rm"))
+    for number, reward in enumerate((str(policy_path), classifier)):
+        own = score(data, tmp_path / f"{number}.jsonl", reward)
+        assert own["read_as"][PLAIN] == 1 and f"1 records: {PLAIN}" in reward_text(own)
+        other = score(data, tmp_path / f"{number}-chat.jsonl", reward, chat_template="chatml")
+        assert PLAIN not in other["read_as"] and own["mean"] != other["mean"]
+    (tmp_path / "f.py").write_text("def f(p, r):\n    return 1\n")
+    assert score(data, tmp_path / "f.jsonl", f"{tmp_path}/f.py:f")["read_as"] == {}
+    with pytest.raises(InputError, match="--chat_template is of reward models, got a function"):
+        score(data, tmp_path / "g.jsonl", f"{tmp_path}/f.py:f", chat_template="chatml")

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from fastrank.data.load import load_groups
 from fastrank.data.report import CUT_SAMPLE
 from fastrank.errors import InputError
-from fastrank.options import LoadOptions
+from fastrank.options import LoadOptions, TemplateOptions
 from fastrank.workflow import policy
 from fastrank.workflow.items import read_items
 from fastrank.workflow.journal import Journal
@@ -277,7 +277,9 @@ def test_a_cut_sample_is_never_taught_an_end(policy_path, write_rows, read_rows,
     assert taught == [end != "length" for end in ends]
     assert len(report.counts[CUT_SAMPLE]) == ends.count("length")
     assert f"{ends.count('length')} responses cut at a limit" in report.as_text()
-    scorer = LogprobReward(str(policy_path), LoadOptions(device="cpu"), batch_size=1)
+    scorer = LogprobReward(
+        str(policy_path), LoadOptions(device="cpu"), batch_size=1, template=TemplateOptions()
+    )
     items = list(read_items(ranked))
     whole = scorer([replace(item, ended=[True] * len(item.ended)) for item in items])
     for item, cut, other in zip(items, scorer(items), whole, strict=True):
