@@ -47,9 +47,9 @@ def refusal(causal_lm: PreTrainedModel) -> str | None:
     return (
         _refused_by_config(config)
         or _refused_by_layer_types(config)
-        or _refused_by_modules(causal_lm)
+        or _refused_by_modules(text_decoder(causal_lm))
         or _refused_by_interface(causal_lm)
-        or _attention_dropout(causal_lm)
+        or _attention_dropout(text_decoder(causal_lm))
     )
 
 
@@ -59,6 +59,15 @@ def trunk(causal_lm: PreTrainedModel) -> nn.Module:
     if inner is causal_lm:  # where the prefix in checkpoints is not the attribute's name
         inner = getattr(causal_lm, "model", causal_lm)
     return inner
+
+
+def text_decoder(causal_lm: PreTrainedModel) -> nn.Module:
+    """The part of the trunk that reads tokens; of models that take text alone, all of it. The
+    layers of a vision or audio tower are never run on text."""
+    if causal_lm.config.get_text_config() is causal_lm.config:
+        return trunk(causal_lm)
+    decoder: nn.Module = causal_lm.get_decoder()
+    return decoder
 
 
 def _refused_by_config(config: PretrainedConfig) -> str | None:
@@ -86,8 +95,8 @@ def _refused_by_layer_types(config: PretrainedConfig) -> str | None:
     return None
 
 
-def _refused_by_modules(causal_lm: PreTrainedModel) -> str | None:
-    for module in causal_lm.modules():
+def _refused_by_modules(decoder: nn.Module) -> str | None:
+    for module in decoder.modules():
         name = type(module).__name__
         if _RECURRENT.search(name):
             return f"it is recurrent or hybrid (it contains {name})"
@@ -99,7 +108,7 @@ def _refused_by_modules(causal_lm: PreTrainedModel) -> str | None:
 
 
 def _refused_by_interface(causal_lm: PreTrainedModel) -> str | None:
-    modules = attention_modules(causal_lm)
+    modules = attention_modules(text_decoder(causal_lm))
     if not has_attention_interface(causal_lm) or not modules:
         return "its attention does not go through transformers' attention interface"
     if "position_ids" not in inspect.signature(trunk(causal_lm).forward).parameters:
@@ -113,8 +122,8 @@ def _refused_by_interface(causal_lm: PreTrainedModel) -> str | None:
     return None
 
 
-def _attention_dropout(causal_lm: PreTrainedModel) -> str | None:
-    for name, rate in attention_dropouts(causal_lm):
+def _attention_dropout(decoder: nn.Module) -> str | None:
+    for name, rate in attention_dropouts(decoder):
         if rate > 0:
             return (
                 f"attention dropout must be 0, got {name} = {rate} (disable_dropout(model) sets it)"

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from fastrank.arguments import HeadPathName, Normalize, Reduction, check_choice
 from fastrank.attention.adapter import attention_modules, hook_attention, shared_prompt_attention
 from fastrank.attention.backends import BACKENDS, AttentionName
-from fastrank.attention.gate import check_shareable, trunk
+from fastrank.attention.gate import check_shareable, text_decoder, trunk
 from fastrank.data.packing import Pack
 from fastrank.errors import InputError
 from fastrank.function_loss import as_loss
@@ -131,7 +131,7 @@ def prepare_model(
     if shared_prompts:
         check_shareable(lm)
     release_model(model)
-    modules = attention_modules(lm) if shared_prompts else []
+    modules = attention_modules(text_decoder(lm)) if shared_prompts else []
     state = Prepared(
         shared_prompts=shared_prompts,
         attention=attention,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -35,6 +36,12 @@ _NO_LIMIT = 10**9
 
 #: Files of a model folder that its output depends on.
 _CONTENT = ("*.json", "*.jinja", "*.safetensors")
+
+#: Weights as pickles.
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+#: What older versions of transformers saved beside the weights.
+_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|masked_bias|attn\.bias|position_ids)$")
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -183,6 +190,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model of a folder or Hub name, on the CPU, in evaluation mode.
 
+    Models that read images and text count as causal language models, for their text.
+
     Args:
         path: a folder with ``config.json`` and safetensors, the folder of an adapter, or a Hub
             name.
@@ -191,13 +200,28 @@ def load_model(
         options: further keyword arguments of ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        InputError: it does not exist, cannot be read, is no causal language model, or lacks
-            weights.
+        InputError: it does not exist, cannot be read, is no causal language model, lacks weights,
+            or has weights that a causal language model has no place for: a reward model's head.
     """
-    from transformers import AutoModelForCausalLM
-
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    return _load(AutoModelForCausalLM, path, "causal language model", **options)
+    with _errors_in_one_line(path, "causal language model"):
+        auto_class = _causal_class(check_model_path(path), trust_remote_code)
+    return _load(auto_class, path, "causal language model", lossless=True, **options)
+
+
+def _causal_class(name: str, trust_remote_code: bool) -> Any:
+    """The class that loads a text model, or one of images and text, by its configuration."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    text_alone = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    with_images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    if with_images is None or text_alone in (config.architectures or []):
+        return AutoModelForCausalLM
+    if text_alone is None or with_images in (config.architectures or []):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def load_reward_model(
@@ -219,12 +243,24 @@ def load_reward_model(
     return model
 
 
-def _load(auto_class: Any, path: str | Path, what: str, **options: Any) -> PreTrainedModel:
+def _load(
+    auto_class: Any, path: str | Path, what: str, *, lossless: bool = False, **options: Any
+) -> PreTrainedModel:
+    """``lossless``: refuse weights that the class has no place for."""
     name = check_model_path(path)
+    _refuse_pickles(name, auto_class.__name__)
     model: PreTrainedModel
     with _errors_in_one_line(path, what), _bars_on_terminals_only():
         model, info = auto_class.from_pretrained(
             name, use_safetensors=True, output_loading_info=True, **options
+        )
+    extra = sorted(key for key in info["unexpected_keys"] if not _BUFFERS.search(key))
+    if lossless and extra:
+        made_by = ", ".join(model.config.architectures or []) or "none"
+        raise InputError(
+            f"{path}: {len(extra)} weights would be lost, the first is {extra[0]}: "
+            f"{type(model).__name__} has no place for them (its folder names {made_by}); expected "
+            f"a {what}"
         )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -233,6 +269,19 @@ def _load(auto_class: Any, path: str | Path, what: str, **options: Any) -> PreTr
             f"expected a complete {what}"
         )
     return _with_adapter(model, path, what) if is_adapter(path) else model
+
+
+def _refuse_pickles(name: str, auto_class: str) -> None:
+    """Refuse a folder whose weights are pickles alone: reading one can run any program."""
+    folder = Path(name)
+    pickled = [file for file in _PICKLES if (folder / file).is_file()]
+    if pickled and not any(folder.glob("*.safetensors")):
+        target = f"{folder.name}-safetensors"
+        raise InputError(
+            f"{name}: its weights are pickles ({pickled[0]}), which are not read; convert them: "
+            f'python -c "from transformers import {auto_class} as M, AutoTokenizer as T; '
+            f"[C.from_pretrained('{name}').save_pretrained('{target}') for C in (M, T)]\""
+        )
 
 
 def _with_adapter(base: PreTrainedModel, path: str | Path, what: str) -> PreTrainedModel:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import FLOAT32_INSIDE, REFUSED, SHAREABLE, build
+from architectures import (
+    FLOAT32_INSIDE,
+    REFUSED,
+    SHAREABLE,
+    WITH_IMAGES,
+    build,
+    build_with_images,
+)
 from pack_cases import (
     RAGGED,
     assert_same_gradients,
@@ -18,6 +25,7 @@ from transformers import PreTrainedModel
 import fastrank
 from fastrank.attention.gate import refusal
 from fastrank.errors import InputError
+from fastrank.modeling.pretrained import load_model
 
 
 def assert_exact(
@@ -44,6 +52,24 @@ def assert_exact(
 @pytest.mark.parametrize("model_type", SHAREABLE)
 def test_packs_are_exact_in_float32(model_type):
     assert_exact(build(model_type), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("shared_prompts", [True, False])
+@pytest.mark.parametrize("model_type", WITH_IMAGES)
+def test_models_of_images_and_text_are_exact_on_text(model_type, shared_prompts):
+    model = build_with_images(model_type).double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("visual" not in name and "vision" not in name)
+    assert_exact(model, 1e-6, 1e-6, shared_prompts=shared_prompts)
+
+
+@pytest.mark.parametrize("model_type", WITH_IMAGES)
+def test_models_of_images_and_text_are_loaded_from_a_folder(model_type, tmp_path):
+    model = build_with_images(model_type)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert type(loaded) is type(model)
+    assert all(map(torch.equal, loaded.parameters(), model.parameters()))
 
 
 @pytest.mark.parametrize("model_type", SHAREABLE)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,7 +112,32 @@ def test_pickled_weights_are_not_read(copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
     (copy / "model.safetensors").unlink()
     torch.save(weights, copy / "pytorch_model.bin")
-    assert "cannot be loaded as a causal language model" in _refused(load_model, copy)
+    message = _refused(load_model, copy)
+    assert "its weights are pickles (pytorch_model.bin), which are not read" in message
+    command = re.search(r'python -c "(.*)"$', message)
+    assert command is not None and "AutoModelForCausalLM" in command[1]
+    subprocess.run([sys.executable, "-c", command[1]], cwd=copy.parent, check=True)
+    converted = copy.parent / f"{copy.name}-safetensors"
+    assert torch.equal(
+        load_model(converted).get_input_embeddings().weight,
+        weights["model.embed_tokens.weight"],
+    )
+    assert load_tokenizer(converted).eos_token_id == 1
+
+
+def test_a_model_that_would_lose_weights_is_refused(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    config = json.loads((copy / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (copy / "config.json").write_text(json.dumps(config))
+    extra = {"score.weight": torch.ones(1, 64), "v_head.bias": torch.ones(1)}
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(weights | old, copy / "model.safetensors", metadata={"format": "pt"})
+    load_model(copy)
+    save_file(weights | old | extra, copy / "model.safetensors", metadata={"format": "pt"})
+    message = _refused(load_model, copy)
+    assert "2 weights would be lost, the first is score.weight" in message
+    assert "its folder names LlamaForSequenceClassification" in message
 
 
 def test_incomplete_weights_are_refused(copy: Path) -> None:

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 VOCAB = 61
 
@@ -129,6 +134,32 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 # They compute the softmax or the rotation in float32, whatever the model's dtype.
 FLOAT32_INSIDE = ("gemma2", "llama4_text", "vaultgemma")
+
+
+#: Models of images and text, exact with shared prompts on text: (of the text, of the images).
+WITH_IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (SLIDING, {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "attention_dropout": 0.1}),
+    "mistral3": ({"model_type": "mistral"}, {"hidden_size": 32, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}),
+    "qwen2_5_vl": ({"head_dim": ..., "rope_parameters": {"rope_type": "default",
+        "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
+        {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
+         "out_hidden_size": 32}),
+}  # fmt: skip
+
+
+def build_with_images(model_type: str) -> PreTrainedModel:
+    """A model of images and text with random weights, in evaluation mode."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    config_class = CONFIG_MAPPING[model_type]
+    text, images = WITH_IMAGES[model_type]
+    fields = {name: COMMON[name] for name in list(COMMON)[:13]} | {"sliding_window": 5} | text
+    fields = {name: value for name, value in fields.items() if value is not ...}
+    torch.manual_seed(0)
+    config = config_class(text_config=fields, vision_config=images)
+    return AutoModelForImageTextToText.from_config(config).eval()
 
 
 def build(
