@@ -31,6 +31,7 @@ _HOMES = {
     "ranking": ["ranking_loss"],
     "logprobs": ["flatten", "sequence_scores", "token_logprobs"],
     "linear_loss": ["linear_ranking_loss"],
+    "data.load": ["load_groups"],
     "data.packing": ["Group", "Pack", "pack"],
     "modeling.prepare": ["prepare_model"],
     "modeling.score": ["score"],
@@ -48,6 +49,7 @@ __all__ = sorted([*_MODULES, *_SUBMODULES, "__version__"])
 if TYPE_CHECKING:
     from . import losses as losses
     from . import metrics as metrics
+    from .data.load import load_groups as load_groups
     from .data.packing import Group as Group
     from .data.packing import Pack as Pack
     from .data.packing import pack as pack

@@ -66,6 +66,13 @@ def load_groups(
 
     Raises:
         InputError: the file cannot be used or leaves nothing, or limits exceed the context.
+
+    >>> from transformers import AutoTokenizer
+    >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B")  # doctest: +SKIP
+    >>> rows = [{"prompt": "2 + 2 =", "responses": [" 4", " 5"], "scores": [1.0, 0.0]}]
+    >>> groups, report = load_groups(rows, tokenizer)  # doctest: +SKIP
+    >>> groups[0].rewards  # doctest: +SKIP
+    tensor([1., 0.])
     """
     if num_proc is not None and num_proc < 1:
         raise InputError(f"num_proc must be at least 1, got {num_proc}")

@@ -234,7 +234,7 @@ def load_reward_model(
     """
     from transformers import AutoModelForSequenceClassification
 
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     what = "sequence-classification model"
     model = _load(AutoModelForSequenceClassification, path, what, **options)
     labels = model.config.num_labels

@@ -77,15 +77,23 @@ class StepSampler(BatchSampler):
         groups_per_step: the last step of an epoch may have fewer.
         seed: of the permutations.
         drop_last: leave out a last step that is not full.
+        in_order: no permutation, for a stream.
     """
 
     def __init__(
-        self, num_groups: int, groups_per_step: int, *, seed: int, drop_last: bool = False
+        self,
+        num_groups: int,
+        groups_per_step: int,
+        *,
+        seed: int,
+        drop_last: bool = False,
+        in_order: bool = False,
     ) -> None:
         self.num_groups = num_groups
         self.groups_per_step = groups_per_step
         self.seed = seed
         self.drop_last = drop_last
+        self.in_order = in_order
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -97,7 +105,9 @@ class StepSampler(BatchSampler):
         return math.ceil(self.num_groups / self.groups_per_step)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_groups)
+        order = np.arange(self.num_groups)
+        if not self.in_order:
+            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
         for step in range(len(self)):
             start = step * self.groups_per_step
             yield order[start : start + self.groups_per_step].tolist()

@@ -24,6 +24,7 @@ from fastrank.data.cache import tokenizer_identity
 from fastrank.data.columns import groups_digest
 from fastrank.data.files import content_hash, value_checksum
 from fastrank.data.packing import Group
+from fastrank.data.streamed_groups import StreamedGroups
 from fastrank.data.user_functions import is_function
 from fastrank.errors import InputError
 from fastrank.hf_private import portable_settings
@@ -34,6 +35,7 @@ from fastrank.training.config import RankConfig
 #: What cannot be changed at all: a checkpoint's weights fit nothing else.
 FIXED = ("model", "adapter")
 
+STREAM_DIGEST = 64  # groups of a stream by which it is recognised
 _DIGITS = 12  # of a digest that a message shows
 
 #: Options that leave the numbers of a run as they are.
@@ -104,7 +106,9 @@ def _loss_plan(loss: Any) -> dict[str, Any]:
 
 
 def groups_plan(groups: Sequence[Group]) -> str:
-    """A set of groups by its content, as text."""
+    """A set of groups by its content, as text; a stream by its first groups."""
+    if isinstance(groups, StreamedGroups):
+        return f"stream {groups_digest(groups.beginning(STREAM_DIGEST))[:_DIGITS]}"
     return f"{len(groups)} groups {groups_digest(groups)[:_DIGITS]}"
 
 

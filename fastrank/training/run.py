@@ -26,21 +26,22 @@ from transformers import (
 
 from fastrank.data.columns import reward_gap
 from fastrank.data.group import Group, example_text
-from fastrank.data.load import fit_context, load_groups
+from fastrank.data.load import load_groups
 from fastrank.data.report import Report
-from fastrank.data.tokenize import TokenizeOptions, tokenize_record
+from fastrank.data.tokenize import tokenize_record
 from fastrank.errors import InputError
 from fastrank.loss import Loss
 from fastrank.losses import PRO
 from fastrank.modeling.context import context_length
 from fastrank.modeling.pretrained import load_model, load_tokenizer, template_values
-from fastrank.options import LengthOptions, ReadOptions
+from fastrank.options import ReadOptions
 from fastrank.options.declare import values_of
 from fastrank.training.adapters import export_merged, lora_config, trainable
 from fastrank.training.callbacks import METRICS_FILE, MetricsFile, read_metrics
 from fastrank.training.checkpoint import find_checkpoints, resolve_resume, wants_resume
 from fastrank.training.config import RankConfig
 from fastrank.training.engine import all_processes
+from fastrank.training.inputs import length_limits
 from fastrank.training.plan import changed_names, check_resumed, option_plan
 from fastrank.training.references import attach_references, check_reference
 from fastrank.training.run_options import TrainOptions
@@ -241,12 +242,6 @@ def load_job(options: TrainOptions, config: RankConfig) -> Job:
         return Job(model, tokenizer, groups, heldout, [report, eval_report], options.data)
     train_groups, heldout = split_by_prompt(groups, options.eval_fraction, seed=config.seed)
     return Job(model, tokenizer, train_groups, heldout, [report], options.data)
-
-
-def length_limits(config: RankConfig, model: PreTrainedModel) -> TokenizeOptions:
-    """The limits that a run asks for, within the model's context."""
-    asked = TokenizeOptions(**values_of(config, LengthOptions))
-    return fit_context(asked, context_length(model.config))
 
 
 def describe(

@@ -36,6 +36,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from fastrank.data.columns import group_sizes, largest_ids
 from fastrank.data.packing import Group
+from fastrank.data.streamed_groups import StreamedGroups
 from fastrank.errors import InputError, TrainingStopped
 from fastrank.hf_private import TrainerHooks
 from fastrank.modeling.cost import PackCost
@@ -60,6 +61,7 @@ from fastrank.training.checkpoint import Saver, explained_loading
 from fastrank.training.config import RankConfig
 from fastrank.training.engine import AccelerateEngine, all_processes
 from fastrank.training.guards import FiniteGuard, name_groups
+from fastrank.training.inputs import as_groups, as_model, length_limits
 from fastrank.training.memory import largest_fitting
 from fastrank.training.step_metrics import Evaluated, StepWindow, summarize
 from fastrank.training.two_phase import check_deterministic
@@ -71,27 +73,40 @@ class RankTrainer(TrainerHooks, Trainer):
     """Trains a causal language model to rank the candidates of each prompt.
 
     Args:
-        model: a transformers causal language model, PEFT-wrapped or not; it is prepared in place.
+        model: a transformers causal language model, PEFT-wrapped or not, which is prepared in
+            place; or the folder or Hub name of one.
         args: a `RankConfig`.
-        train_dataset: the groups to train on.
-        eval_dataset: groups held out, or a dictionary of such lists by name.
-        processing_class: the tokenizer, saved beside the model.
+        train_dataset: the groups to train on, or records of any known format, which
+            ``processing_class`` makes tokens of as ``fastrank train`` does: a path, a
+            `datasets.Dataset`, an iterable of dictionaries. A `datasets.IterableDataset` is read as
+            training goes on, in its own order; it needs ``max_steps``, and a resumed run reads it
+            up to where it was. See `fastrank.load_groups` for other ways of reading.
+        eval_dataset: groups or records held out, or a dictionary of such by name.
+        processing_class: the tokenizer, saved beside the model; by default that of a model given by
+            its name.
         peft_config: a PEFT configuration to wrap the model with.
         callbacks, optimizers: as for ``Trainer``.
 
     Raises:
         InputError: no group, a group that fits no pack or holds tokens the model does not have, a
-            loss that needs reference scores which the groups do not have.
+            loss that needs reference scores which the groups do not have; records that cannot be
+            used, or that come without a tokenizer; a stream without ``max_steps``.
+
+    >>> trainer = RankTrainer(
+    ...     "Qwen/Qwen3-0.6B",
+    ...     RankConfig(output_dir="run", loss="rrhf"),
+    ...     train_dataset=[{"prompt": "2 + 2 =", "responses": [" 4", " 5"], "scores": [1.0, 0.0]}],
+    ... )  # doctest: +SKIP
     """
 
     args: RankConfig
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module,
+        model: str | Path | PreTrainedModel | nn.Module,
         args: RankConfig | None = None,
-        train_dataset: Sequence[Group] | None = None,
-        eval_dataset: Sequence[Group] | dict[str, Sequence[Group]] | None = None,
+        train_dataset: Sequence[Group] | Any | None = None,
+        eval_dataset: Sequence[Group] | dict[str, Any] | Any | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -105,8 +120,10 @@ class RankTrainer(TrainerHooks, Trainer):
         if eval_dataset is None:
             args.eval_strategy = "no"
         self.loss = args.ranking_loss
-        for name, groups in _named_sets(train_dataset, eval_dataset):
-            self._check_groups(name, groups, model, args)
+        model, processing_class = as_model(model, processing_class, given)
+        train_dataset, eval_dataset = self._groups(
+            train_dataset, eval_dataset, processing_class, model, args
+        )
         if peft_config is not None:
             model = adapt(model, peft_config, args.seed)
         self.disabled_dropout = disable_dropout(model) if args.disable_dropout else []
@@ -135,6 +152,8 @@ class RankTrainer(TrainerHooks, Trainer):
         self.add_callback(self._renewal)
         self.engine = AccelerateEngine(self.accelerator, self.lm)
         self.groups_per_step = given.groups_over(self.engine.world_size)
+        if isinstance(train_dataset, StreamedGroups):
+            train_dataset.length = args.max_steps * self.groups_per_step
         self.backprop = (TwoPhaseBackprop if args.two_phase else JointBackprop)(
             loss=self.loss,
             engine=self.engine,
@@ -164,6 +183,45 @@ class RankTrainer(TrainerHooks, Trainer):
     def _is_sharded(self) -> bool:
         """Whether no process can run the model alone."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(self.lm)
+
+    def _groups(
+        self, train: Any, evaluation: Any, tokenizer: Any, model: nn.Module, args: RankConfig
+    ) -> tuple[Any, Any]:
+        """Groups of what was given to train on and to evaluate on, checked."""
+
+        def made(name: str, data: Any, *, may_stream: bool = False) -> Sequence[Group]:
+            groups = as_groups(
+                name,
+                data,
+                tokenizer,
+                lambda: length_limits(args, model),
+                lambda group: self._check_groups(name, [group], model, args),
+                quiet=args.process_index > 0,
+            )
+            if not isinstance(groups, StreamedGroups):
+                self._check_groups(name, groups, model, args)
+                return groups
+            for wrong, what in (
+                (not may_stream, "is read whole; expected a data set, got a stream"),
+                (args.max_steps < 1, "is a stream, which needs max_steps"),
+                (args.dataloader_num_workers > 0, "is a stream, which takes no loader's workers"),
+                (
+                    args.auto_find_pack_size,
+                    "is a stream; auto_find_pack_size reads all",
+                ),
+                (self.loss.uses_reference, f"is a stream, without the scores {args.loss} needs"),
+            ):
+                if wrong:
+                    raise InputError(f"{name} {what}")
+            return groups
+
+        if train is not None:
+            train = made("train_dataset", train, may_stream=True)
+        if isinstance(evaluation, dict):
+            evaluation = {key: made(f"eval_dataset {key!r}", x) for key, x in evaluation.items()}
+        elif evaluation is not None:
+            evaluation = made("eval_dataset", evaluation)
+        return train, evaluation
 
     def _check_groups(
         self, name: str, groups: Sequence[Group], model: nn.Module, args: RankConfig
@@ -325,6 +383,7 @@ class RankTrainer(TrainerHooks, Trainer):
             self.groups_per_step,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=self.args.dataloader_drop_last,
+            in_order=isinstance(groups, StreamedGroups),
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

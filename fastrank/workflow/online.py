@@ -24,7 +24,8 @@ from fastrank.options import LoadOptions, ReadOptions, TemplateOptions
 from fastrank.options.declare import values_of
 from fastrank.training.callbacks import METRICS_FILE, read_metrics
 from fastrank.training.config import RankConfig
-from fastrank.training.run import Job, length_limits, train
+from fastrank.training.inputs import length_limits
+from fastrank.training.run import Job, train
 from fastrank.training.run_report import ONLINE_PANELS, plot_metrics
 from fastrank.training.together import ending_together
 from fastrank.workflow.items import read_items

@@ -1,0 +1,85 @@
+"""What `RankTrainer` may be given: a model or its name, groups or records of any known format."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fastrank.data.group import Group
+from fastrank.data.load import fit_context, load_groups
+from fastrank.data.streamed_groups import StreamedGroups
+from fastrank.data.tokenize import TokenizeOptions
+from fastrank.errors import InputError
+from fastrank.modeling.context import context_length
+from fastrank.modeling.pretrained import load_model, load_tokenizer
+from fastrank.options import LengthOptions
+from fastrank.options.declare import values_of
+from fastrank.training.config import RankConfig
+
+
+def length_limits(config: RankConfig, model: Any) -> TokenizeOptions:
+    """The limits that a run asks for, within the model's context."""
+    asked = TokenizeOptions(**values_of(config, LengthOptions))
+    return fit_context(asked, context_length(model.config))
+
+
+def as_model(
+    model: str | Path | nn.Module, tokenizer: Any, config: RankConfig
+) -> tuple[nn.Module, Any]:
+    """A model, loaded if it is a name or a folder, and its tokenizer unless one is given."""
+    if isinstance(model, nn.Module):
+        return model, tokenizer
+    tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+    return load_model(model, config.weights_dtype), tokenizer
+
+
+def as_groups(
+    name: str,
+    data: Any,
+    tokenizer: Any,
+    limits: Callable[[], TokenizeOptions],
+    check: Callable[[Group], None],
+    *,
+    quiet: bool = False,
+) -> Sequence[Group]:
+    """Groups as they are; records, a data set or a path of them as the command line reads them.
+
+    A `datasets.IterableDataset` becomes `StreamedGroups`; every other iterable is read to its end.
+
+    Args:
+        name: of the argument, for messages.
+        data: what was given.
+        tokenizer: makes tokens of records.
+        limits: their limits in tokens.
+        check: of every group of a stream.
+        quiet: do not print the report of the records.
+
+    Raises:
+        InputError: the records cannot be used, or there is no tokenizer for them.
+    """
+    if _are_groups(data):
+        groups: Sequence[Group] = data
+        return groups
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(
+            f"processing_class must be a tokenizer, which {name} needs, got "
+            f"{type(tokenizer).__name__}"
+        )
+    datasets = sys.modules.get("datasets")  # whoever has a data set has imported it
+    if datasets is not None and isinstance(data, datasets.IterableDataset):
+        return StreamedGroups(data, tokenizer, limits(), check=check)
+    groups, report = load_groups(data, tokenizer, options=limits())
+    if not quiet:
+        print(report.as_text(), flush=True)
+    return groups
+
+
+def _are_groups(data: Any) -> bool:
+    if isinstance(data, (list, tuple)):
+        return not data or isinstance(data[0], Group)
+    return isinstance(data, Sequence) and not isinstance(data, (str, bytes))
