@@ -355,9 +355,8 @@ def standardized(scores: Sequence[float]) -> list[float]:
         return [0.0] * len(scores)
     mean = statistics.fmean(scores)
     deviation = statistics.pstdev(scores)
-    if not deviation:  # a spread below the smallest float
-        return [0.0] * len(scores)
-    found = [(score - mean) / deviation for score in scores]
+    # 0 for a spread below the smallest float; the scores are kept apart below.
+    found = [(score - mean) / deviation if deviation else 0.0 for score in scores]
     if len(set(found)) < len(set(scores)):
         return _kept_apart(found, scores, np.float64)
     return found
