@@ -10,6 +10,7 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 from fastrank import options as shared
+from fastrank.data.formats import column_names
 from fastrank.errors import InputError
 from fastrank.options.declare import change, check_least, option, options, values_of
 
@@ -35,6 +36,10 @@ class InspectOptions(
     )
     tokenizer: str | None = option(
         "Model folder or Hub name; adds lengths and packs.", default=None
+    )
+    columns: str | None = change(
+        "Names of the file's fields, e.g. prompt=question,system=role; an empty name (context=) "
+        f"leaves a field out. Names that the formats know: {', '.join(column_names())}."
     )
     plot: str | None = option("PNG file to write.", default=None)
 

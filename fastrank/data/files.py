@@ -41,9 +41,17 @@ LONGEST_LINE = 256 << 20
 LONGEST_DOCUMENT = 1 << 30
 
 _HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+){0,2}$")
+#: Fields that hold text in any format.
+_TEXTS = (
+    *("prompt", "question", "query", "instruction", "input", "history", "user_input", "system"),
+    *("response", "completion", "chosen", "rejected", "text", "winner", "ended"),
+    *("response_a", "response_b", "response_0", "response_1", "response_2", "response1"),
+    *("response2", "response_j", "response_k", "completion_a", "completion_b", "answer_0"),
+    *("answer_1", "human_ref_A", "human_ref_B", "message_id", "parent_id"),
+)
 #: A text that looks like a number or a missing value is a text.
 _CSV = {
-    "converters": dict.fromkeys(("prompt", "response", "chosen", "rejected"), str),
+    "converters": dict.fromkeys(_TEXTS, str),
     "keep_default_na": False,
     "na_values": [""],
 }

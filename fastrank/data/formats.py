@@ -60,6 +60,16 @@ def _gathered(said: str, scores: Sequence[str]) -> Format:
     return Format(names, read, gather=gather)
 
 
+#: What a pair of ``response_a`` and ``response_b`` may be judged by.
+_AB_VERDICTS = {
+    "winner": readers.winner(
+        "winner", ("a", "model_a", "response_a"), ("b", "model_b", "response_b")
+    ),
+    "winner_model_a": readers.two_scores("winner_model_a", "winner_model_b"),
+    "margin": readers.margin("margin"),
+    "score_a": readers.two_scores("score_a", "score_b"),
+}
+
 #: In the order in which they are tried on the first row.
 FORMATS: dict[str, Format] = {
     "all_rm_scores": Format(
@@ -108,16 +118,7 @@ FORMATS: dict[str, Format] = {
         readers.pair(
             "response_a",
             "response_b",
-            readers.either(
-                {
-                    "winner": readers.winner(
-                        "winner", ("a", "model_a", "response_a"), ("b", "model_b", "response_b")
-                    ),
-                    "winner_model_a": readers.two_scores("winner_model_a", "winner_model_b"),
-                    "margin": readers.margin("margin"),
-                    "score_a": readers.two_scores("score_a", "score_b"),
-                }
-            ),
+            readers.either(_AB_VERDICTS),
             "prompt",
         ),
         has_scores=False,
@@ -276,7 +277,7 @@ Columns = tuple[tuple[str, str], ...]
 def column_names() -> list[str]:
     """The names that `columns` maps to fields of a file."""
     names = {"scores", "ranks", "system", "tools", "ended", "id", "sft_index", *FLAT_SCORES}
-    names.update(*PAIR_SCORES)
+    names.update(*PAIR_SCORES, _AB_VERDICTS, ("score_a", "score_b", "winner_model_b"))
     return sorted(names.union(*(known.fields for known in FORMATS.values())))
 
 

@@ -65,10 +65,6 @@ class OnlineTrainOptions(TrainOptions, RewardModelOptions):
                 "--data does not go with --online_every: give stored candidates as responses of "
                 "--online_prompts, and their number by --online_stored"
             )
-        if self.as_chat:
-            raise InputError(
-                "--as_chat does not go with --online_every: write the prompts as messages"
-            )
         check_least(self, online_every=1, online_stored=0, online_batch_size=1)
         if not 0 <= self.kl_weight < float("inf"):
             raise InputError(f"kl_weight must be at least 0, got {self.kl_weight}")

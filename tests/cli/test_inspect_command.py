@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastrank.cli.main import main
+from fastrank.data import formats, readers, render
+from fastrank.data import report as reports
 from fastrank.data.load import load_groups
 from fastrank.data.packing import pack
 from fastrank.modeling.pretrained import load_tokenizer
@@ -128,3 +130,43 @@ def test_template_options_need_a_tokenizer(
 ) -> None:
     assert main(["inspect", str(oasst_path), "--chat_template", "hh"]) == 2
     assert "need --tokenizer" in capsys.readouterr().err
+
+
+TROUBLES = [
+    ({"chosen": " x", "rejected": " y", "score_chosen": 1, "score_rejected": 2}, readers.INVERTED),
+    ({"chosen": " x", "rejected": " y", "ended": ["length", "stop"]}, reports.CUT_SAMPLE),
+    ({"chosen": " same", "rejected": " same"}, reports.SAME_PAIRS),
+    ({"chosen": " long enough to be cut", "rejected": " long enough to be"}, reports.CUT_EQUAL),
+    ({"chosen": " x", "rejected": " "}, reports.EMPTY_RESPONSE),
+    ({"chosen": "x", "rejected": " y", "prompt": "glued"}, render.GLUED),
+    ({"prompt": [{"role": "user", "content": "q"}], "chosen": "x", "rejected": "y"}, render.PLAIN),
+    ({"prompt": None, "chosen": [{"role": "user", "content": "q"}] * 3,
+      "rejected": [{"role": "user", "content": "q"}] * 2}, readers.PARTED_EARLY),
+    ({"chosen": " x", "rejected": " y", "tools": [{"name": "f"}]}, render.NEEDS_TEMPLATE),
+]  # fmt: skip
+
+
+def test_every_trouble_is_named_with_its_line(
+    story_model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "troubles.jsonl"
+    rows = [{"prompt": "Once ", **row} for row, _ in TROUBLES]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    argv = ["inspect", str(file), "--tokenizer", str(story_model_path)]
+    argv += ["--max_response_length", "4"]
+    found = run_json(capsys, *argv)
+    said = found["records"]["dropped"] | found["candidates"]["dropped"]
+    said |= found["notes"] | found["counts"]
+    for line, (_, trouble) in enumerate(TROUBLES, start=1):
+        assert line in said[trouble]["lines"], trouble
+    assert found["truncated"]["response"]["lines"] == [4]
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    assert all(trouble in text for _, trouble in TROUBLES)
+
+
+def test_the_help_lists_formats_and_the_field_map(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(name in said for name in formats.FORMATS)
+    assert "prompt=question,system=role" in said and all(n in said for n in formats.column_names())

@@ -203,6 +203,8 @@ CASES = {
     "scores of both": one(AB | {"score_a": 3, "score_b": 4}, "q", {"x": 3, "y": 4}, "ab"),
     "mapped verdict": one({"q": "q", "1": "x", "2": "y", "best": "b"}, "q", {"x": 0, "y": 1}, "ab",
                           options={"columns": "prompt=q,response_a=1,response_b=2,winner=best"}),
+    "mapped margin": one(AB | {"gap": 2}, "q", {"x": 2, "y": 0}, "ab",
+                         options={"columns": "margin=gap"}),
     "no verdict": Case([AB], "no verdict; expected one of winner, winner_model_a, margin", ""),
     "an odd winner": Case([AB | {"winner": "C"}], "winner is 'C' (str), expected one of a, m", ""),
     "a list of winners": Case([AB | {"winner": ["a"]}], "winner is ['a'] (list), expected", ""),
@@ -327,6 +329,20 @@ def test_marked_encodings(encoding: str, cached: bool, tmp_path: Path) -> None:
     options = {"cache_dir": tmp_path / "cache", "num_proc": 2} if cached else {}
     groups, _ = load_groups(tmp_path / "a.jsonl", make_tokenizer(), **options)
     assert [group.name for group in groups] == [f"{tmp_path / 'a.jsonl'}:{n}" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_texts_of_a_table_that_look_like_numbers_are_texts(suffix: str, tmp_path: Path) -> None:
+    sep = "," if suffix == ".csv" else "\t"
+    path = tmp_path / f"a{suffix}"
+    rows = [["question", "response_a", "response_b", "winner"], ["007", "1.50", "nan", "a"]]
+    path.write_text("".join(sep.join(row) + "\n" for row in rows))
+    [record] = read_records(path, columns="prompt=question")
+    assert (record.prompt, record.responses, record.scores) == ("007", ["1.50", "nan"], [1, 0])
+    rows = [["prompt", "completion", "label"], ["q", "1", "True"], ["q", "02", "False"]]
+    path.write_text("".join(sep.join(row) + "\n" for row in rows))
+    [record] = read_records(path)
+    assert (record.responses, record.scores) == (["1", "02"], [1, 0])
 
 
 def test_patterns(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from torchrun import torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrank.cli.main import main
+from fastrank.errors import InputError
 from fastrank.training.callbacks import read_metrics
+from fastrank.workflow import online
+from fastrank.workflow.candidates import group_of_item
 from fastrank.workflow.items import PromptItem
 from fastrank.workflow.online_data import Round, RoundCandidates, round_metrics
 
@@ -55,6 +59,27 @@ def whole(policy_path, tmp_path_factory) -> Path:
     online_runs.write_inputs(folder)
     assert train(folder, folder / "run", policy_path, *SAVING) == 0
     return folder
+
+
+def test_a_text_prompt_as_a_message_is_one_in_sampling_and_in_training(
+    inputs, policy_path, monkeypatch
+):
+    made = []
+
+    def stop(*args, **kwargs):
+        made.append(kwargs["job"])
+        raise InputError("enough")
+
+    monkeypatch.setattr(online, "train", stop)
+    monkeypatch.setattr(online, "RoundMaker", lambda **fields: made.append(fields))
+    more = ["--as_chat", "true", "--chat_template", "chatml"]
+    assert train(inputs, inputs / "run", policy_path, *more) == 2
+    fields, job = made
+    prompt = job.tokenizer.decode(fields["encoded"].ids[0])
+    assert prompt.endswith("<|im_start|>user\n0<|im_end|>\n<|im_start|>assistant\n")
+    item = replace(fields["items"][0], responses=["x"], scores=[1.0], sources=["m"], ended=[True])
+    group = group_of_item(item, job.tokenizer, fields["limit"])
+    assert job.tokenizer.decode(group.prompt_ids) == prompt
 
 
 def test_rounds_follow_the_steps(whole):
