@@ -92,11 +92,16 @@ class RankTrainer(TrainerHooks, Trainer):
             loss that needs reference scores which the groups do not have; records that cannot be
             used, or that come without a tokenizer; a stream without ``max_steps``.
 
-    >>> trainer = RankTrainer(  # doctest: +SKIP
-    ...     "Qwen/Qwen3-0.6B",
-    ...     RankConfig(output_dir="run", loss="rrhf"),
-    ...     train_dataset=[{"prompt": "2 + 2 =", "responses": [" 4", " 5"], "scores": [1.0, 0.0]}],
-    ... )
+    Example::
+
+        trainer = RankTrainer(
+            "Qwen/Qwen3-0.6B",
+            RankConfig(output_dir="run", loss="rrhf"),
+            train_dataset=[
+                {"prompt": "2 + 2 =", "responses": [" 4", " 5"], "scores": [1.0, 0.0]},
+            ],
+        )
+        trainer.train()
     """
 
     args: RankConfig

@@ -42,7 +42,7 @@ def compute_rank_scores(
     if cu_groups is not None and cu_groups.device.type == "cpu":
         check_offsets("cu_groups", cu_groups, scores.shape[0], "scores", allow_empty=True)
     if rewards.device.type == "cpu":
-        check_not_nan("rewards", rewards if valid is None else rewards[valid])
+        check_finite("rewards", rewards if valid is None else rewards[valid])
     module = backend_module(backend, scores.device, scores.dtype)
     found: tuple[Tensor, Tensor] = module.rank_scores(scores, rewards, cu_groups, valid, spec)
     return found
