@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -21,6 +22,30 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def pytest_itemcollected(item: pytest.Item) -> None:
     if not INTERPRETED:
         item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _faster_interpreter() -> None:
+    """Every call of a device function lists all members of triton's language, to find what it has
+    found before: a third of the time. What is built in stays the same."""
+    if not INTERPRETED:
+        return
+    import inspect
+
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    @cache
+    def builtins(package: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch(package: Any, builder: Any, scope: Any) -> None:
+        for name in builtins(package):
+            member = getattr(package, name)
+            if is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    setattr(interpreter, "_patch_builtin", patch)  # noqa: B010
 
 
 @pytest.fixture
