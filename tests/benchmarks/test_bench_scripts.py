@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -58,14 +57,15 @@ def test_variants_have_the_names_of_today(tmp_path, a_row):
     assert "| fastrank, segmentwise |" in tables.make("a1", tmp_path)
 
 
-def test_tables_command_checks_and_rewrites(tmp_path, results):
+def test_tables_command_checks_and_rewrites(tmp_path, results, monkeypatch):
     readme = tmp_path / "README.md"
     readme.write_text(PAGE)
     folder = results()
 
     def run(*arguments: str) -> int:
-        command = [sys.executable, "-m", "bench.tables", f"--file={readme}"]
-        return subprocess.run([*command, f"--results={folder}", *arguments], cwd=ROOT).returncode
+        given = ["bench.tables", f"--file={readme}", f"--results={folder}", *arguments]
+        monkeypatch.setattr(sys, "argv", given)
+        return tables.main()
 
     assert run("--check") == 1 and readme.read_text() == PAGE
     assert run() == 0 and readme.read_text() != PAGE

@@ -38,7 +38,7 @@ STEP = {"model": "llama-2x32", "prompt": 11}
     ("name", "expected", "sizes"),
     [
         *(("K5", LOSS_VARIANTS, {**LOSS, "loss": loss, "dtype": dtype, "prompt": 4})
-          for loss in ("rrhf", "pro") for dtype in ("float32", "bfloat16")),
+          for loss, dtype in (("rrhf", "float32"), ("pro", "bfloat16"))),
         ("K2", LOSS_VARIANTS, {**LOSS, "dtype": "float32"}),
         ("R1-64x8", RANK_VARIANTS, {"groups": 5}),
         ("R1-64x8-pro", RANK_VARIANTS, {"groups": 3, "candidates": 4}),
