@@ -83,22 +83,3 @@ def test_a_loss_of_ones_own(batch) -> None:
 
 def test_every_snippet_is_tested() -> None:
     assert set(SNIPPETS) == {"loss backend", "packs", "own loss"}
-
-
-def test_the_map_names_every_room_and_nothing_else() -> None:
-    (text,) = re.findall(r"^## Map of the code.*?^```\n(.*?)^```", README.read_text(), re.S | re.M)
-    folder, named = README.parent, {}
-    for line in text.splitlines():
-        if not line.startswith(" "):  # folders, and beside them what is in them
-            folder = README.parent / line.split()[0]
-            assert all((README.parent / name).is_dir() for name in re.findall(r"\S+/(?= )", line))
-            continue
-        names = re.match(r" +((?:[\w*]+(?:\.py|/) ?)+)", line)
-        assert names, line
-        found = [[path.name for path in folder.glob(name)] for name in names[1].split()]
-        assert all(found), line
-        named.setdefault(folder, set()).update(name for some in found for name in some)
-    for folder, names in named.items():
-        rooms = {path.name for path in folder.iterdir() if "__" not in path.name}
-        assert names == rooms - {"py.typed"}, folder
-    assert len(named) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -114,3 +115,24 @@ def test_every_module_has_a_name_of_its_own() -> None:
 
 def test_the_package_stays_small() -> None:
     assert len(list(PACKAGES["fastrank"].rglob("*.py"))) <= 126
+
+
+def test_the_readme_maps_every_room_and_nothing_else() -> None:
+    (text,) = re.findall(
+        r"^## Map of the code.*?^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M
+    )
+    folder, named = ROOT, {}
+    for line in text.splitlines():
+        if not line.startswith(" "):  # folders, and beside them what is in them
+            folder = ROOT / line.split()[0]
+            assert all((ROOT / name).is_dir() for name in re.findall(r"\S+/(?= )", line))
+            continue
+        names = re.match(r" +((?:[\w*]+(?:\.py|/) ?)+)", line)
+        assert names, line
+        found = [[path.name for path in folder.glob(name)] for name in names[1].split()]
+        assert all(found), line
+        named.setdefault(folder, set()).update(name for some in found for name in some)
+    for folder, names in named.items():
+        rooms = {path.name for path in folder.iterdir() if "__" not in path.name}
+        assert names == rooms - {"py.typed"}, folder
+    assert len(named) == 2
