@@ -61,7 +61,8 @@ def pairwise_accuracy(scores: Ragged, rewards: Ragged, *, cu_groups: Any = None)
         The mean over groups of (pairs ordered right + ½ pairs with tied scores) / pairs, in [0, 1].
 
     Raises:
-        ValueError: lengths or offsets disagree, or a value is not finite.
+        ValueError: lengths or offsets disagree, a reward is not finite, or a score is NaN or +inf;
+            a score of -inf, of a response that the model rules out, is below every other.
     """
     return _mean(_pairwise_accuracy, scores, rewards, cu_groups)
 
@@ -211,8 +212,8 @@ def _to_groups(
                 f"scores and rewards must hold equally many groups, "
                 f"got {len(scores)} and {len(rewards)}"
             )
-        return [_vector(s, "scores") for s in scores], [_vector(r, "rewards") for r in rewards]
-    flat_scores, flat_rewards = _vector(scores, "scores"), _vector(rewards, "rewards")
+        return [_scores(s) for s in scores], [_rewards(r) for r in rewards]
+    flat_scores, flat_rewards = _scores(scores), _rewards(rewards)
     offsets = [int(offset) for offset in cu_groups]
     if not offsets or offsets[0] != 0 or any(b < a for a, b in itertools.pairwise(offsets)):
         raise ValueError(f"cu_groups must start at 0 and never fall, got {offsets[:8]}")
@@ -225,12 +226,24 @@ def _to_groups(
     return list(flat_scores.split(sizes)), list(flat_rewards.split(sizes))
 
 
+def _scores(values: Any) -> Tensor:
+    tensor = _vector(values, "scores")
+    if not bool((tensor < math.inf).all()):  # not so for NaN either
+        raise ValueError(f"scores must be below inf, got {tensor[~(tensor < math.inf)][0].item()}")
+    return tensor
+
+
+def _rewards(values: Any) -> Tensor:
+    tensor = _vector(values, "rewards")
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"rewards must be finite, got {tensor[~tensor.isfinite()][0].item()}")
+    return tensor
+
+
 def _vector(values: Any, name: str) -> Tensor:
     tensor = torch.as_tensor(values).detach().to("cpu", torch.float64)
     if tensor.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional for each group, got {tensor.ndim} axes")
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got {tensor[~tensor.isfinite()][0].item()}")
     return tensor
 
 

@@ -108,6 +108,20 @@ def test_equal_scores_on_best_first_data_are_chance() -> None:
 
 
 @pytest.mark.parametrize("function", ALL)
+def test_scores_of_minus_infinity_are_below_every_other(function) -> None:
+    """Also two of them, which tie, in a group of another width that is padded with the same."""
+    generator = random.Random(8)
+    groups = [_random_group(generator, tied_scores=True, size=n) for n in (3, 4, 5, 6)]
+    infinite = [
+        ([-math.inf if s == min(own) else s for s in own], rewards) for own, rewards in groups
+    ]
+    infinite.append(([-math.inf, -math.inf], [1.0, 0.0]))
+    lower = [([max(s, -99.0) for s in own], rewards) for own, rewards in infinite]
+    found, expected = (function(*zip(*some, strict=True)) for some in (infinite, lower))
+    assert found == expected
+
+
+@pytest.mark.parametrize("function", ALL)
 def test_groups_without_a_pair_are_left_out(function) -> None:
     informative = ([0.1, 0.4, 0.2], [0.0, 1.0, 2.0])
     alone = function([informative[0]], [informative[1]])
@@ -150,7 +164,8 @@ def test_many_groups_are_split_into_blocks(monkeypatch) -> None:
     [
         ([[1.0]], [[1.0], [2.0]], None, "equally many groups, got 1 and 2"),
         ([[1.0, 2.0]], [[1.0, 2.0, 3.0]], None, "group 0 must have as many .* got 2 and 3"),
-        ([[1.0, math.nan]], [[1.0, 2.0]], None, "scores must be finite, got nan"),
+        ([[1.0, math.nan]], [[1.0, 2.0]], None, "scores must be below inf, got nan"),
+        ([[1.0, math.inf]], [[1.0, 2.0]], None, "scores must be below inf, got inf"),
         ([[1.0, 2.0]], [[1.0, math.inf]], None, "rewards must be finite, got inf"),
         ([[[1.0, 2.0]]], [[1.0, 2.0]], None, "scores must be one-dimensional"),
         ([1.0, 2.0], [1.0, 2.0], [0, 1], "cu_groups must end at 2 .* got 1"),

@@ -24,7 +24,7 @@ from fastrank.data.packing import Group
 from fastrank.training.batching import StepBatch
 from fastrank.training.checkpoint import last_good
 from fastrank.training.engine import Engine
-from fastrank.training.step_metrics import Computed
+from fastrank.training.step_metrics import Computed, are_possible
 
 _NAMES_SHOWN = 5
 
@@ -72,7 +72,17 @@ class FiniteGuard:
             is_sound: tries the group at this position in the training set alone; None where a
                 process cannot run the model alone.
         """
-        found = self._agreed(index for part in computed for index in part.bad_groups())
+
+        def at_fault(index: int, scores: Tensor) -> bool:
+            if not are_possible(scores):
+                return True
+            if bool(scores.isfinite().all()):
+                return False
+            # A loss may be finite at a score of -inf: the group alone tells.
+            return is_sound is None or not is_sound(batch.index[index])
+
+        pairs = (pair for part in computed for pair in part.groups())
+        found = self._agreed(index for index, scores in pairs if at_fault(index, scores))
         if not found and is_sound is not None:
             found = self._agreed(i for i in batch.members if not is_sound(batch.index[i]))
         return found or list(range(batch.num_groups))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -39,14 +39,10 @@ class Computed(NamedTuple):
     candidates: AllCandidates
     output: RankingOutput
 
-    def bad_groups(self) -> list[int]:
-        """Positions in the step of the groups with a score that is not finite."""
+    def groups(self) -> Iterator[tuple[int, Tensor]]:
+        """Position in the step and scores [n], on the host, of every group."""
         scores = _split(self.output.scores.detach().cpu(), self.candidates)
-        return [
-            index
-            for index, own in zip(self.candidates.group_index, scores, strict=True)
-            if not bool(own.isfinite().all())
-        ]
+        return zip(self.candidates.group_index, scores, strict=True)
 
 
 class Evaluated(NamedTuple):
@@ -68,6 +64,12 @@ class ScoredGroup(NamedTuple):
     """[n]"""
     implicit: Tensor | None = None
     """[n] rewards of the model over its reference, see `implicit_rewards`."""
+
+
+def are_possible(scores: Tensor) -> bool:
+    """Whether scores can be those of responses: -inf is, of one that the model rules out, which
+    some losses have no part in; NaN and +inf are not."""
+    return bool((scores < math.inf).all())
 
 
 def implicit_rewards(scores: Tensor, reference: Tensor | None, loss: Loss) -> Tensor | None:
@@ -210,8 +212,8 @@ class Evaluation:
         rewards: one array per group.
         values: ``loss``, ``rank_loss``, ``sft_loss`` (means over groups) and those of
             `score_metrics`; NaN values are left out.
-        bad: positions of groups with a score that is not finite; they are in no value, and
-            ``skipped_records`` counts them.
+        bad: positions of groups with a score that cannot be (see `are_possible`), or with a loss
+            that is not finite; they are in no value, and ``skipped_records`` counts them.
     """
 
     scores: list[np.ndarray]
@@ -222,17 +224,22 @@ class Evaluation:
 
 def summarize(evaluated: Iterable[Evaluated], loss: Loss, gather: Gather) -> Evaluation:
     """Bring every process's groups together. Every process must call it."""
-    # Positions in the data set; scores, rewards and implicit rewards.
-    groups: list[tuple[int, np.ndarray, np.ndarray, np.ndarray | None]] = []
+    # Positions in the data set; scores, rewards and implicit rewards; whether all is well.
+    groups: list[tuple[int, np.ndarray, np.ndarray, np.ndarray | None, bool]] = []
     sums, count = dict.fromkeys(_LOSSES, 0.0), 0
     for item in evaluated:
-        scores = _split(item.output.scores.float().cpu(), item.candidates)
-        own = _to_host(item.candidates, item.output.scores.float())
+        own = _to_host(item.candidates, item.output.scores.float()).groups(loss)
+        good = torch.tensor(
+            [are_possible(g.scores if g.implicit is None else g.implicit) for g in own]
+        )
+        finite = item.output.loss.detach().cpu().isfinite()
+        if finite.dim() == 0 and not bool(finite):  # of a sum it is not known whose
+            finite = torch.stack([g.scores.isfinite().all() for g in own])
+        good &= finite
         groups += [
-            (index, s.numpy(), r.numpy(), None if i is None else i.numpy())
-            for index, (s, r, i) in zip(item.members, own.groups(loss), strict=True)
+            (index, s.numpy(), r.numpy(), None if i is None else i.numpy(), fine)
+            for index, (s, r, i), fine in zip(item.members, own, good.tolist(), strict=True)
         ]
-        good = torch.stack([s.isfinite().all() for s in scores])
         if item.output.loss.dim() == 0:
             if not bool(good.all()):
                 continue  # a sum that a bad group is part of
@@ -247,15 +254,15 @@ def summarize(evaluated: Iterable[Evaluated], loss: Loss, gather: Gather) -> Eva
     ordered: list[Any] = sorted(
         itertools.chain.from_iterable(part["groups"] for part in everyone), key=lambda item: item[0]
     )
-    bad = [index for index, scores, *_ in ordered if not np.isfinite(scores).all()]
+    bad = [index for index, *_, fine in ordered if not fine]
     good_groups = [
         ScoredGroup(
             torch.from_numpy(scores),
             torch.from_numpy(rewards),
             None if implicit is None else torch.from_numpy(implicit),
         )
-        for _, scores, rewards, implicit in ordered
-        if np.isfinite(scores).all()
+        for _, scores, rewards, implicit, fine in ordered
+        if fine
     ]
     total = max(sum(part["count"] for part in everyone), 1)
     values = {name: sum(part["sums"][name] for part in everyone) / total for name in _LOSSES}
@@ -264,7 +271,7 @@ def summarize(evaluated: Iterable[Evaluated], loss: Loss, gather: Gather) -> Eva
         values["skipped_records"] = float(len(bad))
     return Evaluation(
         scores=[s for _, s, *_ in ordered],
-        rewards=[r for _, _, r, _ in ordered],
+        rewards=[r for _, _, r, *_ in ordered],
         values=_known(values),
         bad=bad,
     )
@@ -274,7 +281,8 @@ def summarize(evaluated: Iterable[Evaluated], loss: Loss, gather: Gather) -> Eva
 
 
 def score_metrics(groups: Sequence[ScoredGroup], *, full: bool = False) -> dict[str, float]:
-    """Ranking metrics under the names that dashboards know; NaN where no group has a pair.
+    """Ranking metrics under the names that dashboards know; NaN where no group has a pair, and not
+    finite where a score of -inf is part of a mean.
 
     ``rewards/chosen`` is the model's score of the best candidate, ``rewards/rejected`` the mean of
     the others', over the groups that have a strict pair. Where a loss uses a reference,
@@ -311,7 +319,7 @@ def _best_and_rest(values: Sequence[Tensor], rewards: Sequence[Tensor]) -> tuple
         best = int(group_rewards.argmax())  # the first of the highest
         if bool(group_rewards.min() < group_rewards[best]):
             chosen.append(float(own[best]))
-            rejected.append((float(own.sum()) - chosen[-1]) / (len(own) - 1))
+            rejected.append(float(torch.cat((own[:best], own[best + 1 :])).mean()))
     return _mean(chosen), _mean(rejected)
 
 
@@ -321,7 +329,7 @@ def _split(values: Tensor, candidates: AllCandidates) -> Sequence[Tensor]:
 
 
 def _known(values: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if not math.isnan(value)}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _mean(values: list[float]) -> float:

@@ -261,7 +261,10 @@ class Phases:
                 if len(chosen.tokens):
                     at = send(chosen.tokens, self.device)
                     total = (found * ranked.coefficients[at]).sum() * self.engine.world_size
-                    drift = torch.maximum(drift, (found.detach() - logprobs[at]).abs().max())
+                    # The same -inf twice is no difference.
+                    now, before = found.detach(), logprobs[at]
+                    apart = torch.where(now == before, 0.0, (now - before).abs())
+                    drift = torch.maximum(drift, apart.max())
                 else:
                     total = found.sum() * 0.0
                 with torch.autocast(self.device.type, enabled=False):

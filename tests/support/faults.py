@@ -48,6 +48,15 @@ def spoil_gradients(model: Any) -> None:
     model.get_input_embeddings().register_forward_hook(hook)
 
 
+def rule_out(model: Any) -> None:
+    """The trigger has a probability of exactly 0: a response that holds it scores -inf."""
+    head = model.get_output_embeddings()
+    bias = torch.zeros(head.out_features)
+    bias[TRIGGER] = -torch.inf
+    del head.bias
+    head.register_buffer("bias", bias)  # as a parameter it would be a weight that is not finite
+
+
 def limit_memory(model: Any, tokens: int, error: type[Exception] = torch.OutOfMemoryError) -> None:
     """A device that can hold packs of ``tokens`` tokens."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from faults import Inject, clean_groups, poison, spoil_gradients, spoil_scores
+from faults import Inject, clean_groups, poison, rule_out, spoil_gradients, spoil_scores
 from trainer_runs import assert_same_values, assert_same_weights, step_logs
 from transformers import AutoModelForCausalLM
 
@@ -141,3 +143,38 @@ def test_an_evaluation_names_or_leaves_out_bad_records(
     assert values["eval_skipped_records"] == 2.0
     rest = [group for i, group in enumerate(groups) if i not in (3, 20)]
     assert_same_values(values, make_trainer(clean, rest).evaluate(), rel=1e-5)
+
+
+@pytest.mark.parametrize("backprop", ["joint", "two_phase"])
+def test_a_candidate_that_the_model_rules_out_may_lose_but_not_win(
+    make_trainer: Make, menu_groups: list[Group], backprop: str
+) -> None:
+    """A score of -inf has no part in RRHF's loss where the candidate is the worst; where it is the
+    best the loss is infinite, and only that record is at fault."""
+
+    def rewarded(group: Group, reward: float) -> Group:
+        rewards = group.rewards.clone()
+        rewards[0] = reward
+        return replace(group, rewards=rewards)
+
+    clean = clean_groups(menu_groups)
+    groups = poison(clean, [3, 5])
+    groups[3], groups[5] = rewarded(groups[3], -9.0), rewarded(groups[5], -9.0)
+    options = {"backprop": backprop, "max_steps": 3, "per_device_train_batch_size": 24}
+    trainer = make_trainer(groups, groups, loss="rrhf", **options)
+    rule_out(trainer.model)
+    trainer.train()
+    rows = step_logs(trainer)
+    assert [row["loss"] < float("inf") for row in rows] == [True] * 3
+    assert all("rewards/accuracies" in row and "rewards/rejected" not in row for row in rows)
+    values = trainer.evaluate()
+    assert "eval_skipped_records" not in values and 0 < values["eval_rank_loss"] < 100
+    assert trainer.evaluation_loop(trainer.get_eval_dataloader(), "").predictions[3][0] == -np.inf
+
+    groups[5] = rewarded(groups[5], 9.0)
+    losing = make_trainer(groups, groups, loss="rrhf", **options)
+    rule_out(losing.model)
+    with pytest.raises(TrainingStopped, match=r"menu:5 \(1 of the step's 24 records\)"):
+        losing.train()
+    with pytest.raises(TrainingStopped, match=r"menu:5 \(1 of 24 records\)"):
+        losing.evaluate()

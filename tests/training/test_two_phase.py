@@ -335,3 +335,16 @@ def test_dropout_that_no_module_states_is_found_by_the_numbers_it_draws():
     model.train()
     with pytest.raises(fastrank.InputError, match=r"draws random numbers.*attention_dropout=0.1"):
         two_phase_backward(model, large_groups(), loss=fastrank.RRHF(), max_tokens=PACK)
+
+
+def test_a_live_token_of_probability_zero_is_no_drift():
+    """Both phases find -inf for it, which is no difference."""
+    model = fastrank.prepare_model(llama())
+    head = model.get_output_embeddings()
+    head.bias = nn.Parameter(torch.zeros(head.out_features))
+    group = Group([1, 2], [[3, 4], [5, 6], [7]], [0.0, 2.0, 1.0])
+    with torch.no_grad():
+        head.bias[6] = -torch.inf
+    output = two_phase_backward(model, [group], loss=fastrank.RRHF(), max_tokens=PACK)
+    assert output.token_logprobs[3] == -torch.inf and output.live_fraction == 1.0
+    assert 0 <= output.drift < 1e-4
