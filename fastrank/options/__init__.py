@@ -175,6 +175,27 @@ class SharingOptions(PackOptions):
 
 
 @options
+class NormalizeOptions(Options):
+    """Scores."""
+
+    normalize: float | str | None = option(
+        "A score is the mean or the sum of a response's token log-probabilities, or for a number "
+        "their sum over the length to that power: 1 is the mean, 0 the sum (default: as the loss "
+        "has it).",
+        default=None,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from fastrank.arguments import check_normalize  # torch would slow the help down
+
+        try:
+            check_normalize("normalize", "mean" if self.normalize is None else self.normalize)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+
+@options
 class LossOptions(Options):
     """Loss."""
 

@@ -36,6 +36,7 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 class RankConfig(
     TrainingArguments,
     shared.LossOptions,
+    shared.NormalizeOptions,
     shared.SharingOptions,
     shared.DtypeOptions,
     shared.LengthOptions,
@@ -147,7 +148,7 @@ class RankConfig(
         chosen = self.ranking_loss  # an unknown name or option shows before anything is loaded
         if not isinstance(self.loss, str):
             # A checkpoint pickles these arguments, which a bare function need not survive.
-            self.loss, self.loss_kwargs = chosen, None
+            self.loss, self.loss_kwargs, self.normalize = chosen, None, None
         _choice("nonfinite", self.nonfinite, ("stop", "skip"))
         _choice("backprop", self.backprop, ("joint", "two_phase"))
         if self.two_phase and self.auto_find_pack_size:
@@ -191,10 +192,14 @@ class RankConfig(
 
     @cached_property
     def ranking_loss(self) -> Loss:
-        """What ``loss`` names or is, with ``loss_kwargs``."""
-        options = self.loss_kwargs if isinstance(self.loss_kwargs, dict) else {}
+        """What ``loss`` names or is, with ``loss_kwargs`` and ``normalize``."""
+        options = dict(self.loss_kwargs) if isinstance(self.loss_kwargs, dict) else {}
         chosen: Any = self.loss
         try:
+            if self.normalize is not None and "normalize" in options:
+                raise ValueError("normalize and loss_kwargs must not both set normalize")
+            if self.normalize is not None:
+                options["normalize"] = self.normalize
             if isinstance(chosen, str) and is_function(chosen):
                 chosen = load_named(chosen, "loss")
             if isinstance(chosen, str):
@@ -204,7 +209,9 @@ class RankConfig(
             if not isinstance(chosen, Loss) and callable(chosen):
                 return FunctionLoss(chosen, **options)
             if options:
-                raise ValueError(f"loss_kwargs goes with a loss's name or function, got {chosen}")
+                raise ValueError(
+                    f"loss_kwargs and normalize go with a loss's name or function, got {chosen}"
+                )
             return as_loss(chosen)
         except (TypeError, ValueError) as error:
             raise InputError(" ".join(str(error).split())) from error

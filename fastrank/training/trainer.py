@@ -63,6 +63,7 @@ from fastrank.training.engine import AccelerateEngine, all_processes
 from fastrank.training.guards import FiniteGuard, name_groups
 from fastrank.training.inputs import as_groups, as_model, length_limits
 from fastrank.training.memory import largest_fitting
+from fastrank.training.references import attach_reference, reference_of
 from fastrank.training.step_metrics import Evaluated, StepWindow, summarize
 from fastrank.training.two_phase import check_deterministic
 
@@ -85,12 +86,16 @@ class RankTrainer(TrainerHooks, Trainer):
         processing_class: the tokenizer, saved beside the model; by default that of a model given by
             its name.
         peft_config: a PEFT configuration to wrap the model with.
+        ref_model: the reference of a loss that uses one, a model or the name or folder of one; by
+            default the model below an adapter. It scores groups that have no ``reference_scores``
+            once, here; scores of a model by name are kept in the cache folder.
         callbacks, optimizers: as for ``Trainer``.
 
     Raises:
         InputError: no group, a group that fits no pack or holds tokens the model does not have, a
-            loss that needs reference scores which the groups do not have; records that cannot be
-            used, or that come without a tokenizer; a stream without ``max_steps``.
+            loss that needs reference scores which the groups do not have and no reference gives;
+            records that cannot be used, or that come without a tokenizer; a stream without
+            ``max_steps``.
 
     Example::
 
@@ -114,6 +119,7 @@ class RankTrainer(TrainerHooks, Trainer):
         eval_dataset: Sequence[Group] | dict[str, Any] | Any | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any | None = None,
+        ref_model: str | Path | nn.Module | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -126,8 +132,11 @@ class RankTrainer(TrainerHooks, Trainer):
             args.eval_strategy = "no"
         self.loss = args.ranking_loss
         model, processing_class = as_model(model, processing_class, given)
+        reference = reference_of(
+            ref_model, model, args, adapted=peft_config is not None, tokenizer=processing_class
+        )
         train_dataset, eval_dataset = self._groups(
-            train_dataset, eval_dataset, processing_class, model, args
+            train_dataset, eval_dataset, processing_class, model, reference, args
         )
         if peft_config is not None:
             model = adapt(model, peft_config, args.seed)
@@ -190,11 +199,18 @@ class RankTrainer(TrainerHooks, Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(self.lm)
 
     def _groups(
-        self, train: Any, evaluation: Any, tokenizer: Any, model: nn.Module, args: RankConfig
+        self,
+        train: Any,
+        evaluation: Any,
+        tokenizer: Any,
+        model: nn.Module,
+        reference: str | nn.Module | None,
+        args: RankConfig,
     ) -> tuple[Any, Any]:
-        """Groups of what was given to train on and to evaluate on, checked."""
+        """Groups of what was given to train on and to evaluate on, checked, and with the scores of
+        a reference where there is one."""
 
-        def made(name: str, data: Any, *, may_stream: bool = False) -> Sequence[Group]:
+        def made(name: str, data: Any) -> Sequence[Group]:
             groups = as_groups(
                 name,
                 data,
@@ -204,10 +220,11 @@ class RankTrainer(TrainerHooks, Trainer):
                 quiet=args.process_index > 0,
             )
             if not isinstance(groups, StreamedGroups):
+                groups = self._referenced(name, groups, reference, args)
                 self._check_groups(name, groups, model, args)
                 return groups
             for wrong, what in (
-                (not may_stream, "is read whole; expected a data set, got a stream"),
+                (name != "train_dataset", "is read whole; expected a data set, got a stream"),
                 (args.max_steps < 1, "is a stream, which needs max_steps"),
                 (args.dataloader_num_workers > 0, "is a stream, which takes no loader's workers"),
                 (
@@ -220,13 +237,19 @@ class RankTrainer(TrainerHooks, Trainer):
                     raise InputError(f"{name} {what}")
             return groups
 
-        if train is not None:
-            train = made("train_dataset", train, may_stream=True)
-        if isinstance(evaluation, dict):
-            evaluation = {key: made(f"eval_dataset {key!r}", x) for key, x in evaluation.items()}
-        elif evaluation is not None:
-            evaluation = made("eval_dataset", evaluation)
-        return train, evaluation
+        return _each_set(made, train, evaluation)
+
+    def _referenced(
+        self,
+        name: str,
+        groups: Sequence[Group],
+        reference: str | nn.Module | None,
+        args: RankConfig,
+    ) -> Sequence[Group]:
+        """The groups with reference scores, where there is a reference to give them."""
+        if reference is None or not len(groups):
+            return groups
+        return attach_reference(name, groups, reference, args)
 
     def _check_groups(
         self, name: str, groups: Sequence[Group], model: nn.Module, args: RankConfig
@@ -247,8 +270,8 @@ class RankTrainer(TrainerHooks, Trainer):
             for group in groups:
                 if group.reference_scores is None:
                     raise InputError(
-                        f"{group.name or name}: the loss {args.loss} needs reference_scores, "
-                        "got none"
+                        f"{group.name or name}: the loss {args.loss} needs reference_scores or "
+                        "a ref_model, got none"
                     )
 
     # ---- a run ---------------------------------------------------------------------------
@@ -326,8 +349,13 @@ class RankTrainer(TrainerHooks, Trainer):
         plateau = self.args.lr_scheduler_type == "reduce_lr_on_plateau"
         if self.args.metric_for_best_model is None and not plateau:
             return None
-        sets = _named_sets(None, self.eval_dataset)
-        return {name: plan.groups_plan(groups) for name, groups in sets}
+        plans: dict[str, str] = {}
+        _each_set(
+            lambda name, groups: plans.setdefault(name, plan.groups_plan(groups)),
+            None,
+            self.eval_dataset,
+        )
+        return plans
 
     def loads(self, what: str) -> bool:
         renewed = {
@@ -625,10 +653,12 @@ def _unused_collator(items: list[Any]) -> dict[str, Any]:
     raise TypeError("RankTrainer's loaders cut packs; a data collator is never called")
 
 
-def _named_sets(train: Any, evaluation: Any) -> list[tuple[str, Sequence[Group]]]:
-    sets = [] if train is None else [("train_dataset", train)]
+def _each_set(made: Callable[[str, Any], Any], train: Any, evaluation: Any) -> tuple[Any, Any]:
+    """What ``made`` makes of each set of groups, given its name for messages."""
+    if train is not None:
+        train = made("train_dataset", train)
     if isinstance(evaluation, dict):
-        sets += [(f"eval_dataset {name!r}", groups) for name, groups in evaluation.items()]
+        evaluation = {name: made(f"eval_dataset {name!r}", x) for name, x in evaluation.items()}
     elif evaluation is not None:
-        sets.append(("eval_dataset", evaluation))
-    return sets
+        evaluation = made("eval_dataset", evaluation)
+    return train, evaluation

@@ -139,6 +139,10 @@ class OnlineTrainer(RankTrainer):
         maker.rank, maker.world_size = self.engine.rank, self.engine.world_size
         maker.gather, maker.max_tokens = self.engine.gather, self.max_tokens
 
+    def _referenced(self, name: str, groups: Sequence[Group], *rest: Any) -> Sequence[Group]:
+        # A round brings its own.
+        return groups if groups is self._candidates else super()._referenced(name, groups, *rest)
+
     def _check_groups(
         self, name: str, groups: Sequence[Group], model: nn.Module, args: RankConfig
     ) -> None:

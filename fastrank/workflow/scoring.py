@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from fastrank import options as shared
 from fastrank.data.fields import end_names
 from fastrank.errors import InputError
-from fastrank.options.declare import change, check_least, option, options, values_of
+from fastrank.options.declare import change, check_least, options, values_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,7 @@ class ScoreOptions(
     shared.ReadOptions,
     shared.TextOptions,
     shared.SharingOptions,
+    shared.NormalizeOptions,
     shared.OutputOptions,
     shared.LoadOptions,
     shared.JsonOptions,
@@ -49,8 +50,10 @@ class ScoreOptions(
         "Records: JSONL, JSON or Parquet file, folder, or Hub data set.", required=True
     )
     output: str | None = change("JSONL file to write: every scored record with its model_scores.")
-    normalize: Literal["mean", "sum"] = option(
-        "Mean or sum of a response's token log-probabilities.", default="mean"
+    normalize: float | str = change(
+        "A score is the mean or the sum of a response's token log-probabilities, or for a number "
+        "their sum over the length to that power.",
+        default="mean",
     )
 
 
@@ -177,10 +180,12 @@ def _portions(
 
 
 def _score(model: PreTrainedModel, groups: list[Group], options: ScoreOptions) -> list[Tensor]:
+    from fastrank.arguments import Normalize
     from fastrank.modeling.score import score
 
+    normalize = cast(Normalize, options.normalize)
     try:
-        return score(model, groups, max_tokens=options.max_tokens, normalize=options.normalize)
+        return score(model, groups, max_tokens=options.max_tokens, normalize=normalize)
     except ValueError as error:  # a tokenizer that does not go with the model, longrope, ...
         raise InputError(str(error)) from error
 

@@ -39,12 +39,15 @@ def _separate(model: torch.nn.Module, group: Group, normalize: str) -> list[floa
             logp = model(input_ids=ids).logits[0].log_softmax(-1)
         start = len(group.prompt_ids)
         picked = logp[start - 1 : -1].gather(1, response[:, None])[:, 0]
-        scores.append(float(picked.sum() if normalize == "sum" else picked.mean()))
+        exponent = {"sum": 0.0, "mean": 1.0}[normalize] if normalize.isalpha() else float(normalize)
+        scores.append(float(picked.sum()) / len(response) ** exponent)
     return scores
 
 
-@pytest.mark.parametrize("normalize", ["mean", "sum"])
-@pytest.mark.parametrize("options", [[], ["--shared_prompts", "false"]])
+@pytest.mark.parametrize(
+    ("normalize", "options"),
+    [("mean", []), ("sum", ["--shared_prompts", "false"]), ("0.7", [])],
+)
 def test_scores_equal_separate_passes_and_are_written_back(
     options: list[str],
     normalize: str,

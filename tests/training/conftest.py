@@ -55,7 +55,8 @@ def make_trainer(tmp_path: Any) -> Callable[..., RankTrainer]:
     """A trainer of a fresh tiny Llama; keyword arguments are options of the run."""
 
     def make(groups: list[Group], eval_groups: list[Group] | None = None, **options: Any) -> Any:
-        callbacks = options.pop("callbacks", None)
+        names = ("callbacks", "peft_config", "ref_model")
+        given = {name: options.pop(name) for name in names if name in options}
         model = options.pop("model", None) or tiny_llama(0)
         defaults: dict[str, Any] = {
             "output_dir": str(tmp_path / "run"),
@@ -67,6 +68,6 @@ def make_trainer(tmp_path: Any) -> Callable[..., RankTrainer]:
             "disable_tqdm": True,
         }
         config = RankConfig(**(defaults | options))
-        return RankTrainer(model, config, groups, eval_groups, callbacks=callbacks)
+        return RankTrainer(model, config, groups, eval_groups, **given)
 
     return make

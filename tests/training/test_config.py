@@ -49,6 +49,8 @@ def test_groups_per_step_counts_accumulation() -> None:
         ({"nonfinite": "ignore"}, "nonfinite must be one of stop, skip, got 'ignore'"),
         ({"dtype": "float8"}, "dtype must be one of auto, float32, bfloat16, got 'float8'"),
         ({"fp16": True}, "fp16 is not supported"),
+        ({"normalize": -1.0}, "RRHF: normalize must be 'mean', 'sum' or a number >= 0, got -1.0"),
+        ({"normalize": 0.5, "loss_kwargs": {"normalize": 1}}, "must not both set normalize"),
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter must be False"),
         ({"auto_find_batch_size": True}, "use auto_find_pack_size"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),

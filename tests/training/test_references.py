@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+from pack_cases import tied_groups
+from peft import LoraConfig, get_peft_model
+from trainer_runs import step_logs
 
 from fastrank.cli.main import main
+from fastrank.data.group import Group
 from fastrank.data.report import strict_pairs
+from fastrank.errors import InputError
 from fastrank.losses import DPO
+from fastrank.modeling.pretrained import load_model
+from fastrank.modeling.score import score
 from fastrank.tasks.menu import menu_task
 from fastrank.training.step_metrics import PackScores, score_metrics
 
@@ -118,10 +126,79 @@ def test_a_reference_that_is_of_no_use_is_one_line(command, tmp_path, capsys, mo
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def groups() -> list[Group]:
+    return tied_groups(5, 5, vocab=31)[:16]
+
+
+def test_the_trainer_scores_by_its_reference(
+    make_trainer, groups, policy_path, other_policy_path, tmp_path, monkeypatch
+) -> None:
+    """A model, the folder of one, and scores that the groups bring give the same run; the starting
+    model as reference gives margins of 0. A folder's scores are kept for the next start."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    other = load_model(other_policy_path, "float32")
+    brought = [
+        replace(group, reference_scores=scores)
+        for group, scores in zip(groups, score(other, groups, normalize="sum"), strict=True)
+    ]
+    runs = []
+    for given, reference in ((brought, None), (groups, other_policy_path), (groups, other)):
+        options = {"loss": "dpo", "max_steps": 2, "model": load_model(policy_path, "float32")}
+        run = make_trainer(given, given[:4], ref_model=reference, **options)
+        run.train()
+        runs.append((step_logs(run), run.evaluate()))
+    for logs, values in runs[1:]:
+        for row, expected in zip(logs, runs[0][0], strict=True):
+            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+            assert row["rewards/margins"] == pytest.approx(expected["rewards/margins"], rel=1e-4)
+        assert values["eval_loss"] == pytest.approx(runs[0][1]["eval_loss"], rel=1e-6)
+    assert len(list((tmp_path / "home").rglob("reference-*.safetensors"))) == 2
+    policy = load_model(policy_path, "float32")
+    start = make_trainer(groups, groups[:4], ref_model=policy, loss="nca", model=policy).evaluate()
+    assert start["eval_rewards/margins"] == start["eval_rewards/chosen"] == 0
+    assert start["eval_logps/chosen"] < -1
+
+
+def test_the_model_below_an_adapter_is_its_reference(make_trainer, groups, policy_path) -> None:
+    """A fresh adapter changes nothing yet; a trained one, given as the model, is switched off."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    options = {"loss": "dpo", "max_steps": 1}
+    base = load_model(policy_path, "float32")
+    wanted = score(base, groups, normalize="sum")
+    fresh = make_trainer(groups, model=base, peft_config=adapter, **options)
+    adapted = get_peft_model(load_model(policy_path, "float32"), adapter)
+    given = make_trainer(groups, model=adapted, **options)
+    for run in (fresh, given):
+        found = [run.train_dataset[i].reference_scores for i in range(len(groups))]
+        torch.testing.assert_close(torch.cat(found), torch.cat(wanted))
+        run.train()
+        assert math.isfinite(step_logs(run)[0]["loss"])
+    (moved,) = step_logs(given)
+    assert moved["rewards/margins"] != 0  # the adapter is on again
+
+
+def test_what_the_trainer_cannot_take_as_reference(make_trainer, groups, policy_path) -> None:
+    scored = replace(groups[1], reference_scores=[0.0] * groups[1].num_candidates)
+    adapter = LoraConfig(r=4, target_modules=["q_proj"])
+    for given, options, said in (
+        (groups, {"loss": "dpo"}, "the loss dpo needs reference_scores or a ref_model, got none"),
+        (groups, {"ref_model": policy_path}, "ref_model is for losses that use a reference, such"),
+        (groups, {"loss": "dpo", "ref_model": "./no"}, "./no: no such model folder"),
+        (
+            [groups[0], scored],
+            {"loss": "dpo", "peft_config": adapter},
+            "train_dataset: all groups or none must have reference_scores, got 1 of 2",
+        ),
+    ):
+        with pytest.raises(InputError, match=said):
+            make_trainer(given, **options)
+
+
 def test_a_reference_with_other_tokens_is_refused(command, tmp_path, capsys) -> None:
     other = tiny_models.save_llama(tmp_path / "other")
     tokenizer = tiny_models.ascii_tokenizer()
     tokenizer.add_tokens(["extra"])
     tokenizer.save_pretrained(other)
     assert main([*command, "--loss", "dpo", "--reference_model", str(other)]) == 2
-    assert "its tokens are not those of --model" in capsys.readouterr().err
+    assert "its tokens are not those of the model to train" in capsys.readouterr().err
