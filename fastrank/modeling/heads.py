@@ -8,12 +8,13 @@ it reproduces them.
 
 The loss is computed inside the head module's own forward (`call_head`): there, and only there,
 every engine has made the weight whole (FSDP2 gathers the unit that the head belongs to, ZeRO-3 the
-module), and a hook that casts or moves the head's input takes effect. What cannot be reproduced,
-and a head that is not a plain linear layer (with an adapter, quantised, sharded over a
-tensor-parallel mesh, with a hook on its logits), takes the logits path: the model computes its own
-logits, at the cost of memory for all response rows' logits, with the same values and gradients.
-Multiplying by an adapter's factors here would save memory for one kind of adapter; the logits path
-is right for every kind.
+module), and a hook that casts or moves the head's input takes effect. A head that tensor
+parallelism divides over the vocabulary stays divided (``vocab_group`` of
+`fastrank.linear_ranking_loss`). What cannot be reproduced, and a head that is not a plain linear
+layer (with an adapter, quantised, divided in another way, with a hook on its logits), takes the
+logits path: the model computes its own logits, at the cost of memory for all response rows' logits,
+with the same values and gradients. Multiplying by an adapter's factors here would save memory for
+one kind of adapter; the logits path is right for every kind.
 """
 
 from __future__ import annotations
@@ -28,22 +29,30 @@ from types import MethodType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.modules import module as torch_module
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fastrank.arguments import HeadPathName
 from fastrank.data.packing import Pack
 from fastrank.errors import InputError
+from fastrank_kernels import agree_on_shard
 
 ResultT = TypeVar("ResultT", bound="Tensor | tuple[Tensor, ...]")
-Compute = Callable[[Tensor, Tensor, "Tensor | None"], ResultT]
-"""From the head's input, weight and bias to a result."""
+Compute = Callable[[Tensor, Tensor, "Tensor | None", "ProcessGroup | None"], ResultT]
+"""From the head's input, weight and bias to a result; and the processes among which the vocabulary
+is divided, if it is: weight and bias are this one's rows then."""
 
 # Hooks of these packages gather weights and leave values alone.
 _GATHERING = ("torch.distributed.fsdp", "torch.distributed._composable", "deepspeed")
+
+# Where transformers' forwards of tensor parallelism come from, and where a head keeps its own.
+_TENSOR_PARALLEL = ("transformers.distributed.", "transformers.integrations.tensor_parallel")
+_OWN_FORWARD = "_fastrank_own_forward"
 
 
 @dataclass(frozen=True)
@@ -94,12 +103,14 @@ def choose_path(model: nn.Module, lm: PreTrainedModel, head: Head, asked: HeadPa
 
 
 def not_plain(model: nn.Module, lm: PreTrainedModel) -> str | None:
-    """Reason why the head's own forward is not a product with a weight matrix, whole there; None if
-    it is."""
+    """Reason why the head's own forward is not a product with a weight matrix, whole there or
+    divided over the vocabulary; None if it is."""
     module = head_module(lm)
     if not isinstance(module, nn.Linear):
         return f"the head is a {type(module).__name__}"
-    replaced = "forward" in vars(module) and not _is_installed(module)
+    own = vars(module).get(_OWN_FORWARD if _is_installed(module) else "forward")
+    divided = isinstance(module.weight, DTensor) and own is not None
+    replaced = own is not None and not (divided and _origin(own).startswith(_TENSOR_PARALLEL))
     if replaced or type(module).forward is not nn.Linear.forward:
         return f"the head is a {type(module).__name__} with a forward of its own"
     hook = _hook_on_result(module)
@@ -107,8 +118,14 @@ def not_plain(model: nn.Module, lm: PreTrainedModel) -> str | None:
         return hook
     weight = module.weight
     if isinstance(weight, DTensor):
-        gathered = any(isinstance(part, FSDPModule) for part in model.modules())
-        return None if gathered else "the head is sharded over a mesh that no forward gathers"
+        if any(isinstance(part, FSDPModule) for part in model.modules()):
+            return None  # what its forward gathers shows there
+        if not _is_vocab_shard(weight):
+            return "the head is sharded over a mesh that no forward gathers"
+        processes = weight.device_mesh.size()
+        if -(-weight.shape[0] // processes) * (processes - 1) >= weight.shape[0]:
+            return "the head's vocabulary is too small to be divided among all processes"
+        return None
     if type(weight) not in (Tensor, nn.Parameter) and not hasattr(weight, "ds_id"):
         return f"the head's weight is a {type(weight).__name__}"
     if not weight.is_floating_point():
@@ -159,18 +176,18 @@ def head_module(lm: PreTrainedModel) -> nn.Module:
 
 
 def call_head(lm: PreTrainedModel, hidden: Tensor, compute: Compute[ResultT]) -> ResultT:
-    """Call ``compute(hidden, weight, bias)`` inside the head module's forward, where the weight is
-    whole; a plain head (`not_plain`) is required.
+    """Call ``compute(hidden, weight, bias, vocab_group)`` inside the head module's forward, where
+    the weight is whole, or divided over the vocabulary; a plain head (`not_plain`) is required.
 
     Raises:
-        InputError: the weight is not whole even there.
+        InputError: the weight is neither even there.
     """
     module = head_module(lm)
     install_forward(module)
     made: list[ResultT] = []
 
-    def keep(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> ResultT:
-        made.append(compute(hidden, weight, bias))
+    def keep(*there: Any) -> ResultT:
+        made.append(compute(*there))
         return made[0]
 
     return uncast(made, module(hidden, compute=keep))
@@ -194,6 +211,8 @@ def uncast(made: list[ResultT], returned: ResultT) -> ResultT:
 def install_forward(module: nn.Module) -> None:
     """Let a linear layer's forward take ``compute``; every other call behaves as before."""
     if not _is_installed(module):
+        if "forward" in vars(module):
+            vars(module)[_OWN_FORWARD] = vars(module)["forward"]
         module.forward = MethodType(_head_forward, module)
 
 
@@ -202,6 +221,9 @@ def remove_forwards(model: nn.Module) -> None:
     for module in model.modules():
         if _is_installed(module):
             del module.forward
+            own = vars(module).pop(_OWN_FORWARD, None)
+            if own is not None:
+                module.forward = own
 
 
 def _is_installed(module: nn.Module) -> bool:
@@ -210,14 +232,25 @@ def _is_installed(module: nn.Module) -> bool:
 
 def _head_forward(self: nn.Linear, input: Tensor, compute: Compute[Any] | None = None) -> Any:
     if compute is None:
-        return nn.Linear.forward(self, input)
-    weight = self.weight
-    if isinstance(weight, DTensor) or weight.numel() == 0:
+        own = vars(self).get(_OWN_FORWARD)
+        return nn.Linear.forward(self, input) if own is None else own(input)
+    weight: Any = self.weight
+    bias: Any = self.bias
+    parts = [part for part in (weight, bias) if part is not None]
+    if all(isinstance(part, DTensor) and _is_vocab_shard(part) for part in parts):
+        group = weight.device_mesh.get_group()
+        return compute(input, weight.to_local(), None if bias is None else bias.to_local(), group)
+    if any(isinstance(part, DTensor) for part in parts) or weight.numel() == 0:
         raise InputError(
-            "the head's weight is not whole in the head's own forward "
-            f"({type(weight).__name__} {list(weight.shape)}): use head_path=logits"
+            "the head's weight is neither whole nor divided over the vocabulary in the head's own "
+            f"forward ({type(weight).__name__} {list(weight.shape)}): use head_path=logits"
         )
-    return compute(input, weight, self.bias)
+    return compute(input, weight, bias, None)
+
+
+def _is_vocab_shard(parameter: DTensor) -> bool:
+    """Whether the processes of one group have a part of the rows each."""
+    return parameter.device_mesh.ndim == 1 and parameter.placements == (Shard(0),)
 
 
 # ---- the model's own logits ------------------------------------------------------------------
@@ -273,13 +306,30 @@ def measure_head(lm: PreTrainedModel, hidden: Tensor, logits: Tensor) -> Head:
     if module.in_features != hidden.shape[-1]:
         return Head(False, "the model transforms its last hidden state before the head")
 
-    def multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    whole = logits.shape[-1] == module.out_features
+    group: ProcessGroup | None = None
+
+    def multiply(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_group: ProcessGroup | None
+    ) -> Tensor:
+        nonlocal logits, group
+        if vocab_group is not None:
+            group = vocab_group
+            shard, _ = agree_on_shard(group, weight.shape[0], None, weight.device)
+            logits = logits[..., shard.first : shard.first + weight.shape[0]]
         return nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+
+    def norm(values: Tensor) -> float:
+        """Over all processes that have a part of the vocabulary: they decide alike."""
+        square = values.square().sum()
+        if group is not None:
+            dist.all_reduce(square, group=group)
+        return math.sqrt(float(square))
 
     # The same way as the loss takes, hooks on the head's input included.
     plain = call_head(lm, hidden, multiply).double()
     logits = logits.double()
-    if plain.shape != logits.shape:
+    if not whole or plain.shape != logits.shape:
         return Head(False, "the model's logits are not the size of its head")
     config = lm.config.get_text_config()
     error = 1e-4 if module.weight.dtype in (torch.float32, torch.float64) else 3e-2
@@ -290,7 +340,7 @@ def measure_head(lm: PreTrainedModel, hidden: Tensor, logits: Tensor) -> Head:
                 made = softcap * torch.tanh(made / softcap)
             # A token that a bias of -inf forbids has no difference, and no size.
             difference = torch.where(made == logits, 0.0, made - logits)
-            if difference.norm() <= error * logits[logits.isfinite()].norm():
+            if norm(difference) <= error * norm(logits[logits.isfinite()]):
                 return Head(True, "the head reproduces the model's logits", softcap, scale)
     return Head(False, "the head alone does not reproduce the model's logits")
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
@@ -276,17 +277,23 @@ def _pack_forward(
         }
         if loss is not None:
 
-            def rank(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> RankingOutput:
+            def rank(
+                hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup | None
+            ) -> RankingOutput:
                 hidden = hidden.flatten(0, -2)
                 rewards = pack.rewards.to(torch.promote_types(hidden.dtype, torch.float32))
                 there = (pack.cu_responses_device, pack.cu_groups_device)
-                how = {"bias": bias, "device_offsets": there, **groups, **common}
+                how: dict[str, Any] = {"bias": bias, "vocab_group": group, **groups, **common}
+                how["device_offsets"] = there
                 return linear_ranking_loss(hidden, weight, pack.labels, rewards, **how)
 
             return _keep(model, state, call_head(lm, hidden, rank))
 
-        def read(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return token_logprobs(hidden.flatten(0, -2), weight, pack.labels, bias=bias, **common)
+        def read(
+            hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup | None
+        ) -> Tensor:
+            how: dict[str, Any] = {"bias": bias, "vocab_group": group, **common}
+            return token_logprobs(hidden.flatten(0, -2), weight, pack.labels, **how)
 
         logprobs = call_head(lm, hidden, read)
     scores = sequence_scores(logprobs, pack.cu_responses, normalize=normalize)

@@ -19,6 +19,7 @@ from pack_cases import tied_groups
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from fastrank.modeling.prepare import head_path_of
 from fastrank.tasks.menu import tiny_llama
 from fastrank.training.config import RankConfig
 from fastrank.training.trainer import RankTrainer
@@ -55,6 +56,7 @@ def make_trainer(folder: Path, case: str, replicas: int, **loading: Any) -> Rank
         disable_tqdm=True,
         include_num_input_tokens_seen="all",
         use_cpu=not loading,
+        head_path="fused",
         **CASES[case],
     )
     groups = tied_groups(11, 6, VOCABULARY)
@@ -81,6 +83,7 @@ def run_case(folder: Path, case: str, replicas: int = 1, **loading: Any) -> dict
     trainer.save_model(str(saved))
     weights = whole_weights(trainer)
     return {
+        "path": str(head_path_of(trainer.lm)),
         "sharded": any(isinstance(p, DTensor) for p in trainer.lm.parameters()),
         "weights": weights,
         "bad": bad_weights(trainer),

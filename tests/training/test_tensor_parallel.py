@@ -68,6 +68,7 @@ def test_training_is_that_of_one_process(run: Any, expected: Any, layout: str, c
     assert not want["sharded"]
     for rank in range(LAYOUTS[layout][0]):
         got = torch.load(folder / f"{case}-{rank}.pt", weights_only=True)
+        assert got["path"] == want["path"] == "fused: the head reproduces the model's logits"
         assert got["sharded"] and got["bad"] == want["bad"] == ["lm_head.weight"]
         assert got["weights"].keys() == want["weights"].keys() == start.keys()
         for key, weight in want["weights"].items():
