@@ -35,7 +35,7 @@ class StreamedGroups(Sequence["Group"]):
         options: limits in tokens.
         check: called with every group; raises for one that cannot be trained on.
         length: groups in all; may be set later.
-        num_held: how many of the last groups are held.
+        num_held: how many of the last groups are held; may be set later.
 
     Raises:
         InputError: rows of the format have to be gathered from a whole file. While reading: a
@@ -56,12 +56,12 @@ class StreamedGroups(Sequence["Group"]):
         num_held: int = 1024,
     ) -> None:
         self.length = length
+        self.num_held = num_held
         self.report = Report()
         self._source = source
         self._tokenizer = tokenizer
         self._options = options
         self._check = check
-        self._num_held = num_held
         for place, row in read_rows(source):
             if formats.FORMATS[formats.detect(row, place)].gather is not None:
                 raise InputError(
@@ -94,7 +94,7 @@ class StreamedGroups(Sequence["Group"]):
             group = next(self._groups)
             self._check(group)
             self._held[self._next] = group
-            self._held.pop(self._next - self._num_held, None)
+            self._held.pop(self._next - self.num_held, None)
             self._next += 1
         return self._held[position]
 

@@ -29,6 +29,7 @@ from fastrank.data.bins import best_fit, even_out, fill_padded, spread_evenly
 from fastrank.data.candidate_packs import filler_pack
 from fastrank.data.columns import GroupSizes, group_sizes
 from fastrank.data.packing import Group, Pack, pack
+from fastrank.data.streamed_groups import StreamedGroups
 from fastrank.modeling.cost import PackCost
 
 # Packs that two-phase training and its evaluation make at a time, at most.
@@ -105,12 +106,12 @@ class StepSampler(BatchSampler):
         return math.ceil(self.num_groups / self.groups_per_step)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(self.num_groups)
+        order: Any = range(self.num_groups)
         if not self.in_order:
-            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_groups)
         for step in range(len(self)):
             start = step * self.groups_per_step
-            yield order[start : start + self.groups_per_step].tolist()
+            yield np.asarray(order[start : start + self.groups_per_step]).tolist()
 
 
 class StepLoader(DataLoader):
@@ -126,7 +127,8 @@ class StepDataset(Dataset):
     def __init__(self, groups: Sequence[Group], cutter: StepCutter) -> None:
         self.groups = groups
         self.cutter = cutter
-        self.sizes = group_sizes(groups)
+        # A stream's groups are read when they are trained on.
+        self.sizes = None if isinstance(groups, StreamedGroups) else group_sizes(groups)
 
     def __len__(self) -> int:
         return len(self.groups)

@@ -168,6 +168,7 @@ class RankTrainer(TrainerHooks, Trainer):
         self.groups_per_step = given.groups_over(self.engine.world_size)
         if isinstance(train_dataset, StreamedGroups):
             train_dataset.length = args.max_steps * self.groups_per_step
+            train_dataset.num_held = max(train_dataset.num_held, 2 * self.groups_per_step)
         self.backprop = (TwoPhaseBackprop if args.two_phase else JointBackprop)(
             loss=self.loss,
             engine=self.engine,

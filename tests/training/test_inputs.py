@@ -140,6 +140,23 @@ def test_a_stream_is_trained_on_in_order_and_resumed_exactly(
         other.train(resume_from_checkpoint=True)
 
 
+def test_a_stream_is_read_no_further_than_training_comes(policy_path: Path, tmp_path: Path) -> None:
+    read = []
+
+    def generate() -> Iterator[dict[str, Any]]:
+        while True:
+            read.append(0)
+            yield ROWS[0]
+
+    endless = datasets.IterableDataset.from_generator(generate)
+    long = config(tmp_path, max_steps=10**9)
+    trainer = fastrank.RankTrainer(str(policy_path), long, endless)
+    assert trainer.data_plan().startswith("stream ")
+    batches = iter(trainer.get_train_dataloader())
+    assert [next(batches).num_groups for _ in range(3)] == [3, 3, 3]
+    assert len(read) < 1000
+
+
 def test_a_stream_goes_back_and_checks_every_group(policy_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(policy_path)
     seen: list[Any] = []
