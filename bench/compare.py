@@ -48,6 +48,8 @@ BASE = "base model"
 EVERY = 8  # steps between online rounds
 
 _GENTLE = {"learning_rate": 3e-4, "loss_kwargs": {"sft_weight": 3.0}}
+# With DPO's own β and scores.
+_OVER_REFERENCE = {"beta": 0.1, "uses_reference": True, "normalize": "sum"}
 METHODS: dict[str, dict[str, Any]] = {
     # With a margin so far below 0 no pair counts: only RRHF's SFT term is left.
     "SFT on the best": {"loss_kwargs": {"margin": -1e9}},
@@ -56,6 +58,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "PRO": {"loss": "pro"},
     "DPO, best and worst": {"loss": "dpo", "loss_kwargs": {"pairs": "best_worst"}},
     "ListMLE": {"loss": "listmle"},
+    "RRHF, rank margins": {"loss_kwargs": {"margin": 0.1, "margin_by": "rank"}},
+    "Plackett-Luce DPO": {"loss": "listmle", "loss_kwargs": _OVER_REFERENCE},
+    "InfoNCA": {"loss": "listnet", "loss_kwargs": _OVER_REFERENCE},
+    "NCA": {"loss": "nca", "loss_kwargs": {"beta": 0.1}},
+    "LIRE": {"loss": "lire"},
     "offline RRHF": {},
     "offline RRHF, online settings": _GENTLE,
     "online RRHF": {**_GENTLE, "kl_weight": 0.0},
@@ -63,8 +70,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Options of ``fastrank train`` (RRHF unless they say otherwise); an online method has a weight of
 its penalty, ``kl_weight``."""
-OFFLINE = list(METHODS)[:6]
-ONLINE = list(METHODS)[6:]
+OFFLINE = list(METHODS)[:11]
+ONLINE = list(METHODS)[11:]
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,10 @@ class MarginLoss(PairwiseLoss):
 
     Args:
         margin_by: ``"constant"``, the same margin m for every pair; ``"reward"``, ``m (r_i − r_j)``
-            (an offset that grows with the difference of the rewards, as in ODPO,
-            arXiv:2402.10571); or ``"rank"``, m times the distance of the two in the order of
-            falling rewards, ties by index (BRIO, arXiv:2203.16804).
+            (ODPO's offset, arXiv:2402.10571, with the identity for f; its authors' code takes the
+            logarithm of the difference); or ``"rank"``, m times the distance of the two in the
+            order of falling rewards, ties by index (BRIO, arXiv:2203.16804, whose code takes the
+            mean over the pairs of each distance).
     """
 
     margin_by: MarginBy = choice("constant", MarginBy)
@@ -88,7 +89,7 @@ class LogisticLoss(MarginLoss):
 
     Args:
         label_smoothing: ε, the share of pairs that are believed to be the wrong way round, in
-            [0, 0.5): ``(1 − ε) φ(z) + ε φ(−z)`` (conservative DPO).
+            [0, 0.5): ``(1 − ε) φ(z) + ε φ(−z)`` (conservative DPO, a note of DPO's authors).
         robust: with ``label_smoothing``, ``[(1 − ε) φ(z) − ε φ(−z)] / (1 − 2ε)`` instead, whose
             mean over such pairs is the loss of the right ones (robust DPO, arXiv:2403.00409).
     """
@@ -186,7 +187,8 @@ class DPO(LogisticLoss):
     Args:
         beta: β, the strength of the pull towards the reference.
         margin: by how much the better one must lead, in units of β times a log-ratio; none in the
-            paper. With ``margin_by="reward"`` this is ODPO's offset.
+            paper. With ``margin_by="reward"`` this is ODPO with the difference of the rewards
+            itself as the offset, margin being its α.
     """
 
     beta: float = 0.1
@@ -317,7 +319,8 @@ class ListNet(Loss):
     """``−Σ_i q_i log softmax(β s)_i`` with ``q = softmax(r / temperature)``: ListNet's top-one form
     (Cao et al., 2007).
 
-    With ``uses_reference=True`` and ``normalize="sum"`` this is InfoNCA (arXiv:2402.05369).
+    With ``uses_reference=True`` and ``normalize="sum"`` this is InfoNCA (arXiv:2402.05369); the
+    authors' code calls the temperature ``temperature_alpha``.
 
     Args:
         temperature: α, of the target distribution, in units of the reward.
@@ -375,7 +378,8 @@ class LIRE(Loss):
     Args:
         temperature: T, of the distribution over the candidates; 2 in the authors' code.
         value: v, the ``"reward"`` as it is, or ``"softmax"`` for its softmax within the group, as
-            in the authors' code.
+            in the authors' code. That code divides by the number of prompts, as
+            ``reduction="mean"`` does.
     """
 
     temperature: float = 2.0

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastrank_kernels
 from fastrank import metrics
+from fastrank.arguments import length_exponent
 from fastrank.data.candidate_packs import Candidates
 from fastrank.data.packing import Pack
 from fastrank.loss import Loss
@@ -31,6 +32,9 @@ AllCandidates = Pack | Candidates
 """Whole groups, in one pack or packed in parts."""
 
 _LOSSES = ("loss", "rank_loss", "sft_loss")
+
+#: A ranking term smaller than the supervised one by this factor is said to be dwarfed.
+DWARFED = 10.0
 
 
 class Computed(NamedTuple):
@@ -160,6 +164,19 @@ class StepWindow:
         if self.skipped:  # the same on every process
             values["skipped_records"] = float(self.skipped)
         return _known(values)
+
+
+def warn_of_supervision(loss: Loss, values: dict[str, float]) -> list[str]:
+    """A line where a supervised term that is a sum over tokens dwarfs a ranking term of scores that
+    are divided by lengths: the run is then one of supervised training, as PRO's can be."""
+    rank, supervised = values.get("rank_loss", 0.0), values.get("sft_loss", 0.0)
+    of_sums = loss.sft_reduction == "sum" and length_exponent(loss.normalize) > 0
+    if not of_sums or not 0 < rank * DWARFED < supervised:
+        return []
+    return [
+        f"the supervised term of {loss} is {supervised / rank:.0f} times its ranking term, which "
+        "has next to no effect: set a lower sft_weight, or sft_reduction='mean'"
+    ]
 
 
 def work_saved(joint: int, scored: int, backpropagated: int) -> float:

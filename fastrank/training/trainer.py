@@ -64,7 +64,12 @@ from fastrank.training.guards import FiniteGuard, name_groups
 from fastrank.training.inputs import as_groups, as_model, length_limits
 from fastrank.training.memory import largest_fitting
 from fastrank.training.references import attach_reference, reference_of
-from fastrank.training.step_metrics import Evaluated, StepWindow, summarize
+from fastrank.training.step_metrics import (
+    Evaluated,
+    StepWindow,
+    summarize,
+    warn_of_supervision,
+)
 from fastrank.training.two_phase import check_deterministic
 
 logger = logging.getLogger(__name__)
@@ -182,6 +187,7 @@ class RankTrainer(TrainerHooks, Trainer):
         self._guard = FiniteGuard(self.engine, run_dir)
         self._saver = Saver(args.should_save, self.accelerator.wait_for_everyone)
         self._window = StepWindow()
+        self._first_log = True
         self._plan: dict[str, Any] = {}
 
     @property
@@ -537,6 +543,10 @@ class RankTrainer(TrainerHooks, Trainer):
             logs.clear()
             logs.update({"loss": rest.pop("loss"), **extra, **rest})
             self._window = StepWindow()
+            if self._first_log and self.is_world_process_zero():
+                for line in warn_of_supervision(self.loss, logs):
+                    logger.warning(line)
+            self._first_log = False
         super().log(logs, start_time)
 
     def evaluation_loop(

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,27 @@ def test_evaluation_equals_separate_forward_passes(
         "eval_rank/top1": metrics.top1_accuracy,
     }.items():
         assert values[key] == pytest.approx(function(scores, rewards), abs=1e-6)
+
+
+def test_a_supervised_term_of_sums_that_dwarfs_the_rest_is_said_once(
+    make_trainer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Long responses and means of scores: PRO trains like SFT. RRHF's term is a mean, as PRO's can
+    be; and short responses are no matter."""
+    rows, rewards = [[5 + i] * (40 - i) for i in range(6)], [1.0 - i / 5 for i in range(6)]
+    long = [Group([3, 4], rows, rewards)] * 8
+    short = [replace(group, response_ids=[row[:1] for row in rows]) for group in long]
+    for groups, options, said in (
+        (long, {"loss": "pro"}, True),
+        (long, {"loss": "rrhf"}, False),
+        (long, {"loss": "pro", "loss_kwargs": {"sft_reduction": "mean"}}, False),
+        (short, {"loss": "pro"}, False),
+    ):
+        caplog.clear()
+        make_trainer(groups, max_steps=2, **options).train()
+        found = [r.getMessage() for r in caplog.records if "the supervised term" in r.getMessage()]
+        assert len(found) == said, options
+        assert not said or "of PRO() is" in found[0] and "sft_reduction='mean'" in found[0]
 
 
 def test_evaluation_leaves_the_mode_and_the_weights(
