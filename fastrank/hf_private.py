@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def fsdp_mesh(module: Any) -> DeviceMesh | None:
 
 # ---- Trainer -----------------------------------------------------------------------------
 
+OPTIMIZER_NAME, SCHEDULER_NAME = "optimizer.pt", "scheduler.pt"  # in its checkpoints
+
 
 class _Unloaded:
     """Stands in for what is to keep its own state."""
@@ -135,7 +138,53 @@ class TrainerHooks(abc.ABC, _Trainer):
         checkpoint; otherwise both begin anew."""
         return True
 
+    @property
+    @abc.abstractmethod
+    def writes_whole_state(self) -> bool:
+        """Whether the model is sharded, and `write_optimizer`, `read_optimizer` and `read_weights`
+        take the place of what ``Trainer`` does then."""
+
+    @abc.abstractmethod
+    def write_optimizer(self, file: Path) -> None: ...
+
+    @abc.abstractmethod
+    def read_optimizer(self, file: Path) -> None: ...
+
+    @abc.abstractmethod
+    def read_weights(self, folder: Path) -> None: ...
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.writes_whole_state:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        folder = Path(output_dir)
+        self.write_optimizer(folder / OPTIMIZER_NAME)
+        if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
+            torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.writes_whole_state:
+            self.read_weights(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.writes_whole_state and best is not None:
+            self.read_weights(Path(best))
+        else:
+            super()._load_best_model()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.writes_whole_state:
+            folder = Path(checkpoint)
+            if self.loads("optimizer"):
+                self.read_optimizer(folder / OPTIMIZER_NAME)
+            if self.loads("lr_scheduler"):
+                scheduler: Any = self.lr_scheduler
+                scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+            return
         # Trainer loads both or none.
         anew = {name: getattr(self, name) for name in ("optimizer", "lr_scheduler")}
         for name in anew:

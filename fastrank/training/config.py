@@ -48,7 +48,7 @@ class RankConfig(
     per step: these are cut into packs of at most ``max_tokens`` over all processes, and the loss
     is divided by their number. The number of packs that a process runs one after the other
     follows from ``max_tokens``, so an accumulation of 2 means "twice the groups", not "two
-    passes".
+    passes". ``groups_per_step`` gives the number itself.
 
     ``loss`` may also be a loss such as ``fastrank.PRO(top_k=1)``, or a function of scores and
     rewards, see `fastrank.FunctionLoss`; on the command line ``FILE.py:name`` of one.
@@ -57,6 +57,11 @@ class RankConfig(
         InputError: an option that is wrong by itself or against another.
     """
 
+    groups_per_step: int | None = option(
+        "Prompts per step over all processes, in place of per_device_train_batch_size and "
+        "gradient_accumulation_steps: the same run on any number of processes.",
+        default=None,
+    )
     loss_kwargs: dict[str, Any] | str | None = option(
         "The loss's own options as JSON, e.g. '{\"margin\": 0.1}'.", default=None
     )
@@ -164,10 +169,16 @@ class RankConfig(
             max_tokens=1,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=1,
+            groups_per_step=1,
             max_prompt_length=1,
             max_response_length=1,
             max_length=2,
         )
+        if self.groups_per_step is not None and self.gradient_accumulation_steps > 1:
+            raise InputError(
+                "groups_per_step counts all prompts of a step, expected no "
+                f"gradient_accumulation_steps beside it, got {self.gradient_accumulation_steps}"
+            )
         if self.logging_nan_inf_filter:
             raise InputError("logging_nan_inf_filter must be False, got True: it hides NaN losses")
         if self.auto_find_batch_size:
@@ -262,14 +273,11 @@ class RankConfig(
         """Tokens of every group that have to fit into one pack: int64 [N]."""
         return sizes.longest_sequence if self.two_phase else sizes.pack_tokens(self.shared_prompts)
 
-    @property
-    def groups_per_step(self) -> int:
-        """Groups of one optimiser step, over all processes and accumulation."""
-        return self.groups_over(self.world_size)
-
     def groups_over(self, replicas: int) -> int:
         """Groups of one optimiser step, over replicas of the model that take different data: as
         many as processes, but for those that hold parts of one tensor-parallel model."""
+        if self.groups_per_step is not None:
+            return self.groups_per_step
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * replicas
 
 

@@ -89,11 +89,13 @@ def option_plan(config: RankConfig) -> dict[str, Any]:
     if config.lr_scheduler_type in _CONSTANT and not 0 < config.warmup_steps < 1:
         left_out |= {"max_steps", "num_train_epochs"}  # only its end depends on a run's length
     names = [field.name for field in dataclasses.fields(config)]
+    if config.groups_per_step is None and config.world_size > 1:
+        left_out |= {"groups_per_step"}  # the model tells which processes take different data
+    values = vars(config) | {"groups_per_step": config.groups_over(config.world_size)}
     return {
-        **{name: _plain(getattr(config, name)) for name in names if name not in left_out},
+        **{name: _plain(values[name]) for name in names if name not in left_out},
         **_loss_plan(config.loss),
         "data_seed": config.seed if config.data_seed is None else config.data_seed,
-        "groups_per_step": config.groups_per_step,
     }
 
 

@@ -59,7 +59,7 @@ from fastrank.training.batching import (
 from fastrank.training.callbacks import RankProgress, Renewal
 from fastrank.training.checkpoint import Saver, explained_loading
 from fastrank.training.config import RankConfig
-from fastrank.training.engine import AccelerateEngine, all_processes
+from fastrank.training.engine import AccelerateEngine
 from fastrank.training.guards import FiniteGuard, name_groups
 from fastrank.training.inputs import as_groups, as_model, length_limits
 from fastrank.training.memory import largest_fitting
@@ -71,6 +71,11 @@ from fastrank.training.step_metrics import (
     warn_of_supervision,
 )
 from fastrank.training.two_phase import check_deterministic
+from fastrank.training.whole_state import (
+    load_optimizer_state,
+    load_weights,
+    whole_optimizer_state,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +136,7 @@ class RankTrainer(TrainerHooks, Trainer):
         # Trainer's loop must see one batch per step; groups_per_step keeps how many groups that is.
         given = args if args is not None else RankConfig()
         args = copy.copy(given)
-        self.groups_per_step = given.groups_per_step
+        self.groups_per_step = given.groups_over(given.world_size)
         args.gradient_accumulation_steps = 1
         if eval_dataset is None:
             args.eval_strategy = "no"
@@ -298,7 +303,7 @@ class RankTrainer(TrainerHooks, Trainer):
             resume_from_checkpoint,
             run_dir,
             checksums=self.args.should_save,  # one process reads all bytes, for all of them
-            gather=all_processes().gather,
+            gather=self.engine.gather_all,
         )
         self._plan = self.run_plan()
         self._renewal.changed = frozenset()
@@ -316,6 +321,13 @@ class RankTrainer(TrainerHooks, Trainer):
 
     def _check_resumed(self, found: Path) -> frozenset[str]:
         """What differs from the run that wrote the checkpoint; says where this one goes on."""
+        written = checkpoint.read_notes(found).get("state", self._state_kind)
+        if written != self._state_kind:
+            raise InputError(
+                f"resume_from_checkpoint: {found} holds its state as {written}, which this run "
+                f"({self._state_kind}) cannot read: go on with the same engine, or begin a new run "
+                f"with --model {found}"
+            )
         allowed = plan.changed_names(self.args.resume_changed)
         changed = plan.check_resumed(found, self._plan, allowed, known=self._plan)
         if changed and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -599,6 +611,40 @@ class RankTrainer(TrainerHooks, Trainer):
 
     # ---- checkpoints and the final model -------------------------------------------------
 
+    @property
+    def writes_whole_state(self) -> bool:
+        if hasattr(self.lm, "peft_config"):  # its files hold the adapter alone, by other names
+            return False
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            return is_sharded(self.lm)
+        return plugin.fsdp_version == 2 and "FULL" in str(plugin.state_dict_type)
+
+    def write_optimizer(self, file: Path) -> None:
+        state = whole_optimizer_state(self._bare_optimizer)
+        if self.args.should_save:
+            torch.save(state, file)
+
+    def read_optimizer(self, file: Path) -> None:
+        load_optimizer_state(self._bare_optimizer, file)
+
+    def read_weights(self, folder: Path) -> None:
+        load_weights(self.lm, folder)
+
+    @property
+    def _bare_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @property
+    def _state_kind(self) -> str:
+        """What can read the state of the run's checkpoints."""
+        if self.is_deepspeed_enabled:
+            stage = self.accelerator.state.deepspeed_plugin.zero_stage
+            return f"DeepSpeed ZeRO-{stage} on {self.engine.num_processes} process(es)"
+        if self._is_sharded and not self.writes_whole_state:
+            return "shards of FSDP or tensor parallelism"
+        return "whole tensors"
+
     def stage_checkpoint(self, run_dir: Path, write: Callable[[], None]) -> Path:
         self._refuse_bad_weights()
         name = checkpoint.checkpoint_name(self.state.global_step)
@@ -615,7 +661,8 @@ class RankTrainer(TrainerHooks, Trainer):
             if self.state.best_model_checkpoint == str(staged):
                 self.state.best_model_checkpoint = str(run_dir / name)
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            checkpoint.publish(staged, run_dir, self._plan, {"max_tokens": self.max_tokens})
+            notes = {"max_tokens": self.max_tokens, "state": self._state_kind}
+            checkpoint.publish(staged, run_dir, self._plan, notes)
 
         self._saver.save(name, run_dir, write_staged, publish)
         if self.args.should_save:

@@ -67,7 +67,7 @@ def make_trainer(folder: Path, case: str, world_size: int) -> RankTrainer:
         use_cpu=True,
         **options,
     )
-    assert config.groups_per_step == GLOBAL_BATCH
+    assert config.groups_over(config.world_size) == GLOBAL_BATCH
     groups = tied_groups(11, 6, vocab=TRIGGER)
     if case == "skip":
         groups = poison(groups, [5])

@@ -32,7 +32,9 @@ def test_the_loss_and_its_options() -> None:
 
 def test_groups_per_step_counts_accumulation() -> None:
     config = _config(per_device_train_batch_size=6, gradient_accumulation_steps=3)
-    assert config.groups_per_step == 18
+    assert config.groups_over(1) == 18 and config.groups_over(4) == 72
+    config = _config(per_device_train_batch_size=6, groups_per_step=7)
+    assert config.groups_over(1) == config.groups_over(4) == 7
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,11 @@ def test_groups_per_step_counts_accumulation() -> None:
         ({"max_length": 1}, "max_length must be at least 2, got 1"),
         ({"max_response_length": 0}, "max_response_length must be at least 1, got 0"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        ({"groups_per_step": 0}, "groups_per_step must be at least 1, got 0"),
+        (
+            {"groups_per_step": 8, "gradient_accumulation_steps": 2},
+            "expected no gradient_accumulation_steps beside it, got 2",
+        ),
         ({"nonfinite": "ignore"}, "nonfinite must be one of stop, skip, got 'ignore'"),
         ({"dtype": "float8"}, "dtype must be one of auto, float32, bfloat16, got 'float8'"),
         ({"fp16": True}, "fp16 is not supported"),

@@ -44,6 +44,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"num_train_epochs": 5}, "num_train_epochs=3.0, got 5"),
     ({"per_device_train_batch_size": 4}, "groups_per_step=8, got 4"),
     ({"gradient_accumulation_steps": 2}, "groups_per_step=8, got 16"),
+    ({"groups_per_step": 9}, "groups_per_step=8, got 9"),
     ({"data_seed": 7}, "data_seed=42, got 7"),
     ({"seed": 7}, "seed=42, got 7"),
     ({"dataloader_drop_last": True}, "dataloader_drop_last=false, got true"),
