@@ -29,6 +29,8 @@ from fastrank.loss import Loss
 from fastrank.losses import loss_from_name
 from fastrank.options.declare import change, check_least, option, options
 
+_NO_FP16 = "not supported (its range loses most of the loss's gradients); use bf16 or float32"
+
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -189,10 +191,7 @@ class RankConfig(
         if self.label_smoothing_factor:
             raise InputError("label_smoothing_factor has no meaning for a ranking loss; leave it 0")
         if self.fp16:
-            raise InputError(
-                "fp16 is not supported (its range loses most of the loss's gradients); "
-                "use bf16 or float32"
-            )
+            raise InputError(f"fp16 is {_NO_FP16}")
 
     def to_dict(self) -> dict[str, Any]:
         """As ``TrainingArguments.to_dict``; a loss that is no name by what it prints."""
@@ -228,8 +227,13 @@ class RankConfig(
             raise InputError(" ".join(str(error).split())) from error
 
     def _choose_precision(self) -> None:
-        """Set ``bf16`` where ``dtype`` leaves it open, and record the reason."""
+        """Set ``bf16`` where ``dtype`` leaves it open, and record the reason; a launcher's choice
+        becomes that of the options, which DeepSpeed compares with it."""
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        if launcher == "fp16" and self.dtype == "auto" and not self.bf16:
+            raise InputError(f"the launcher's mixed precision {launcher} is {_NO_FP16}")
         if self.dtype == "bfloat16":
+            self.bf16 = self.bf16 or launcher == "bf16"
             self._dtype_reason = (
                 "bfloat16 weights, as asked: updates below 1/256 of a weight are lost"
             )
@@ -237,9 +241,14 @@ class RankConfig(
             self._dtype_reason = "float32 weights, computed in bfloat16, as asked"
         elif self.dtype == "float32":
             self._dtype_reason = "float32 weights and computation, as asked"
-        elif "ACCELERATE_MIXED_PRECISION" in os.environ:
-            chosen = os.environ["ACCELERATE_MIXED_PRECISION"]
-            self._dtype_reason = f"float32 weights, mixed precision '{chosen}' as the launcher set"
+            if launcher not in (None, "no"):
+                os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+                self._dtype_reason += f" (the launcher has mixed precision '{launcher}')"
+        elif launcher is not None:
+            self.bf16 = launcher == "bf16"
+            self._dtype_reason = (
+                f"float32 weights, mixed precision '{launcher}' as the launcher set"
+            )
         elif not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported():
             self.bf16 = True
             self._dtype_reason = (

@@ -1,9 +1,12 @@
-"""Ready configurations for ``accelerate launch``: data parallel, FSDP2, DeepSpeed.
+"""Ready files for launchers: configurations of ``accelerate launch`` for data parallelism, FSDP2
+and DeepSpeed, and scripts for several machines (torchrun's rendezvous) and SLURM.
 
-The launcher wants a file, so a command prints its path:
+A launcher wants a file, so a command prints its path:
 
     accelerate launch --config_file "$(python -m fastrank.training.configs fsdp2)" \
-        --num_processes 8 -m fastrank.cli.main train --model MODEL --data FILE
+        --num_processes 8 -m fastrank train --model MODEL --data FILE
+    HEAD=10.0.0.1 NODES=4 bash "$(python -m fastrank.training.configs nodes)" train ...
+    sbatch "$(python -m fastrank.training.configs slurm)" train ...
 """
 
 from __future__ import annotations
@@ -18,12 +21,12 @@ _FOLDER = Path(__file__).parent / "launch"
 
 
 def names() -> list[str]:
-    """The available configurations."""
-    return sorted(file.stem for file in _FOLDER.glob("*.yaml"))
+    """The available configurations and scripts."""
+    return sorted(file.stem for file in _FOLDER.iterdir())
 
 
 def path(name: str) -> Path:
-    """The file of a configuration, e.g. ``path("fsdp2")``.
+    """The file of a configuration or script, e.g. ``path("fsdp2")``.
 
     Raises:
         InputError: no configuration has that name.
@@ -32,7 +35,8 @@ def path(name: str) -> Path:
         near = difflib.get_close_matches(name, names(), 1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise InputError(f"configuration must be one of {', '.join(names())}, got {name!r}{hint}")
-    return _FOLDER / f"{name}.yaml"
+    (file,) = _FOLDER.glob(f"{name}.*")
+    return file
 
 
 def main(argv: list[str]) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from fastrank.data.cache import tokenizer_identity
@@ -143,12 +144,14 @@ def model_plan(model: nn.Module) -> dict[str, Any]:
     shapes = [[name, list(p.shape), p.requires_grad] for name, p in parameters]
     about = [_plain(_without(settings, _MODEL_WITHOUT_EFFECT)), shapes]
     adapters = getattr(model, "peft_config", None) or {}
+    # ``fully_shard`` gives a model a class of its own, derived from the model's.
+    name = next(cls.__name__ for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
     return {
         "adapter": {
             name: _plain(_without(adapter.to_dict(), _ADAPTER_WITHOUT_EFFECT))
             for name, adapter in adapters.items()
         },
-        "model": f"{type(model).__name__} {value_checksum(about)[:_DIGITS]}",
+        "model": f"{name} {value_checksum(about)[:_DIGITS]}",
         "weights_dtype": ", ".join(
             sorted({str(p.dtype).removeprefix("torch.") for _, p in parameters})
         ),

@@ -225,7 +225,10 @@ def load_job(options: TrainOptions, config: RankConfig) -> Job:
         **template_values(options),
     )
     model = load_model(
-        options.model, config.weights_dtype, trust_remote_code=options.trust_remote_code
+        options.model,
+        config.weights_dtype,
+        trust_remote_code=options.trust_remote_code,
+        **_placement(options, config),
     )
     read: dict[str, Any] = {
         "options": replace(
@@ -242,6 +245,20 @@ def load_job(options: TrainOptions, config: RankConfig) -> Job:
         return Job(model, tokenizer, groups, heldout, [report, eval_report], options.data)
     train_groups, heldout = split_by_prompt(groups, options.eval_fraction, seed=config.seed)
     return Job(model, tokenizer, train_groups, heldout, [report], options.data)
+
+
+def _placement(options: TrainOptions, config: RankConfig) -> dict[str, Any]:
+    """How the model is sharded when it is loaded."""
+    if options.tp_size == 1:
+        return {}
+    from transformers.distributed import DistributedConfig
+
+    copies, rest = divmod(config.world_size, options.tp_size)
+    if rest:
+        raise InputError(
+            f"tp_size must divide the {config.world_size} process(es), got {options.tp_size}"
+        )
+    return {"distributed_config": DistributedConfig(tp_size=options.tp_size, fsdp_size=copies)}
 
 
 def describe(

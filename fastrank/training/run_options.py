@@ -96,6 +96,11 @@ class TrainOptions(
         "computed once and kept.",
         default=None,
     )
+    tp_size: int = option(
+        "Processes that hold one copy of the model together, in tensor parallelism; copies beyond "
+        "the first are sharded by FSDP2.",
+        default=1,
+    )
     overwrite_output_dir: bool = option(
         "Remove an earlier run's checkpoints and begin anew.", default=False
     )
@@ -103,6 +108,7 @@ class TrainOptions(
     def __post_init__(self) -> None:
         self._check_source()
         super().__post_init__()
+        check_least(self, tp_size=1)
         if not 0 <= self.eval_fraction < 1:
             raise InputError(
                 f"eval_fraction must be at least 0 and below 1, got {self.eval_fraction}"
@@ -120,8 +126,9 @@ class TrainOptions(
             "as_chat",
             "chat_template",
             "chat_template_kwargs",
+            "tp_size",
         ):
-            if self.built_in and getattr(self, name) not in (None, False):
+            if self.built_in and getattr(self, name) not in (None, False, 1):
                 raise InputError(f"--{name} needs --model and --data, got neither")
 
     @property

@@ -159,6 +159,9 @@ class RankTrainer(TrainerHooks, Trainer):
         )
         if args.two_phase:
             check_deterministic(model)
+        # Trainer refuses to checkpoint a model that was sharded when it was loaded: it cannot write
+        # the optimiser's state, `fastrank.training.whole_state` can.
+        args.save_only_model = given.save_only_model or is_sharded(model)
         super().__init__(
             model=model,
             args=args,
@@ -169,6 +172,7 @@ class RankTrainer(TrainerHooks, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.args.save_only_model = given.save_only_model
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(RankProgress(self.args.disable_tqdm))

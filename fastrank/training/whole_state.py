@@ -127,9 +127,9 @@ def _spread(value: Tensor | None, like: Tensor) -> Tensor:
     whole = torch.empty(like.shape, dtype=like.dtype, device=device)
     if value is not None:
         whole.copy_(value)
-    if isinstance(like, DTensor):
-        return distribute_tensor(whole, like.device_mesh, like.placements)
     dist.broadcast(whole, src=0)
+    if isinstance(like, DTensor):  # every process cuts out its own part
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
     return whole
 
 

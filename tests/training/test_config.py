@@ -84,7 +84,16 @@ def test_the_precision_is_chosen_with_its_reason(monkeypatch: pytest.MonkeyPatch
         assert automatic.mixed_precision == "no"
         assert "CPU" in automatic.dtype_reason
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert "launcher" in _config(use_cpu=True).dtype_reason
+    launched = _config(use_cpu=True)
+    assert "launcher" in launched.dtype_reason
+    # DeepSpeed compares the launcher's precision with the options.
+    assert launched.bf16 and launched.mixed_precision == "bf16"
+    asked = _config(use_cpu=True, dtype="float32")
+    assert "the launcher has mixed precision 'bf16'" in asked.dtype_reason
+    assert not asked.bf16 and asked.mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(InputError, match="the launcher's mixed precision fp16 is not supported"):
+        _config(use_cpu=True)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without accelerator")
