@@ -32,7 +32,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
 
 from fastrank.data.columns import group_sizes, largest_ids
 from fastrank.data.packing import Group
@@ -142,6 +142,7 @@ class RankTrainer(TrainerHooks, Trainer):
             args.eval_strategy = "no"
         self.loss = args.ranking_loss
         model, processing_class = as_model(model, processing_class, given)
+        _check_sharded(model, args, adapted=peft_config is not None)
         reference = reference_of(
             ref_model, model, args, adapted=peft_config is not None, tokenizer=processing_class
         )
@@ -210,7 +211,7 @@ class RankTrainer(TrainerHooks, Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     @property
-    def _is_sharded(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether no process can run the model alone."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled or is_sharded(self.lm)
 
@@ -398,7 +399,7 @@ class RankTrainer(TrainerHooks, Trainer):
         return scheduler
 
     def _fitting_pack_size(self) -> int:
-        if self._is_sharded:
+        if self.is_sharded:
             raise InputError(
                 "auto_find_pack_size cannot try packs of a model that several processes share "
                 "(FSDP, DeepSpeed, tensor parallelism); set max_tokens"
@@ -520,7 +521,7 @@ class RankTrainer(TrainerHooks, Trainer):
         def is_sound(position: int) -> bool:
             return self.backprop.is_sound(self.lm, groups[position])
 
-        trial = None if self._is_sharded else is_sound
+        trial = None if self.is_sharded else is_sound
         bad = self._guard.culprits(batch, self._result.computed, trial)
         if self.args.nonfinite == "stop":
             names = name_groups(groups, [batch.index[i] for i in bad], "training")
@@ -704,6 +705,20 @@ def _switch(optimizer: Any, mode: str) -> None:
     """Schedule-free optimisers have a training and an evaluation mode."""
     if callable(getattr(optimizer, mode, None)):
         getattr(optimizer, mode)()
+
+
+def _check_sharded(model: nn.Module, args: RankConfig, *, adapted: bool) -> None:
+    """Refuse what does not go with a model that is sharded when it is loaded."""
+    if not is_sharded(model):
+        return
+    if adapted or hasattr(model, "get_base_model"):
+        raise InputError("a model that is sharded when it is loaded takes no adapter, got one")
+    strategy = SaveStrategy(args.save_strategy).value
+    if strategy != "no" and not args.save_only_model:
+        raise InputError(
+            "the optimizer's state of a model that is sharded when it is loaded cannot be saved: "
+            f"expected save_only_model or save_strategy=no, got {strategy}"
+        )
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -131,10 +131,10 @@ class OnlineTrainer(RankTrainer):
         self._round: int | None = None
         self._candidates = OnlineGroups(maker)
         super().__init__(model, args, train_dataset=self._candidates, **options)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_sharded:
             raise InputError(
                 "online training generates with the whole model on every process: use DDP, not "
-                "FSDP or DeepSpeed"
+                "FSDP, DeepSpeed or tensor parallelism"
             )
         maker.rank, maker.world_size = self.engine.rank, self.engine.world_size
         maker.gather, maker.max_tokens = self.engine.gather, self.max_tokens

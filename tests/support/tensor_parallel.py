@@ -19,9 +19,11 @@ from pack_cases import tied_groups
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from fastrank.modeling.mesh import data_share
 from fastrank.modeling.prepare import head_path_of
 from fastrank.tasks.menu import tiny_llama
 from fastrank.training.config import RankConfig
+from fastrank.training.engine import Engine, engine_of
 from fastrank.training.trainer import RankTrainer
 
 VOCABULARY = 35  # odd: the shards differ
@@ -75,6 +77,10 @@ def bad_weights(trainer: RankTrainer) -> list[str]:
     return trainer._guard.bad_weights(trainer.lm)
 
 
+def _of_engine(engine: Engine) -> tuple[int, int]:
+    return engine.rank, engine.world_size
+
+
 def run_case(folder: Path, case: str, replicas: int = 1, **loading: Any) -> dict[str, Any]:
     trainer = make_trainer(folder, case, replicas, **loading)
     trainer.train()
@@ -84,6 +90,7 @@ def run_case(folder: Path, case: str, replicas: int = 1, **loading: Any) -> dict
     weights = whole_weights(trainer)
     return {
         "path": str(head_path_of(trainer.lm)),
+        "shares": [tuple(data_share(trainer.lm))[:2], _of_engine(engine_of(trainer.lm))],
         "sharded": any(isinstance(p, DTensor) for p in trainer.lm.parameters()),
         "weights": weights,
         "bad": bad_weights(trainer),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tensor_parallel as worker
 import torch
+from pack_cases import tied_groups
 from torch import nn
 from torchrun import filled_once, torchrun
 from transformers import AutoModelForCausalLM
@@ -19,7 +20,10 @@ from transformers import AutoModelForCausalLM
 from fastrank.errors import InputError
 from fastrank.modeling.prepare import prepare_model
 from fastrank.tasks.menu import tiny_llama
+from fastrank.training import trainer
+from fastrank.training.config import RankConfig
 from fastrank.training.engine import AccelerateEngine
+from fastrank.training.trainer import RankTrainer
 
 LAYOUTS = {"tensor": (2, 2), "data and tensor": (4, 2)}  # processes, and those of one replica
 CASES = [
@@ -66,8 +70,11 @@ def test_training_is_that_of_one_process(run: Any, expected: Any, layout: str, c
     folder, want = run(layout), expected(case)
     start = dict(worker.make_model().named_parameters())
     assert not want["sharded"]
-    for rank in range(LAYOUTS[layout][0]):
+    processes, parts = LAYOUTS[layout]
+    for rank in range(processes):
         got = torch.load(folder / f"{case}-{rank}.pt", weights_only=True)
+        # Also for whoever asks about the model alone, as `two_phase_backward` does.
+        assert got["shares"] == [(rank // parts, processes // parts)] * 2
         assert got["path"] == want["path"] == "fused: the head reproduces the model's logits"
         assert got["sharded"] and got["bad"] == want["bad"] == ["lm_head.weight"]
         assert got["weights"].keys() == want["weights"].keys() == start.keys()
@@ -104,6 +111,24 @@ def test_a_model_on_several_devices_is_refused() -> None:
     model.config.distributed_config = SimpleNamespace(pp_size=2)
     with pytest.raises(InputError, match="cut into 2 pipeline stages"):
         prepare_model(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "adapter", "message"),
+    [
+        ({"save_strategy": "steps"}, None, "expected save_only_model or save_strategy=no, got st"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, None, "got best"),
+        ({"save_strategy": "no"}, object(), "takes no adapter, got one"),
+    ],
+)
+def test_what_a_model_sharded_at_loading_cannot_do_is_refused(
+    options: dict[str, Any], adapter: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process has none: it is told that this one is."""
+    monkeypatch.setattr(trainer, "is_sharded", lambda model: True)
+    config = RankConfig(use_cpu=True, **options)
+    with pytest.raises(InputError, match=message):
+        RankTrainer(tiny_llama(0), config, tied_groups(11, 6), peft_config=adapter)
 
 
 @pytest.mark.parametrize(
