@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 import fastrank  # noqa: E402
 from fastrank.losses import LOSSES  # noqa: E402
-from fastrank_kernels import dropping, products, projection  # noqa: E402
+from fastrank_kernels import autograd, dispatch, dropping, products, projection  # noqa: E402
 from fastrank_kernels.planner import row_pitch  # noqa: E402
 
 VOCAB = 97
@@ -43,6 +43,14 @@ def wide_products(device, monkeypatch) -> Iterator[None]:
     library.impl("addmm.dtype_out", addmm)
     for module in (products, projection):
         monkeypatch.setattr(module, "writes_wide", lambda device: True)
+    # What is asked for by device: the factor from above is applied by the kernel too.
+    monkeypatch.setattr(
+        autograd,
+        "backend_module",
+        lambda _, device, dtype: dispatch.backend_module(
+            None if dtype == torch.float64 else "triton", device, dtype
+        ),
+    )
     yield
     library._destroy()
 
@@ -122,13 +130,19 @@ def test_every_strategy(device, logits_memory, frozen) -> None:
     check_logprobs(problem, logits_memory=logits_memory)
 
 
+def widen_head(problem: Problem) -> None:
+    """Head and bias in float32, as autocast leaves them to be cast."""
+    for name in ("weight", "bias"):
+        if (tensor := getattr(problem, name)) is not None:
+            wide = tensor.detach().float().requires_grad_(tensor.requires_grad)
+            setattr(problem, name, wide)
+
+
 @pytest.mark.parametrize("logits_memory", BUDGETS.values(), ids=BUDGETS)
 def test_a_float32_head_under_autocast(device, logits_memory) -> None:
     """Its gradient comes out of the products in float32 and is not rounded after them."""
     problem = narrow_problem(device, 6, torch.bfloat16, longest=10, vocab=VOCAB)
-    for name in ("weight", "bias"):
-        wide = getattr(problem, name).detach().float().requires_grad_()
-        setattr(problem, name, wide)
+    widen_head(problem)
     with torch.autocast(device.type, torch.bfloat16):
         check_ranking(problem, fastrank.PRO(), logits_memory=logits_memory)
         check_logprobs(problem, logits_memory=logits_memory)
@@ -153,14 +167,19 @@ def test_what_a_problem_lacks_is_no_branch_of_its_own(device) -> None:
 
 
 @pytest.mark.slow
-def test_random_problems(device) -> None:
-    """A hundred problems: every loss, odd vocabularies, all options and budgets."""
+@pytest.mark.parametrize("first", range(0, 100, 25))
+def test_random_problems(device, monkeypatch, first) -> None:
+    """A hundred problems: every loss, odd vocabularies, all options and budgets, dead rows dropped
+    or kept, a float32 head under autocast or a narrow one."""
     losses = [cls() for cls in LOSSES.values()]
-    for seed in range(100):
+    for seed in range(first, first + 25):
         g = torch.Generator().manual_seed(seed)
-        pick = torch.randint(0, 2, (5,), generator=g).tolist()
+        pick = torch.randint(0, 2, (7,), generator=g).tolist()
+        dtype = torch.bfloat16 if seed % 4 else torch.float16
+        autocast, drop = dtype == torch.bfloat16 and bool(pick[5]), bool(pick[6])
+        monkeypatch.setattr(dropping, "decide", lambda device, width, drop=drop: drop)
         problem = narrow_problem(
-            device, seed, torch.bfloat16 if seed % 4 else torch.float16,
+            device, seed, dtype,
             vocab=int(torch.randint(3, 200, (), generator=g)) * 2 + 1, width=16,
             bias=bool(pick[0]), softcap=8.0 if pick[1] else None,
             logit_scale=0.7 if pick[2] else 1.0, repeat_rows=bool(pick[3]),
@@ -169,5 +188,8 @@ def test_random_problems(device) -> None:
         pitch = row_pitch(problem.weight.shape[0])
         budget = [None, 45, 3][seed % 3]
         memory = None if budget is None else budget * 4 * pitch
-        check_ranking(problem, losses[seed % len(losses)], logits_memory=memory)
-        check_logprobs(problem, logits_memory=memory)
+        if autocast:
+            widen_head(problem)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            check_ranking(problem, losses[seed % len(losses)], logits_memory=memory)
+            check_logprobs(problem, logits_memory=memory)
