@@ -109,6 +109,7 @@ class Suite:
     dry_run: bool
     commit: str
     only: list[str] | None = None
+    workloads: list[str] | None = None
     rows: list[Measurement] = field(default_factory=list)
     kernels: list[KernelRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -122,13 +123,17 @@ class Suite:
     def left(self) -> float:
         return self.end - time.monotonic()
 
+    @property
+    def units(self) -> list[Unit]:
+        return [unit for unit in UNITS if not self.workloads or unit.workload in self.workloads]
+
     # ---- stages ----------------------------------------------------------------------------------
 
     def run_own(self, share: float) -> None:
         """fastrank and the floor, ``share`` of the time that is left for all of it."""
         total = share * self.left
-        weights = sum(unit.weight for unit in UNITS)
-        for unit in UNITS:
+        weights = sum(unit.weight for unit in self.units)
+        for unit in self.units:
             with tempfile.TemporaryDirectory() as scratch:
                 csv = Path(scratch) / "rows.csv"
                 seconds = max(_LEAST, total * unit.weight / weights)
@@ -140,8 +145,8 @@ class Suite:
 
     def run_peers(self) -> None:
         """Everybody else; a workload starts again without a peer that brought it down."""
-        for index, unit in enumerate(UNITS):
-            weights = sum(unit.weight for unit in UNITS[index:])
+        for index, unit in enumerate(self.units):
+            weights = sum(unit.weight for unit in self.units[index:])
             share = self.left * unit.weight / weights
             with tempfile.TemporaryDirectory() as scratch:
                 self._peers_of(unit, share, Path(scratch))
@@ -294,9 +299,19 @@ class Suite:
         right = own_is_right(self.rows) and not self.tests.startswith("failed")
         return measured and right and not self.notes
 
+    def _origin(self) -> dict[str, str]:
+        """Device, versions, commit and date: those of the newest row, because files are merged on
+        another machine than they come from; without a row this machine's."""
+        if not self.rows:
+            return provenance(self.device if torch.cuda.is_available() else torch.device("cpu"))
+        newest = max(self.rows, key=lambda row: row.date)
+        return {
+            name: getattr(newest, name) for name in ("device_name", "versions", "commit", "date")
+        }
+
     def write(self) -> None:
         """The CSV files and the summary of what there is so far."""
-        where = provenance(self.device)
+        where = self._origin()
         commit = where["commit"] or self.commit or "unknown"
         lines = ["# GPU suite", "", f"{where['device_name']}; {where['versions']}; "
                  f"commit {commit}; {where['date']} UTC", "",
@@ -345,6 +360,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
     parser.add_argument("--only", nargs="+", help="peers by name (default: all)")
+    parser.add_argument(
+        "--workloads", nargs="+", choices=[unit.workload for unit in UNITS], metavar="NAME",
+        help=f"of {', '.join(unit.workload for unit in UNITS)} (default: all)",
+    )  # fmt: skip
     parser.add_argument("--include", type=Path, nargs="+", default=[], help="earlier outputs")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="tiny, on a CPU")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all")
@@ -360,7 +379,7 @@ def main() -> int:
     seconds = 3600.0 if options.dry_run else options.budget - _SHUTDOWN
     suite = Suite(
         options.output, time.monotonic() + seconds, options.dry_run,
-        options.commit, options.only,
+        options.commit, options.only, options.workloads,
     )  # fmt: skip
     if not options.dry_run and options.stages and not torch.cuda.is_available():
         print("gpu_suite: error: expected a CUDA device, got none (or --dry_run)", file=sys.stderr)

@@ -9,7 +9,8 @@ is larger than the 64 MiB which may travel at once: its first part goes along wi
 second with the call that unpacks both, outside the tree. Every call writes into ``$OUT``; the last
 command merges what came back.
 
-``--dry_run`` downloads nothing and prints the same commands for the suite's dry run on a CPU.
+``--dry_run`` downloads nothing and prints the same commands for the suite's dry run on a CPU;
+``--workloads`` measures some alone.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from bench.goals import HOPPER, QUACK
+from bench.gpu_suite import UNITS
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = "3.12"
@@ -65,9 +67,13 @@ class Call(NamedTuple):
     command: str
 
 
-def calls(folder: str, commit: str, dry_run: bool = False) -> list[Call]:
+def calls(
+    folder: str, commit: str, dry_run: bool = False, workloads: Sequence[str] = ()
+) -> list[Call]:
     """The commands, in their order; ``folder`` as the machine sees it."""
     suite = f"python3 -m bench.gpu_suite --output $OUT --commit {commit}"
+    if workloads:
+        suite += f" --workloads {' '.join(workloads)}"
     if dry_run:
         suite += " --dry_run"
     path = "PYTHONPATH=.:kernels/torch-ext"
@@ -154,6 +160,8 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--folder", default="travel", help="in the checkout, and ignored by git")
     parser.add_argument("--dry_run", "--dry-run", action="store_true")
+    parser.add_argument("--workloads", nargs="+", default=[], help="default: all", metavar="NAME",
+                        choices=[unit.workload for unit in UNITS])  # fmt: skip
     options = parser.parse_args()
     folder = ROOT / options.folder
     ignored = subprocess.run(["git", "-C", str(ROOT), "check-ignore", "-q", str(folder / "peers")])
@@ -169,7 +177,8 @@ def main() -> int:
     if not options.dry_run:
         prepare(folder)
     too_large = False
-    for call in calls(options.folder, head.stdout.strip() or "unknown", options.dry_run):
+    commit = head.stdout.strip() or "unknown"
+    for call in calls(options.folder, commit, options.dry_run, options.workloads):
         size = travelling(folder / name for name in call.carries)
         too_large |= size > LIMIT
         carry = ", ".join(f"{options.folder}/{name}" for name in call.carries)

@@ -189,9 +189,21 @@ def test_stages_that_ran_apart_are_merged(tmp_path, suite, monkeypatch):
     assert "Tests marked gpu: 9 passed" in summary and "| K1 | `gemm` |" in summary
 
 
-def test_a_goal_that_was_not_measured_is_no_success(tmp_path):
-    measured = Suite(tmp_path, 0.0, dry_run=False, commit="")
-    assert not measured.is_complete()  # no note and no failure, but no row either
+def test_a_goal_that_was_not_measured_is_no_success(tmp_path, suite, monkeypatch):
+    """A GPU's files, merged where there is none."""
+    came, out = tmp_path / "own", tmp_path / "all"
+    came.mkdir()
+    row = dataclasses.replace(
+        suite._broken(RANK, "fastrank", ""), status=OK, median_ms=1.0, device="cuda",
+        device_name="GPU X", ours=True,
+    )  # fmt: skip
+    write_csv([row], came / "rank_cuda.csv")
+    arguments = ["gpu_suite", "--stages", "--include", str(came), "--output", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert gpu_suite.main() == 1
+    summary = (out / "summary.md").read_text()
+    assert "GPU X" in summary and "not measured" in summary
+    assert read_csv(out / "rank_cuda.csv", Measurement) == [row]
 
 
 def test_without_a_gpu_nothing_is_written(tmp_path, monkeypatch, capsys):
@@ -205,3 +217,48 @@ def test_calls_fit_the_machine():
     for call in gpu_travel.calls("travel", "0123456789ab"):
         assert len(call.command) < 2000 and call.seconds < 600
     assert "--include own tests peers cutlass" in gpu_travel.merge_command()
+
+
+@pytest.mark.slow
+def test_the_printed_commands_of_a_dry_run(tmp_path):
+    """One workload of each kind through every command, from the preparation to the merge."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels' / 'torch-ext'}",
+    }
+
+    def run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command, cwd=folder, env=environment | variables, capture_output=True, text=True
+        )
+
+    workloads = ["K1-autocast", "S1-qwen", "A1-256", RANK]
+    options = ["--dry_run", "--workloads", *workloads]
+    printed = run([sys.executable, "-m", "bench.gpu_travel", *options], ROOT)
+    assert printed.returncode == 0, printed.stderr
+    lines = printed.stdout.splitlines()
+    names = [line[2:].partition(":")[0] for line in lines if line.startswith("# ")][:-1]
+    *commands, merge = [line for line in lines if not line.startswith("# ")]
+    assert names == ["own", "tests", "peers"] and len(commands) == 3
+    for name, command in zip(names, commands, strict=True):
+        done = run(["bash", "-c", command], ROOT, OUT=str(tmp_path / name))
+        assert done.returncode == 0, (name, done.stdout, done.stderr)
+    done = run(["bash", "-c", merge], tmp_path)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    merged = tmp_path / "bench" / "results"
+    rows = [row for path in merged.glob("*_cpu.csv") for row in read_csv(path, Measurement)]
+    for workload in workloads:
+        found = {row.variant: row for row in rows if row.workload == workload}
+        assert any(row.ours and row.status == OK for row in found.values()), workload
+        others = [row for row in found.values() if not row.ours]
+        # What is not here is named, and what is here was timed; a dry run compiles nothing.
+        assert others and all(row.ratio or row.reason for row in others)
+        failed = [row.variant for row in others if row.status == FAILED]
+        assert all(name.startswith("torch.compile") for name in failed), failed
+    summary = (merged / "summary.md").read_text()
+    assert "Tests marked gpu: " in summary and " tests collected" in summary
+    assert "## Kernels" in summary
+    # The same files hold nothing that a goal asks for.
+    done = run(["bash", "-c", gpu_travel.merge_command().replace(" cutlass", "")], tmp_path)
+    assert done.returncode == 1 and "not measured" in (merged / "summary.md").read_text()
