@@ -21,6 +21,7 @@ LOSS_CASES = [cls() for cls in LOSSES.values()] + [
     fastrank.ListNet(beta=0.3, uses_reference=True, normalize="sum"),
     fastrank.NCA(beta=0.2),
     fastrank.LIRE(sft_weight=0.2),
+    fastrank.DPO(margin=0.2, margin_by="rank", label_smoothing=0.1, robust=True),
     fastrank.PRO(sft_reduction="mean"),
     fastrank.DPO(pairs="best_worst", sft_weight=0.3),
     fastrank.ListMLE(top_k=1, sft_weight=0.2, sft_reduction="sum"),

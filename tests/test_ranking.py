@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import plain_losses
@@ -93,6 +94,37 @@ def test_value_equals_the_formula_in_a_group_of_300(name, options) -> None:
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("rrhf", {"margin": 0.3, "margin_by": "rank"}),
+        ("dpo", {"beta": 0.5, "label_smoothing": 0.2, "robust": True}),
+        ("rebel", {"eta": 0.8}),
+        ("pro", {}),
+        ("listmle", {"beta": 0.1}),
+        ("listnet", {"temperature": 2.0}),
+        ("nca", {"temperature": 0.5, "beta": 0.3}),
+        ("lire", {}),
+        ("approxndcg", {"temperature": 0.7}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_gradient_in_a_group_of_300_by_the_formula(name, options) -> None:
+    """Along one direction, so that two evaluations of the formula are enough."""
+    scores, rewards, offsets = ragged(11, [300])
+    direction = torch.tensor([random.Random(i).gauss(0, 1) for i in range(300)]).double()
+    value = fastrank.ranking_loss(
+        scores.requires_grad_(), rewards, loss=fastrank.loss_from_name(name, **options)
+    )
+    (got,) = torch.autograd.grad(value, scores)
+    want = plain_losses.slope(
+        name, scores.tolist(), direction.tolist(), rewards.tolist(), **options
+    )
+    size = (got.abs() * direction.abs()).sum().item()
+    assert (got @ direction).item() == pytest.approx(want, rel=1e-12, abs=1e-12 * size)
+
+
 DIFFERENTIABLE = [case for case in CASES if case[0] != "lambdarank"]  # its weights are detached
 
 
@@ -176,6 +208,32 @@ def test_float32_is_close_and_stays_finite_at_extreme_scores(name, options) -> N
     value = fastrank.ranking_loss(extreme, torch.tensor([2.0, 1.0, 0.0]), loss=loss)
     value.backward()
     assert torch.isfinite(value) and torch.isfinite(extreme.grad).all()
+
+
+def test_a_losing_score_of_minus_infinity_is_the_limit_of_low_ones() -> None:
+    """Value and gradient by the formulas at a score so low that it says the same; where these grow
+    without bound the loss is infinite, and never NaN."""
+    scores = torch.tensor([-1.0, -2.0, 0.5, -1e9, -1.5, -0.7], dtype=torch.float64)
+    rewards = torch.tensor([3.0, 1.0, 2.0, 0.0, 1.0, 2.0], dtype=torch.float64)
+    ruled_out = scores.masked_fill(scores < -1e8, -torch.inf).requires_grad_()
+    bounded = 0
+    for name, options in CASES:
+        value = fastrank.ranking_loss(
+            ruled_out, rewards, loss=fastrank.loss_from_name(name, **options)
+        )
+        (got,) = torch.autograd.grad(value, ruled_out)
+        want = plain_losses.rank_term(name, scores.tolist(), rewards.tolist(), **options)
+        assert not got.isnan().any(), name
+        if abs(want) > 1e4:
+            assert value.item() == math.copysign(math.inf, want), name
+            continue
+        bounded += 1
+        assert value.item() == pytest.approx(want, rel=1e-12, abs=1e-12)
+        if name != "lambdarank":
+            own = plain_losses.gradient(name, scores.tolist(), rewards.tolist(), **options)
+            want_gradient = torch.tensor(own, dtype=torch.float64)
+            torch.testing.assert_close(got, want_gradient, rtol=1e-10, atol=1e-10)
+    assert bounded >= 20
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)

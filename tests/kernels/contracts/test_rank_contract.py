@@ -96,7 +96,11 @@ class Groups:
 
 
 @pytest.mark.parametrize("spec", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(
+    "sizes",
+    [*SIZES.values(), pytest.param([300], marks=pytest.mark.slow)],
+    ids=[*SIZES, "five blocks"],
+)
 def test_scores_to_loss_and_gradients(device, poisoned, sizes, spec) -> None:
     groups = Groups(sizes, device)
     for valid in (None, groups.valid) if sizes == SIZES["small"] else (groups.valid,):
