@@ -646,7 +646,7 @@ class RankTrainer(TrainerHooks, Trainer):
         if self.is_deepspeed_enabled:
             stage = self.accelerator.state.deepspeed_plugin.zero_stage
             return f"DeepSpeed ZeRO-{stage} on {self.engine.num_processes} process(es)"
-        if self._is_sharded and not self.writes_whole_state:
+        if self.is_sharded and not self.writes_whole_state:
             return "shards of FSDP or tensor parallelism"
         return "whole tensors"
 
