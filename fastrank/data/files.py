@@ -327,9 +327,17 @@ def _open_file(path: Path, name: str) -> Source:
     return Source(name, "lines", path)
 
 
+def matching_files(pattern: str) -> list[str]:
+    """The files that a pattern matches, sorted; none for a text that is no pattern."""
+    if not glob.has_magic(pattern):
+        return []
+    found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+    return sorted(file for file in found if Path(file).is_file())
+
+
 def _open_pattern(name: str) -> Source:
     """All files that a pattern matches, in the order of their names, as one data set."""
-    files = sorted(glob.glob(str(Path(name).expanduser()), recursive=True))
+    files = matching_files(name)
     if not files:
         raise InputError(f"{one_line(name)}: no file matches")
     if len(files) == 1:

@@ -312,8 +312,9 @@ def narrowed(scores: Sequence[float]) -> list[float]:
     """Scores that float32 holds in the same order: what is different stays different.
 
     Where rounding would make some of a group's scores equal, all of them are counted from the
-    lowest, which every loss of the library allows, as it sees differences alone. What still is
-    equal then, a small step beside a large one, is kept apart by a unit in the last place.
+    lowest: every loss of the library has the gradient that it had (LIRE another constant), and a
+    function of one's own sees the shifted ones. What still is equal then, a small step beside a
+    large one, is kept apart by a unit in the last place.
 
     >>> narrowed([1000000001.0, 1000000003.0])
     [0.0, 2.0]

@@ -17,7 +17,14 @@ from typing import Any
 
 from fastrank.data import fields, formats
 from fastrank.data.fields import Ends, Prompt
-from fastrank.data.files import Place, Row, content_hash, read_rows
+from fastrank.data.files import (
+    Place,
+    Row,
+    content_hash,
+    matching_files,
+    read_rows,
+    value_checksum,
+)
 from fastrank.data.readers import ParsedRow
 from fastrank.data.records import Record
 from fastrank.errors import InputError
@@ -258,6 +265,12 @@ def template_identity(given: TemplateOptions) -> list[Any]:
 
 
 def file_identity(path: str) -> str:
-    """Hash of a file's content; of a folder or a Hub name, the name."""
+    """Hash of a file's content, or of all files that a pattern matches; of a folder or a Hub name,
+    the name."""
     local = Path(path).expanduser()
-    return content_hash(local) if local.is_file() else path
+    if local.is_file():
+        return content_hash(local)
+    matched = matching_files(path)
+    return (
+        value_checksum([[file, content_hash(Path(file))] for file in matched]) if matched else path
+    )

@@ -18,7 +18,7 @@ from fastrank.data.readers import PARTED_EARLY
 from fastrank.data.records import read_records
 from fastrank.data.report import NO_PROMPT, NO_SCORE, Report
 from fastrank.errors import InputError
-from fastrank.workflow.items import read_items
+from fastrank.workflow.items import file_identity, read_items
 
 HI = [{"role": "user", "content": "hi"}]
 BACK = [*HI, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "more"}]
@@ -353,6 +353,13 @@ def test_patterns(tmp_path: Path) -> None:
     assert found == [f"{i}\u2028{k}" for i in range(3) for k in range(3)]
     assert len(list(read_records(tmp_path / "zipped-[01].jsonl.gz"))) == 6
     assert len(list(read_records(tmp_path / "part-1*"))) == 3
+    pattern = str(tmp_path / "part-*.jsonl")
+    before = file_identity(pattern)
+    assert before == file_identity(pattern) != file_identity(str(tmp_path / "part-[01].jsonl"))
+    (tmp_path / "part-2.jsonl").write_text(LINES, encoding="utf-8")
+    assert file_identity(pattern) != before
+    (tmp_path / "part-folder.jsonl").mkdir()  # no file
+    assert len(list(read_records(tmp_path / "part-*.jsonl"))) == 9
     with pytest.raises(InputError, match="no file matches"):
         list(read_records(tmp_path / "*.parquet"))
     (tmp_path / "part-3.csv").write_text(TABLE, encoding="utf-8")
