@@ -53,7 +53,8 @@ class FiniteGuard:
         """Names of the weights that are not finite on some process."""
         bad = []
         for name, parameter in model.named_parameters():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3 leaves the rest empty
+            local = local.to_local() if isinstance(local, DTensor) else local
             if local.is_floating_point() and not bool(local.detach().isfinite().all()):
                 bad.append(name)
         return list(dict.fromkeys(self.engine.gather_all(bad)))

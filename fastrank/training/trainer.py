@@ -174,6 +174,11 @@ class RankTrainer(TrainerHooks, Trainer):
             optimizers=optimizers,
         )
         self.args.save_only_model = given.save_only_model
+        if self.is_deepspeed_enabled and args.nonfinite == "skip":
+            raise InputError(
+                "nonfinite=skip is not possible under DeepSpeed, whose backward pass takes the "
+                "optimiser's step before the numbers can be looked at; expected stop"
+            )
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(RankProgress(self.args.disable_tqdm))

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastrank.data.group import Group
+from fastrank.errors import InputError
 from fastrank.modeling import prepare
 from fastrank.tasks.menu import tiny_llama
 from fastrank.training.config import RankConfig
@@ -103,7 +104,7 @@ def make_model(tied: bool) -> PreTrainedModel:
     return model
 
 
-def make_trainer(folder: Path, case: Case, world_size: int) -> RankTrainer:
+def make_trainer(folder: Path, case: Case, world_size: int, **more: Any) -> RankTrainer:
     config = RankConfig(
         output_dir=str(folder / f"run-{case.name}"),
         per_device_train_batch_size=GLOBAL_BATCH // world_size,
@@ -118,6 +119,7 @@ def make_trainer(folder: Path, case: Case, world_size: int) -> RankTrainer:
         backprop="two_phase" if case.two_phase else "joint",
         head_path="fused",
         bf16=case.bf16,
+        **more,
     )
     groups = close_groups()
     return RankTrainer(make_model(case.tied), config, groups, groups[:7])
@@ -250,9 +252,12 @@ def run_case(folder: Path, case: Case, world_size: int) -> dict[str, Any]:
         evaluation = trainer.evaluate()
     saved = folder / f"saved-{case.name}"
     trainer.save_model(str(saved))
+    weights = whole_weights(trainer)
     return {
         "engine": _engine(trainer),
-        "weights": whole_weights(trainer),
+        "weights": weights,
+        "bad": bad_weights(trainer),
+        "refusal": skip_refusal(folder, case, world_size),
         "log": [row for row in trainer.state.log_history if "grad_norm" in row],
         "evaluation": evaluation,
         "paths": dict(watch.paths),
@@ -288,6 +293,27 @@ def whole_weights(trainer: RankTrainer) -> dict[str, Tensor]:
     return {
         name: _whole(parameter).detach().clone() for name, parameter in _named(trainer.lm).items()
     }
+
+
+def skip_refusal(folder: Path, case: Case, world_size: int) -> str | None:
+    """Why DeepSpeed cannot skip bad records."""
+    if not case.engine.startswith("zero"):
+        return None
+    try:
+        make_trainer(folder, case, world_size, nonfinite="skip")
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def bad_weights(trainer: RankTrainer) -> list[str]:
+    """What is found when the first process's part of the head holds a NaN."""
+    head = trainer.lm.lm_head.weight
+    if trainer.engine.rank == 0:
+        local = head.to_local() if isinstance(head, DTensor) else getattr(head, "ds_tensor", head)
+        with torch.no_grad():
+            local.view(-1)[0] = torch.nan
+    return trainer._guard.bad_weights(trainer.lm)
 
 
 def _named(model: nn.Module) -> dict[str, Tensor]:

@@ -99,6 +99,14 @@ def test_every_pack_is_fused_and_every_result_float32(found: Any, name: str) -> 
 
 
 @pytest.mark.parametrize("name", _parameters(list(worker.CASES)))
+def test_a_bad_weight_on_one_process_is_seen_by_all(found: Any, name: str) -> None:
+    head = "model.embed_tokens.weight" if worker.CASES[name].tied else "lm_head.weight"
+    assert [got["bad"] for got in found(name)] == [[head], [head]]
+    if name.startswith("zero"):  # its step is taken before a loss can be refused
+        assert all("nonfinite=skip is not possible" in got["refusal"] for got in found(name))
+
+
+@pytest.mark.parametrize("name", _parameters(list(worker.CASES)))
 def test_no_process_holds_all_gradients(found: Any, name: str) -> None:
     """After each pack a process holds its share, and the head's gradient at most besides; FSDP2
     gathers the head's unit once per step and scatters its gradient once."""
