@@ -32,7 +32,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput, SaveStrategy
+from transformers.trainer_utils import EvalLoopOutput
 
 from fastrank.data.columns import group_sizes, largest_ids
 from fastrank.data.packing import Group
@@ -142,7 +142,7 @@ class RankTrainer(TrainerHooks, Trainer):
             args.eval_strategy = "no"
         self.loss = args.ranking_loss
         model, processing_class = as_model(model, processing_class, given)
-        _check_sharded(model, args, adapted=peft_config is not None)
+        _check_adapter(model, adapted=peft_config is not None)
         reference = reference_of(
             ref_model, model, args, adapted=peft_config is not None, tokenizer=processing_class
         )
@@ -712,18 +712,10 @@ def _switch(optimizer: Any, mode: str) -> None:
         getattr(optimizer, mode)()
 
 
-def _check_sharded(model: nn.Module, args: RankConfig, *, adapted: bool) -> None:
-    """Refuse what does not go with a model that is sharded when it is loaded."""
-    if not is_sharded(model):
-        return
-    if adapted or hasattr(model, "get_base_model"):
+def _check_adapter(model: nn.Module, *, adapted: bool) -> None:
+    """Refuse an adapter on a model that is sharded when it is loaded."""
+    if is_sharded(model) and (adapted or hasattr(model, "get_base_model")):
         raise InputError("a model that is sharded when it is loaded takes no adapter, got one")
-    strategy = SaveStrategy(args.save_strategy).value
-    if strategy != "no" and not args.save_only_model:
-        raise InputError(
-            "the optimizer's state of a model that is sharded when it is loaded cannot be saved: "
-            f"expected save_only_model or save_strategy=no, got {strategy}"
-        )
 
 
 def _as_it_is(batch: Any) -> Any:
