@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import build
-from pack_cases import random_groups, separate_scores
-from torch.nn.utils.rnn import pad_sequence
+from pack_cases import separate_scores
+from padded_batch import padded_batch
 
 import fastrank
 
@@ -21,20 +20,7 @@ SNIPPETS = dict(
 
 @pytest.fixture
 def batch() -> dict:
-    """Two prompts with two and three candidates, padded, as a training script has them."""
-    groups = random_groups([(5, [3, 4]), (7, [3, 4, 5])])
-    rows = [(group.prompt_ids, ids) for group in groups for ids in group.response_ids]
-    sequences = [torch.cat(row) for row in rows]
-    labels = [torch.cat((torch.full_like(prompt, -100), ids)) for prompt, ids in rows]
-    return {
-        "model": build("llama", tie_word_embeddings=False), "torch": torch, "fastrank": fastrank,
-        "groups": groups, "batch": [(g.prompt_ids, g.response_ids, g.rewards) for g in groups],
-        "input_ids": pad_sequence(sequences, batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-        "mask": pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True),
-        "rewards": torch.cat([group.rewards for group in groups]),
-        "cu_groups": torch.tensor([0, 2, 5], dtype=torch.int32),
-    }  # fmt: skip
+    return padded_batch()
 
 
 def test_the_loss_backend(batch) -> None:

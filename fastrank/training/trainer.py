@@ -99,7 +99,8 @@ class RankTrainer(TrainerHooks, Trainer):
         ref_model: the reference of a loss that uses one, a model or the name or folder of one; by
             default the model below an adapter. It scores groups that have no ``reference_scores``
             once, here; scores of a model by name are kept in the cache folder.
-        callbacks, optimizers: as for ``Trainer``.
+        callbacks: as for ``Trainer``.
+        optimizers: as for ``Trainer``.
 
     Raises:
         InputError: no group, a group that fits no pack or holds tokens the model does not have, a

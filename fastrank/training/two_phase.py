@@ -112,7 +112,8 @@ def two_phase_backward(
         score_tokens: tokens of a pack that is only scored, default ``max_tokens``. Without a graph
             more fit, and fewer prompts are encoded twice.
         num_groups: divides the sum over groups; default: the groups of all processes.
-        logits_memory, backend: as for `fastrank.token_logprobs`.
+        logits_memory: as for `fastrank.token_logprobs`.
+        backend: as for `fastrank.token_logprobs`.
         engine: how the model is run; default: as PyTorch's DDP or FSDP2 wrapped it.
 
     Raises:

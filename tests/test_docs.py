@@ -1,0 +1,67 @@
+"""The pages of docs/: their code runs as printed, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from padded_batch import padded_batch
+
+from fastrank.cli.commands import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.S | re.M)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for name, body in BLOCK.findall(page.read_text()) if name == language]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
+def test_python_runs_as_printed(page: Path) -> None:
+    """All blocks of a page in order, in one namespace that has what a training script has."""
+    names = padded_batch()
+    for code in blocks(page, "python"):
+        exec(compile(code, str(page), "exec"), names)
+
+
+def test_json_is_json() -> None:
+    for page in PAGES:
+        for text in blocks(page, "json"):
+            for line in text.splitlines():
+                assert isinstance(json.loads(line), dict), (page.name, line)
+
+
+def test_commands_and_options_exist() -> None:
+    """Every ``fastrank COMMAND --option`` of a page is one that the parser knows."""
+    known = {
+        name: {field.name for kind in made().options for field in dataclasses.fields(kind)}
+        for name, made in COMMANDS.items()
+    }
+    found = 0
+    for page in PAGES:
+        for text in blocks(page, ""):
+            for command, rest in re.findall(r"\bfastrank (\w+)(.*)", text.replace("\\\n", " ")):
+                for option in re.findall(r"--([a-z_]+)", rest):
+                    assert option in {*known[command], "config"}, (
+                        f"{page.name}: fastrank {command} --{option}"
+                    )
+                    found += 1
+    assert found > 30
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "index.html").read_text()
+    outside = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', page)
+    assert not outside, outside
