@@ -7,6 +7,18 @@ and exits with 2, and lets every other exception through as the defect it is.
 
 from __future__ import annotations
 
+#: The name to install: on PyPI, ``fastrank`` is another library.
+DISTRIBUTION = "fastrank-lm"
+
+
+def install_command(extra: str) -> str:
+    """Command that installs what an extra brings.
+
+    >>> install_command("train")
+    "pip install 'fastrank-lm[train]'"
+    """
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
+
 
 class InputError(ValueError):
     """A file, model, option or environment that cannot be used. The text is one line that names

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from padded_batch import padded_batch
 
 from fastrank.cli.commands import COMMANDS
@@ -29,6 +30,12 @@ def test_python_runs_as_printed(page: Path) -> None:
     names = padded_batch()
     for code in blocks(page, "python"):
         exec(compile(code, str(page), "exec"), names)
+
+
+def test_the_repository_s_yaml_is_yaml() -> None:
+    files = [ROOT / "CITATION.cff", *sorted((ROOT / ".github").rglob("*.yml"))]
+    for path in files:
+        assert isinstance(yaml.safe_load(path.read_text()), dict), path
 
 
 def test_json_is_json() -> None:

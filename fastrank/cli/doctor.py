@@ -12,7 +12,7 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from fastrank import options as shared
-from fastrank.errors import InputError
+from fastrank.errors import DISTRIBUTION, InputError, install_command
 from fastrank.options.declare import change, check_least, option, options
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def examine(options: DoctorOptions) -> dict[str, Any]:
     }
 
 
-def packages(name: str = "fastrank") -> list[dict[str, Any]]:
+def packages(name: str = DISTRIBUTION) -> list[dict[str, Any]]:
     """Required and optional packages: version installed, version required, how to install.
 
     ``status`` is "ok", "missing", "too old" or "too new"; ``install`` is the command that mends it.
@@ -107,14 +107,14 @@ def _package(name: str, version: str | None, extra: str, requirement: Any) -> di
         for bound in bounds:
             if not bound.contains(version, prereleases=True):
                 status = "too new" if bound.operator.startswith("<") else "too old"
-    target = f"fastrank[{extra}]" if extra else f"{name}{specifier}"
+    install = install_command(extra) if extra else f"pip install '{name}{specifier}'"
     return {
         "name": name,
         "version": version,
         "requires": specifier,
         "extra": extra,
         "status": status,
-        "install": None if status == "ok" else f"pip install '{target}'",
+        "install": None if status == "ok" else install,
     }
 
 

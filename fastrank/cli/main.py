@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from fastrank import __version__
 from fastrank.cli.commands import COMMANDS
-from fastrank.errors import InputError, TrainingStopped
+from fastrank.errors import InputError, TrainingStopped, install_command
 
 #: Packages that come with an extra, for the line that says how to get them.
 _EXTRAS = {
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = _EXTRAS.get(package)
         if extra is None:
             raise
-        return _fail(prog, f"needs {package}: pip install 'fastrank[{extra}]'")
+        return _fail(prog, f"needs {package}: {install_command(extra)}")
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return _INTERRUPTED

@@ -178,7 +178,7 @@ def bleu(samples: Samples, references: Sequence[Sequence[str]]) -> float:
         references: of each prompt; responses to a prompt without any are left out.
 
     Raises:
-        ModuleNotFoundError: sacrebleu is not installed (``pip install 'fastrank[eval]'``).
+        ModuleNotFoundError: sacrebleu is not installed (the extra ``eval``).
     """
     from sacrebleu import corpus_bleu
 

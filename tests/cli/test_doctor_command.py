@@ -24,14 +24,14 @@ def test_versions_and_install_lines(
     assert found["torch"]["status"] == "ok" and found["torch"]["install"] is None
     assert found["accelerate"]["status"] == "too old"
     assert found["transformers"]["status"] == "too new"
-    assert found["accelerate"]["install"] == "pip install 'fastrank[train]'"
+    assert found["accelerate"]["install"] == "pip install 'fastrank-lm[train]'"
     assert found["matplotlib"]["status"] == "missing"
     assert found["matplotlib"]["extra"] == "train"
     assert found["tqdm"]["install"].startswith("pip install 'tqdm>=")
     assert "pytest" not in found
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert "0.1.0 (expected >=" in text and "pip install 'fastrank[train]'" in text
+    assert "0.1.0 (expected >=" in text and "pip install 'fastrank-lm[train]'" in text
 
 
 def test_backends_and_strategies_with_reasons(run_json) -> None:

@@ -170,9 +170,9 @@ def test_a_missing_extra_names_its_install_line(
     (tmp_path / "good.jsonl").write_text(json.dumps(GOOD) + "\n")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     message = refused(["inspect", "good.jsonl", "--plot", "p.png"])
-    assert "needs matplotlib: pip install 'fastrank[train]'" in message
+    assert "needs matplotlib: pip install 'fastrank-lm[train]'" in message
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "needs datasets: pip install 'fastrank[train]'" in refused(["inspect", "."])
+    assert "needs datasets: pip install 'fastrank-lm[train]'" in refused(["inspect", "."])
 
 
 @options

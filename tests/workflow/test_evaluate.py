@@ -162,7 +162,7 @@ def test_wins_ties_and_missing_rewards():
 
 
 def test_bleu_is_sacrebleus(policy_path, write_rows):
-    sacrebleu = pytest.importorskip("sacrebleu", reason="the extra fastrank[eval]")
+    sacrebleu = pytest.importorskip("sacrebleu", reason="the extra eval")
     texts = ["the cat sat on the mat today", "a dog ran over the old bridge"]
     samples = Samples([item("a", texts[0], "no"), item("b", texts[1]), item("c", "x")], 0)
     references = [[texts[0]], ["a dog walked over the old bridge", texts[1] + " fast"], []]
