@@ -33,6 +33,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import fastrank
 from fastrank.data.cached_groups import CachedGroups, group_writer
 from fastrank.data.files import Lines, Place, Source, one_line
 from fastrank.data.records import (
@@ -85,6 +86,11 @@ def default_num_proc() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _versions() -> dict[str, str]:
+    found = {name: version(name) for name in ("transformers", "tokenizers")}
+    return {"fastrank": fastrank.__version__, **found}  # a checkout need not be installed
+
+
 def cached_groups(
     source: Source,
     reading: Reading,
@@ -109,7 +115,7 @@ def cached_groups(
         raise InputError(f"{source.name}: rows of an iterable cannot be told again, so not cached")
     made_from = {
         "layout": LAYOUT,
-        "versions": {name: version(name) for name in ("fastrank", "transformers", "tokenizers")},
+        "versions": _versions(),
         "source": identity,
         "tokenizer": tokenizer_identity(tokenizer),
         "reading": asdict(reading),

@@ -500,6 +500,10 @@ def _opened(path: Path, name: str) -> Iterator[Any]:
                 yield file
     except InputError:
         raise
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name}: not {error.encoding} text, as its first bytes say it is ({error.reason})"
+        ) from error
     except Exception as error:  # each decompressor raises its own
         reason = error.strerror if isinstance(error, OSError) else None
         raise InputError(f"{name}: cannot be read: {reason or one_line(error)}") from error

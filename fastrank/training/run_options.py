@@ -126,10 +126,11 @@ class TrainOptions(
             "as_chat",
             "chat_template",
             "chat_template_kwargs",
-            "tp_size",
         ):
-            if self.built_in and getattr(self, name) not in (None, False, 1):
+            if self.built_in and getattr(self, name) not in (None, False):
                 raise InputError(f"--{name} needs --model and --data, got neither")
+        if self.built_in and self.tp_size != 1:
+            raise InputError("--tp_size needs --model and --data, got neither")
 
     @property
     def built_in(self) -> bool:

@@ -107,7 +107,7 @@ def test_a_fitting_size_is_found_and_the_run_is_the_same(
     assert 180 <= found.max_tokens <= 200 + 30  # in tokens of real packs, which hold whole groups
     assert all(p.grad is None for p in found.model.parameters())
     assert_same_weights(found, plain, atol=2e-6, rtol=1e-5)
-    assert read_notes(tmp_path / "run" / "checkpoint-2") == {"max_tokens": found.max_tokens}
+    assert read_notes(tmp_path / "run" / "checkpoint-2")["max_tokens"] == found.max_tokens
     resumed = make_trainer(menu_groups, **options)
     resumed.train(resume_from_checkpoint=True)  # without a limit now: the same packs all the same
     assert resumed.max_tokens == found.max_tokens

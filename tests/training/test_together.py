@@ -6,6 +6,7 @@ exit code then.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -87,7 +88,7 @@ def _resolved(value: object, folders: list[Path], checksums: list[bool]) -> list
 
     def gatherer(rank: int) -> Callable[[list[Any]], list[Any]]:
         def gather(items: list[Any]) -> list[Any]:
-            given[rank] = items
+            given[rank] = copy.deepcopy(items)  # another process never sees what is changed later
             barrier.wait()
             everything = [item for items in given for item in items]
             barrier.wait()

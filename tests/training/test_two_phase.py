@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import fastrank
 from fastrank import Group
 from fastrank.data.candidate_packs import Candidates, candidate_packs
+from fastrank.modeling.cost import PackCost
 from fastrank.modeling.dropout import disable_dropout
 from fastrank.training.backprop import JointBackprop, TwoPhaseBackprop
 from fastrank.training.engine import Engine
@@ -238,9 +239,9 @@ def test_the_packs_of_a_step_share_one_narrow_head(way, monkeypatch):
         )
         backprop = (TwoPhaseBackprop if way == "two phases" else JointBackprop)(
             fastrank.PRO(), Engine(), torch.device("cpu"), 64, True,
-            lambda: torch.autocast("cpu", torch.bfloat16),
+            lambda: torch.autocast("cpu", torch.bfloat16), PackCost(),
         )  # fmt: skip
-        batch = backprop.cutter()(list(enumerate(small)))
+        batch = backprop.cutter()(small, range(len(small)))
         assert way == "two phases" or len(batch.packs) > 1
         steps = []
         for _ in range(2):
