@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 .PHONY: train test test-slow test-exhaustive bench compare check format clean
 
@@ -10,11 +11,11 @@ train: $(VENV)/.train  ## a small model learns to rank on the built-in task
 	$(BIN)/fastrank train --output_dir runs/built-in --overwrite_output_dir
 
 test: $(VENV)/.dev check  ## formatting, types, and every test that is neither slow nor for a GPU
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	$(PYTEST)
 
 test-slow: $(VENV)/.dev $(VENV)/.deepspeed  ## the tests that take minutes
-	$(BIN)/pytest -m "slow and not gpu"
-	PYTHONPATH=$(VENV)/deepspeed $(BIN)/pytest -m slow -k zero tests/training
+	$(PYTEST) -m "slow and not gpu"
+	PYTHONPATH=$(VENV)/deepspeed $(PYTEST) -m slow -k zero tests/training
 
 test-exhaustive: $(VENV)/.dev  ## every kernel configuration compiled for four GPUs, half an hour
 	$(BIN)/pytest -m exhaustive

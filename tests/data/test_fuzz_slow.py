@@ -42,9 +42,9 @@ class PeakMemory:
         ours = self._process.cmdline()
         for process in self._process.children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                memory = process.memory_info().rss
-                # Until it runs its own program, a child shows this process's memory as its own.
-                total += memory if process.cmdline() != ours else 0
+                # Until it runs its own program, a child shows this process's memory as its own, so
+                # its program is asked for first.
+                total += process.memory_info().rss if process.cmdline() != ours else 0
         return total
 
     def _watch(self) -> None:
