@@ -14,12 +14,12 @@ from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastrank.data.columns import FlatGroups, GroupSizes, prompt_key
+from fastrank.data.columns import FlatGroups, GroupSizes, GroupView, prompt_key
 from fastrank.data.files import content_hash
 from fastrank.data.records import Record, narrowed
 from fastrank.data.tokenize import Encoded
@@ -63,7 +63,7 @@ def _row(record: Record, encoded: Encoded) -> tuple[Any, ...]:
     return prompt, responses, narrowed(record.scores), record.line, signed, largest
 
 
-class CachedGroups(Sequence["Group"]):
+class CachedGroups(GroupView):
     """The groups of a cache entry, or some of them.
 
     A copy sent to another process opens the files again.
@@ -100,14 +100,7 @@ class CachedGroups(Sequence["Group"]):
     def __len__(self) -> int:
         return len(self.dataset) if self._index is None else len(self._index)
 
-    @overload
-    def __getitem__(self, item: int) -> Group: ...
-    @overload
-    def __getitem__(self, item: slice) -> CachedGroups: ...
-    def __getitem__(self, item: int | slice) -> Group | CachedGroups:
-        if isinstance(item, slice):
-            return self.select(range(*item.indices(len(self))))
-        position = range(len(self))[item]  # negative ones, and the IndexError
+    def group_at(self, position: int) -> Group:
         return self._group(position if self._index is None else int(self._index[position]))
 
     def __iter__(self) -> Iterator[Group]:

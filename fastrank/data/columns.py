@@ -8,10 +8,11 @@ which of the two they have.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,6 +179,28 @@ def prompt_key(ids: NDArray[np.integer]) -> int:
     """The digest of one prompt's token ids."""
     raw = np.ascontiguousarray(ids, dtype="<i8").tobytes()
     return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")
+
+
+class GroupView(Sequence["Group"]):
+    """Groups that are made when they are asked for. A subclass says how many there are and makes
+    one by its position."""
+
+    @abstractmethod
+    def group_at(self, position: int) -> Group:
+        """The group at a position from 0 to ``len(self) - 1``."""
+
+    def select(self, index: Iterable[int]) -> Sequence[Group]:
+        """The groups at these positions, in this order."""
+        return [self[i] for i in index]
+
+    @overload
+    def __getitem__(self, item: int) -> Group: ...
+    @overload
+    def __getitem__(self, item: slice) -> Sequence[Group]: ...
+    def __getitem__(self, item: int | slice) -> Group | Sequence[Group]:
+        if isinstance(item, slice):
+            return self.select(range(*item.indices(len(self))))
+        return self.group_at(range(len(self))[item])  # negative ones, and the IndexError
 
 
 def select(groups: Sequence[Group], index: Iterable[int]) -> Sequence[Group]:

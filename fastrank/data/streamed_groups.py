@@ -8,11 +8,12 @@ resumed run does to come to where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain, count
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from fastrank.data import formats
+from fastrank.data.columns import GroupView
 from fastrank.data.files import open_source, read_rows
 from fastrank.data.records import Reading, open_records
 from fastrank.data.report import Report
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from fastrank.data.group import Group
 
 
-class StreamedGroups(Sequence["Group"]):
+class StreamedGroups(GroupView):
     """The groups of an iterable that can be iterated again, such as a `datasets.IterableDataset`.
 
     Args:
@@ -74,20 +75,11 @@ class StreamedGroups(Sequence["Group"]):
     def __len__(self) -> int:
         return self.length
 
-    @overload
-    def __getitem__(self, item: int) -> Group: ...
-    @overload
-    def __getitem__(self, item: slice) -> list[Group]: ...
-    def __getitem__(self, item: int | slice) -> Group | list[Group]:
-        if isinstance(item, slice):
-            return [self[i] for i in range(*item.indices(self.length))]
-        return self._at(range(self.length)[item])  # negative ones, and the IndexError
-
     def beginning(self, number: int) -> list[Group]:
         """The first groups, whatever the length is."""
-        return [self._at(i) for i in range(number)]
+        return [self.group_at(i) for i in range(number)]
 
-    def _at(self, position: int) -> Group:
+    def group_at(self, position: int) -> Group:
         if position < self._next and position not in self._held:
             self._restart()
         while self._next <= position:

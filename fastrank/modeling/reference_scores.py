@@ -16,7 +16,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from fastrank.attention.gate import refusal
 from fastrank.data.columns import (
     FlatGroups,
     GroupSizes,
+    GroupView,
     flat_parts,
     group_sizes,
     largest_ids,
@@ -51,7 +51,7 @@ from fastrank.modeling.unwrap import causal_lm, evaluation_mode
 _PORTION = 256
 
 
-class ReferenceGroups(Sequence[Group]):
+class ReferenceGroups(GroupView):
     """Groups with their reference scores, put together when they are asked for.
 
     Args:
@@ -76,18 +76,10 @@ class ReferenceGroups(Sequence[Group]):
     def __len__(self) -> int:
         return len(self._groups)
 
-    @overload
-    def __getitem__(self, item: int) -> Group: ...
-
-    @overload
-    def __getitem__(self, item: slice) -> ReferenceGroups: ...
-
-    def __getitem__(self, item: int | slice) -> Group | ReferenceGroups:
-        if isinstance(item, slice):
-            return self.select(range(*item.indices(len(self))))
-        row = int(self._index[item])
+    def group_at(self, position: int) -> Group:
+        row = int(self._index[position])
         scores = self._scores[self._cu_groups[row] : self._cu_groups[row + 1]]
-        return dataclasses.replace(self._groups[item], reference_scores=scores)
+        return dataclasses.replace(self._groups[position], reference_scores=scores)
 
     def select(self, index: Iterable[int]) -> ReferenceGroups:
         """The groups at these positions, in this order."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from fastrank.data.bins import best_fit, even_out, fill_padded, spread_evenly
 from fastrank.data.candidate_packs import filler_pack
-from fastrank.data.columns import GroupSizes, group_sizes
+from fastrank.data.columns import GroupSizes, GroupView, group_sizes
 from fastrank.data.packing import Group, Pack, pack
 from fastrank.data.streamed_groups import StreamedGroups
 from fastrank.modeling.cost import PackCost
@@ -137,7 +137,7 @@ class StepDataset(Dataset):
         return self.cutter(self.groups, index, self.sizes)
 
 
-class _Chosen(Sequence[Group]):
+class _Chosen(GroupView):
     """The groups at some positions; one is read when it is asked for."""
 
     def __init__(
@@ -150,14 +150,8 @@ class _Chosen(Sequence[Group]):
     def __len__(self) -> int:
         return len(self._index)
 
-    @overload
-    def __getitem__(self, item: int) -> Group: ...
-    @overload
-    def __getitem__(self, item: slice) -> Sequence[Group]: ...
-    def __getitem__(self, item: int | slice) -> Any:
-        if isinstance(item, slice):
-            return [self._groups[i] for i in self._index[item]]
-        return self._groups[self._index[item]]
+    def group_at(self, position: int) -> Group:
+        return self._groups[self._index[position]]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fastrank.data.columns import GroupSizes, prompt_key
+from fastrank.data.columns import GroupSizes, GroupView, prompt_key
 from fastrank.data.files import value_checksum
 from fastrank.data.packing import Group
 from fastrank.data.user_functions import is_function
@@ -50,7 +50,7 @@ _OPTIONS = ("online_", "kl_", "reward_kind")
 _WITHOUT_EFFECT = ("online_prompts", "online_perplexity")  # the prompts count by their content
 
 
-class OnlineGroups(Sequence[Group]):
+class OnlineGroups(GroupView):
     """One entry per prompt; it is a group while the prompt's round lasts, None if it gave nothing.
 
     Only bounds are known beforehand: ``sizes`` are those of the largest group that can come.
@@ -67,14 +67,8 @@ class OnlineGroups(Sequence[Group]):
     def __len__(self) -> int:
         return len(self._maker.encoded.ids)
 
-    @overload
-    def __getitem__(self, item: int) -> Group: ...
-    @overload
-    def __getitem__(self, item: slice) -> Sequence[Group]: ...
-    def __getitem__(self, item: int | slice) -> Any:
-        if isinstance(item, slice):
-            return [self[i] for i in range(*item.indices(len(self)))]
-        return self._groups[item]
+    def group_at(self, position: int) -> Any:
+        return self._groups[position]
 
     def __iter__(self) -> Iterator[Group]:
         raise TypeError("the candidates of an online run exist for one round at a time")
