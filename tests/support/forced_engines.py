@@ -95,6 +95,17 @@ def close_groups() -> list[Group]:
     ]
 
 
+#: Comparable steps: a constant rate, no clipping, nothing saved.
+STEADY: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 1000.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
+
 def make_model(tied: bool) -> PreTrainedModel:
     model = tiny_llama(0)
     if tied:
@@ -109,12 +120,7 @@ def make_trainer(folder: Path, case: Case, world_size: int, **more: Any) -> Rank
         output_dir=str(folder / f"run-{case.name}"),
         per_device_train_batch_size=GLOBAL_BATCH // world_size,
         max_steps=STEPS,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        max_grad_norm=1000.0,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
+        **STEADY,
         max_tokens=24 if case.two_phase else 60,
         backprop="two_phase" if case.two_phase else "joint",
         head_path="fused",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from forced_engines import force_engine, whole_weights
+from forced_engines import STEADY, force_engine, whole_weights
 from pack_cases import tied_groups
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -50,12 +50,7 @@ def make_trainer(folder: Path, case: str, replicas: int, **loading: Any) -> Rank
         output_dir=str(folder / f"run-{case}"),
         per_device_train_batch_size=GLOBAL_BATCH // replicas,
         max_steps=STEPS,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        max_grad_norm=1000.0,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
+        **STEADY,
         include_num_input_tokens_seen="all",
         use_cpu=not loading,
         head_path="fused",
