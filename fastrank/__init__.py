@@ -7,9 +7,10 @@ Five lines replace the loss of a training step:
 >>> loss
 RRHF()
 
-`linear_ranking_loss` is the fused loss on hidden rows and a head; `ranking_loss` works on
-scores; `pack` and `prepare_model` share prompts inside a transformers model; `RankTrainer` and
-``fastrank train`` put a training loop around them.
+`rank` is the loss of a padded batch under a transformers model, `linear_ranking_loss` the fused
+loss of hidden rows and a head, `ranking_loss` that of scores. `pack` and `prepare_model`
+share prompts inside a transformers model; `RankTrainer` and ``fastrank train`` put a training loop
+around them.
 
 Names are imported when they are first used, so that ``fastrank --help`` does not wait for torch.
 """
@@ -34,6 +35,7 @@ _HOMES = {
     "data.load": ["load_groups"],
     "data.packing": ["Group", "Pack", "pack"],
     "modeling.prepare": ["prepare_model"],
+    "modeling.rank_batch": ["rank"],
     "modeling.score": ["score"],
     "training.config": ["RankConfig"],
     "training.trainer": ["RankTrainer"],
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     from .losses import SLiC as SLiC
     from .losses import loss_from_name as loss_from_name
     from .modeling.prepare import prepare_model as prepare_model
+    from .modeling.rank_batch import rank as rank
     from .modeling.score import score as score
     from .outputs import RankingOutput as RankingOutput
     from .ranking import ranking_loss as ranking_loss

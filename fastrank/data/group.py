@@ -60,10 +60,10 @@ class Group:
         if not responses:
             raise ValueError(f"{where}: response_ids must hold at least one response, got none")
         set_field(self, "response_ids", responses)
-        rewards = _per_response(self.rewards, len(responses), f"{where}: rewards", ordered=True)
+        rewards = per_response(self.rewards, len(responses), f"{where}: rewards", ordered=True)
         set_field(self, "rewards", rewards)
         if self.reference_scores is not None:
-            scores = _per_response(
+            scores = per_response(
                 self.reference_scores, len(responses), f"{where}: reference_scores"
             )
             set_field(self, "reference_scores", scores)
@@ -114,13 +114,22 @@ def _token_ids(ids: Any, what: str) -> Tensor:
     return tensor
 
 
-def _per_response(values: Any, num_candidates: int, what: str, *, ordered: bool = False) -> Tensor:
+def per_response(values: Any, num_candidates: int, what: str, *, ordered: bool = False) -> Tensor:
+    """One number for each response, float32 or float64 [n]; ``ordered`` as `Group.rewards` are.
+
+    Raises:
+        TypeError: they are no numbers.
+        ValueError: another number of them, or one that is not finite.
+    """
     # Plain Python floats become float32, as torch makes them; a tensor or array keeps float64.
     if isinstance(values, np.ndarray):
         values = torch.from_numpy(values)
     kind = torch.float64 if getattr(values, "dtype", None) == torch.float64 else torch.float32
     if not isinstance(values, Tensor):
-        values = torch.tensor(values, dtype=torch.float64)
+        try:
+            values = torch.tensor(values, dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{what} must be numbers, got {values!r}") from error
     values = values.detach().cpu()
     if ordered and values.dtype in _WIDE and values.ndim == 1 and bool(values.isfinite().all()):
         values = torch.tensor(narrowed(values.double().tolist()), dtype=torch.float64)

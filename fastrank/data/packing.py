@@ -167,7 +167,7 @@ def pack(
     else:
         shapes = [(group.num_candidates, group.longest_sequence) for group in groups]
         members = fill_padded(shapes, max_tokens)
-    layout = _shared_pack if shared_prompts else _padded_pack
+    layout = shared_pack if shared_prompts else _padded_pack
     return [layout([groups[i] for i in chosen], tuple(chosen)) for chosen in members]
 
 
@@ -189,7 +189,8 @@ def sharing_pays(groups: Sequence[Group]) -> tuple[bool, str]:
     )
 
 
-def _shared_pack(groups: list[Group], group_index: tuple[int, ...]) -> Pack:
+def shared_pack(groups: Sequence[Group], group_index: tuple[int, ...]) -> Pack:
+    """All groups in one pack with shared prompts, in the given order."""
     segments = SegmentTable.from_lengths(
         [(len(g.prompt_ids), [len(ids) for ids in g.response_ids]) for g in groups]
     )
@@ -236,7 +237,7 @@ def _padded_pack(groups: list[Group], group_index: tuple[int, ...]) -> Pack:
 
 
 def _assemble(
-    groups: list[Group],
+    groups: Sequence[Group],
     group_index: tuple[int, ...],
     *,
     input_ids: Tensor,
@@ -246,8 +247,8 @@ def _assemble(
 ) -> Pack:
     responses = [ids for group in groups for ids in group.response_ids]
     references = [g.reference_scores for g in groups if g.reference_scores is not None]
-    cu_responses = _offsets([len(ids) for ids in responses])
-    cu_groups = _offsets([group.num_candidates for group in groups])
+    cu_responses = offsets([len(ids) for ids in responses])
+    cu_groups = offsets([group.num_candidates for group in groups])
     sequence_lengths = tuple(
         len(group.prompt_ids) + len(ids) for group in groups for ids in group.response_ids
     )
@@ -271,7 +272,8 @@ def _assemble(
     )
 
 
-def _offsets(lengths: list[int]) -> Tensor:
+def offsets(lengths: Sequence[int]) -> Tensor:
+    """Offsets of parts of these lengths: int32 [number of parts + 1]."""
     return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
 
 
