@@ -22,7 +22,7 @@ LAYERS = [  # a room imports only from itself, from rooms of its line and from t
     {"modeling", "data", "attention"},
     {"linear_loss", "ranking", "logprobs", "metrics", "losses", "outputs", "arguments", "options"}
     | {"loss", "function_loss"},
-    {"errors", "hf_private"},
+    {"errors", "hf_private", "console"},
     {"fastrank_kernels"},
 ]
 
@@ -114,7 +114,7 @@ def test_every_module_has_a_name_of_its_own() -> None:
 
 
 def test_the_package_stays_small() -> None:
-    assert len(list(PACKAGES["fastrank"].rglob("*.py"))) <= 130
+    assert len(list(PACKAGES["fastrank"].rglob("*.py"))) <= 133
 
 
 def test_the_readme_maps_every_room_and_nothing_else() -> None:

@@ -43,7 +43,6 @@ class Command:
             self.options,
             argv,
             prog=prog,
-            description=" ".join((self.options[0].__doc__ or "").split()),
             positional=self.positional,
             defaults=self.defaults,
         )

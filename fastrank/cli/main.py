@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from fastrank import __version__
 from fastrank.cli.commands import COMMANDS
+from fastrank.cli.help import print_help, wants_help
 from fastrank.errors import InputError, TrainingStopped, install_command
 
 #: Packages that come with an extra, for the line that says how to get them.
@@ -22,6 +23,7 @@ _EXTRAS = {
     "matplotlib": "train",
     "peft": "train",
     "pyarrow": "train",
+    "shtab": "completion",
     "sacrebleu": "eval",
     "xxhash": "train",
 }
@@ -41,8 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments and arguments[0] in ("--version", "-V"):
             print(f"fastrank {__version__}")
             return 0
+        if arguments and arguments[0].replace("_", "-") == "--print-completion":
+            from fastrank.cli.completion import completion_script
+
+            print(completion_script(*arguments[1:2]))
+            return 0
         name = _command(arguments)
         prog = f"fastrank {name}"
+        wanted = wants_help(arguments[1:])
+        if wanted is not None:
+            print_help(name, COMMANDS[name], everything=wanted == "all")
+            return 0
         return COMMANDS[name]()(arguments[1:], prog)
     except InputError as error:
         return _fail(prog, str(error))
@@ -61,8 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone; leave Python nothing to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
-    except SystemExit as stop:  # argparse after --help
-        return stop.code if isinstance(stop.code, int) else 0
     except OSError as error:  # a full disk, a folder that may not be read
         where = f"{error.filename}: " if error.filename else ""
         return _fail(prog, f"{where}{error.strerror or error}")
@@ -94,6 +103,8 @@ def _help() -> str:
         "options:",
         "  --help     this text; fastrank <command> --help lists a command's options",
         "  --version  the installed version",
+        "  --print-completion SHELL  a script for bash, zsh or tcsh that completes commands and",
+        "             options (needs shtab)",
     ]
     return "\n".join(lines)
 

@@ -31,7 +31,6 @@ def parse(
     argv: Sequence[str],
     *,
     prog: str,
-    description: str,
     positional: str | None = None,
     defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> tuple[Any, ...]:
@@ -41,7 +40,6 @@ def parse(
         dataclass_types: their fields become options, spelled with underscores or dashes.
         argv: the arguments after the command's name.
         prog: the command as the user calls it, e.g. ``fastrank train``.
-        description: one paragraph for ``--help``.
         positional: a field that may also be given without its option's name.
         defaults: called with the values that were given; what it returns stands in for the
             dataclasses' own defaults.
@@ -49,12 +47,8 @@ def parse(
     Raises:
         InputError: an unknown option or key, a value of the wrong kind, a required option that is
             absent, a configuration file that cannot be read, or what a dataclass itself refuses.
-        SystemExit: after ``--help``.
     """
-    parser = _Parser(dataclass_types, prog, description, positional)
-    if any(argument in ("-h", "--help") for argument in argv):
-        parser.print_help()
-        raise SystemExit(0)
+    parser = CommandParser(dataclass_types, prog, positional)
     parser.forget_defaults()
     given = parser.parse_given(list(argv))
     config = given.pop("config", None)
@@ -65,16 +59,12 @@ def parse(
     return tuple(parser.build(kind, values) for kind in dataclass_types)
 
 
-class _Parser(HfArgumentParser):
-    def __init__(
-        self,
-        dataclass_types: Sequence[type],
-        prog: str,
-        description: str,
-        positional: str | None,
-    ) -> None:
+class CommandParser(HfArgumentParser):
+    """The options of a command; its help is `fastrank.cli.help`'s."""
+
+    def __init__(self, dataclass_types: Sequence[type], prog: str, positional: str | None) -> None:
         kinds: list[Any] = list(dataclass_types)
-        super().__init__(kinds, prog=prog, description=description, allow_abbrev=False)
+        super().__init__(kinds, prog=prog, add_help=False, allow_abbrev=False)
         self._hints: dict[str, Any] = {}
         for kind in dataclass_types:
             self._hints.update(typing.get_type_hints(kind))

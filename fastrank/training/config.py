@@ -95,12 +95,15 @@ class RankConfig(
     )
     shared_prompts: bool = change("Encode a prompt once for all of its candidates.", default=True)
     dtype: Literal["auto", "float32", "bfloat16"] = change(
-        "Type of the weights: float32, bfloat16 (small updates are lost), or auto: float32, "
+        "Weights in float32, bfloat16 (loses small updates), or auto: float32, "
         "computed in bfloat16 where the device has it."
     )
 
     # Changed defaults of TrainingArguments.
-    output_dir: str | None = change("Folder for checkpoints, metrics and plots.", default=None)
+    output_dir: str | None = change("Folder of the run (default: runs/train).", default=None)
+    num_train_epochs: float = change("Passes over the training data.")
+    max_steps: int = change("Steps in all, instead of epochs (-1: as many as these have).")
+    resume_from_checkpoint: str | None = change("Checkpoint to go on from; true: the latest.")
     per_device_train_batch_size: int = change(
         "Prompts (with all their candidates) per step and process.", default=4
     )

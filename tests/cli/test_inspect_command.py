@@ -166,7 +166,7 @@ def test_every_trouble_is_named_with_its_line(
 
 
 def test_the_help_lists_formats_and_the_field_map(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", "--help"]) == 0
+    assert main(["inspect", "--help", "all"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert all(name in said for name in formats.FORMATS)
     assert "prompt=question,system=role" in said and all(n in said for n in formats.column_names())

@@ -42,7 +42,7 @@ class More:
 
 
 def run(*argv: str, kinds: tuple[type, ...] = (Options,)) -> Any:
-    return parse(kinds, argv, prog="fastrank x", description="d", positional="data")[0]
+    return parse(kinds, argv, prog="fastrank x", positional="data")[0]
 
 
 def refused(*argv: str) -> str:
@@ -88,9 +88,7 @@ def test_options(argv: list[str], expected: dict[str, Any]) -> None:
 
 
 def test_several_dataclasses() -> None:
-    options, more = parse(
-        (Options, More), ["--data", "f", "--seed", "3"], prog="p", description="d"
-    )
+    options, more = parse((Options, More), ["--data", "f", "--seed", "3"], prog="p")
     assert (options, more) == (Options("f"), More(3))
 
 
@@ -180,14 +178,6 @@ def test_yaml_that_cannot_be_read(tmp_path: Path) -> None:
     assert run("f", "--config", _yaml(tmp_path, "")) == Options("f")
 
 
-def test_help_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        run("--help")
-    assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    assert "--loss_kwargs" in shown and "a number (default: 1.0)" in shown and "--config" in shown
-
-
 # Every TrainingArguments option, by the type of its field. A field that needs a particular text:
 SAMPLES: dict[str, tuple[str, Any]] = {
     "trackio_static_space_id": ("false", False),
@@ -235,7 +225,7 @@ def test_every_training_argument(
     monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)
     text, expected = _sample(name, HINTS[name])
     for argv in ([f"--{name}", text], [f"--{name.replace('_', '-')}={text}"]):
-        (arguments,) = parse((TrainingArguments,), argv, prog="p", description="d")
+        (arguments,) = parse((TrainingArguments,), argv, prog="p")
         value = getattr(arguments, name)
         if name == "parallelism_config":
             assert value.tp_size == 1
@@ -244,7 +234,7 @@ def test_every_training_argument(
         assert isinstance(expected, str) or type(value) is type(expected)
     quoted = f"'{text}'" if text.startswith("{") or text == "word" else text
     config = _yaml(tmp_path, f"{name}: {quoted}\n")
-    (arguments,) = parse((TrainingArguments,), ["--config", config], prog="p", description="d")
+    (arguments,) = parse((TrainingArguments,), ["--config", config], prog="p")
     assert getattr(arguments, name) == value
 
 
@@ -252,4 +242,4 @@ def test_training_arguments_are_checked_by_themselves() -> None:
     argv = ["--output_dir", "o", "--load_best_model_at_end", "--eval_strategy", "steps",
             "--save_strategy", "epoch", "--use_cpu"]  # fmt: skip
     with pytest.raises(InputError, match="requires the save and eval strategy to match"):
-        parse((TrainingArguments,), argv, prog="p", description="d")
+        parse((TrainingArguments,), argv, prog="p")
