@@ -90,11 +90,12 @@ def export_merged(
     The weights have the run's own type. Every file is replaced at once.
     """
     model = load_model(folder, config.weights_dtype, trust_remote_code=trust_remote_code)
-    staged = checkpoint.begin_staging(folder) / MERGED
+    name = checkpoint.new_staging_name()
+    staged = checkpoint.begin_staging(folder, name) / MERGED
     model.save_pretrained(staged)
     tokenizer.save_pretrained(staged)
     checkpoint.publish_files(staged, folder / MERGED)
-    checkpoint.clean_staging(folder)
+    checkpoint.clean_staging(folder, name)
     return folder / MERGED
 
 

@@ -9,6 +9,9 @@ itself too, so that nothing in a checkpoint is believed that was not written by 
 
 transformers writes checkpoints in place and takes the highest number for the latest; a run
 killed while writing then resumes from a broken folder, or cannot resume at all.
+
+One run at a time writes a folder (`fastrank.data.locks`). Where the system has no locks, the names
+of staging folders, which tell host and process, keep two runs from removing each other's.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import logging
 import os
 import pickle
 import re
+import secrets
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +43,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "checkpoint_files.json"
 STAGING = ".staging"
 _DISCARDED = ".discarded"
+_STAGED_BY = re.compile(rf"{re.escape(STAGING)}-(.+)-(\d+)-[0-9a-f]+")
 _NAME = re.compile(r"checkpoint-(\d+)")
 _THREADS = 4  # that read files to hash them, or wait for the disk
 _FEW_BYTES = 1 << 20
@@ -209,17 +214,57 @@ def read_notes(path: Path) -> dict[str, Any]:
     return (read_manifest(path) or {}).get("notes") or {}
 
 
-def begin_staging(run_dir: str | Path) -> Path:
-    """An empty staging folder; remains of an interrupted save are removed."""
-    clean_staging(run_dir)
-    staging = Path(run_dir) / STAGING
+def new_staging_name() -> str:
+    """The name of a run's staging folders, which no other run has."""
+    return f"{STAGING}-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.]", "_", socket.gethostname())
+
+
+def begin_staging(run_dir: str | Path, name: str) -> Path:
+    """An empty staging folder of this name; remains of saves whose process has ended are removed.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    clean_staging(run_dir, name)
+    remove_remains(run_dir)
+    staging = Path(run_dir) / name
     staging.mkdir(parents=True)
     return staging
 
 
-def clean_staging(run_dir: str | Path) -> None:
-    for name in (STAGING, _DISCARDED):
-        shutil.rmtree(Path(run_dir) / name, ignore_errors=True)
+def clean_staging(run_dir: str | Path, name: str) -> None:
+    """Remove this staging folder, and what is left of discarded checkpoints."""
+    for folder in (name, _DISCARDED):
+        shutil.rmtree(Path(run_dir) / folder, ignore_errors=True)
+
+
+def remove_remains(run_dir: str | Path, *, alone: bool = False) -> None:
+    """Remove the staging folders of processes that have ended.
+
+    Args:
+        alone: whether no other run is writing here: then all staging folders.
+    """
+    for folder in Path(run_dir).glob(f"{STAGING}*"):
+        if alone or _has_ended(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _has_ended(staging_name: str) -> bool:
+    """Whether the process that gave a staging folder its name is known to have ended."""
+    named = _STAGED_BY.fullmatch(staging_name)
+    if named is None or named[1] != _host() or os.name == "nt":
+        return False
+    try:
+        os.kill(int(named[2]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        pass
+    return False
 
 
 def publish(
@@ -323,15 +368,18 @@ class Saver:
     Attributes:
         publishes: whether this process makes and publishes the staging folder.
         wait: returns when every process has called it.
+        name: of the staging folders, the same on all processes.
     """
 
     publishes: bool
     wait: Callable[[], None]
+    name: str
 
-    def clean(self, folder: Path) -> None:
-        """Remove what an interrupted save left in a folder."""
+    def clean(self, folder: Path, *, alone: bool) -> None:
+        """Remove what interrupted saves left in a folder; ``alone`` as of `remove_remains`."""
         if self.publishes:
-            clean_staging(folder)
+            clean_staging(folder, self.name)
+            remove_remains(folder, alone=alone)
         self.wait()
 
     def save(
@@ -353,28 +401,29 @@ class Saver:
             TrainingStopped: the disk is full, or something else cannot be written.
         """
         if self.publishes:
-            with explained_writing("anything", folder):
-                begin_staging(folder)
+            with explained_writing("anything", folder, self.name):
+                begin_staging(folder, self.name)
         self.wait()
-        staging = folder / STAGING
-        with explained_writing(what, folder):
+        staging = folder / self.name
+        with explained_writing(what, folder, self.name):
             write(staging)
             self.wait()
             if self.publishes:
                 publish(staging)
-                clean_staging(folder)
+                clean_staging(folder, self.name)
 
 
 @contextlib.contextmanager
-def explained_writing(what: str, run_dir: Path) -> Iterator[None]:
-    """Turn a failed write into one line, and leave nothing half-written."""
+def explained_writing(what: str, run_dir: Path, staging: str) -> Iterator[None]:
+    """Turn a failed write into one line, and leave nothing half-written in the staging folder of
+    this name."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = _write_failure(error, run_dir)
         if reason is None:
             raise
-        clean_staging(run_dir)
+        clean_staging(run_dir, staging)
         raise TrainingStopped(
             f"{what} could not be saved in {run_dir}: {reason}; {last_good(run_dir)}"
         ) from error

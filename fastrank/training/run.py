@@ -10,7 +10,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from transformers import (
 from fastrank.data.columns import reward_gap
 from fastrank.data.group import Group, example_text
 from fastrank.data.load import load_groups
+from fastrank.data.locks import locked_folder
 from fastrank.data.report import Report
 from fastrank.data.tokenize import tokenize_record
 from fastrank.errors import InputError
@@ -88,8 +90,19 @@ def train(
         InputError: something the user gave cannot be used; nothing has been written.
         TrainingStopped: training cannot go on.
     """
-    output_dir = Path(config.output_dir or "")
-    check_output_dir(output_dir, config, options.overwrite_output_dir)
+    with output_folder(config) as output_dir:
+        return _train(output_dir, options, config, job, make_trainer)
+
+
+def _train(
+    output_dir: Path,
+    options: TrainOptions,
+    config: RankConfig,
+    job: Job | None,
+    make_trainer: Callable[..., RankTrainer],
+) -> dict[str, Any]:
+    """`train`, in a folder that no other run writes."""
+    _check_earlier_run(output_dir, config, options.overwrite_output_dir)
     _check_resume(config, output_dir)
     adapter = lora_config(options)
     if job is None:
@@ -159,8 +172,14 @@ def _load(options: TrainOptions, config: RankConfig) -> Job:
     return job
 
 
-def check_output_dir(output_dir: Path, config: RankConfig, overwrite: bool) -> None:
-    """Refuse a folder that cannot be written, or that holds another run's checkpoints."""
+@contextmanager
+def output_folder(config: RankConfig) -> Iterator[Path]:
+    """The folder of a run, which no other run writes meanwhile.
+
+    Raises:
+        InputError: it cannot be written, or another run has it, which is named.
+    """
+    output_dir = Path(config.output_dir or "")
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output_dir {output_dir} must be a folder, got a file")
     parent = output_dir.absolute()
@@ -170,6 +189,13 @@ def check_output_dir(output_dir: Path, config: RankConfig, overwrite: bool) -> N
         raise InputError(
             f"output_dir {output_dir} cannot be written: no right to write in {parent}"
         )
+    lock = locked_folder(output_dir, "output_dir") if config.should_save else nullcontext()
+    with lock:
+        yield output_dir
+
+
+def _check_earlier_run(output_dir: Path, config: RankConfig, overwrite: bool) -> None:
+    """Refuse a folder that holds another run's checkpoints."""
     resuming = wants_resume(config.resume_from_checkpoint)
     if find_checkpoints(output_dir) and not resuming and not overwrite:
         raise InputError(

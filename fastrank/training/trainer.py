@@ -12,6 +12,7 @@ model DDP and FSDP would silently synchronise nothing.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import time
@@ -35,6 +36,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from fastrank.data.columns import group_sizes, largest_ids
+from fastrank.data.locks import locked_folder
 from fastrank.data.packing import Group
 from fastrank.data.streamed_groups import StreamedGroups
 from fastrank.errors import InputError, TrainingStopped
@@ -201,7 +203,8 @@ class RankTrainer(TrainerHooks, Trainer):
         )
         run_dir = Path(args.output_dir or ".")
         self._guard = FiniteGuard(self.engine, run_dir)
-        self._saver = Saver(args.should_save, self.accelerator.wait_for_everyone)
+        staging_name = self.engine.gather_all([checkpoint.new_staging_name()])[0]
+        self._saver = Saver(args.should_save, self.accelerator.wait_for_everyone, staging_name)
         self._window = StepWindow()
         self._first_log = True
         self._plan: dict[str, Any] = {}
@@ -307,9 +310,36 @@ class RankTrainer(TrainerHooks, Trainer):
 
         Raises:
             InputError: the checkpoint is damaged, or of a run that differs in more than
-                ``resume_changed`` allows.
+                ``resume_changed`` allows; another run is writing ``output_dir``.
         """
         run_dir = Path(self.args.output_dir or ".")
+        with self._writing_alone(run_dir) as alone:
+            return self._train(run_dir, alone, resume_from_checkpoint, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _writing_alone(self, run_dir: Path) -> Iterator[bool]:
+        """Context of a run; all processes fail together if another run has the folder."""
+        with contextlib.ExitStack() as stack:
+            alone, problem = False, None
+            try:
+                if self.args.should_save:
+                    alone = stack.enter_context(locked_folder(run_dir, "output_dir"))
+            except InputError as error:
+                problem = str(error)
+            for found in self.engine.gather_all([problem]):
+                if found is not None:
+                    raise InputError(found)
+            yield alone
+
+    def _train(
+        self,
+        run_dir: Path,
+        alone: bool,
+        resume_from_checkpoint: str | bool | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`train`, in a folder that no other run writes (if ``alone``)."""
         found = checkpoint.resolve_resume(
             resume_from_checkpoint,
             run_dir,
@@ -320,7 +350,7 @@ class RankTrainer(TrainerHooks, Trainer):
         self._renewal.changed = frozenset()
         if found is not None:
             self._renewal.changed = self._check_resumed(found)
-        self._saver.clean(run_dir)
+        self._saver.clean(run_dir, alone=alone)
         if self.args.auto_find_pack_size:
             notes = {} if found is None else checkpoint.read_notes(found)
             if "max_tokens" in self._renewal.changed:

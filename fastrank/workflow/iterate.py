@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrank import options as shared
+from fastrank.data.locks import LOCK_FILE
 from fastrank.data.write import atomic_path
 from fastrank.errors import InputError
 from fastrank.options.declare import change, check_least, option, options, values_of
@@ -86,6 +87,7 @@ def iterate(options: IterateOptions, config: RankConfig) -> dict[str, Any]:
         TrainingStopped: training cannot go on.
     """
     from fastrank.modeling.pretrained import check_model_path
+    from fastrank.training.run import output_folder
 
     if config.world_size > 1:
         raise InputError(
@@ -97,7 +99,13 @@ def iterate(options: IterateOptions, config: RankConfig) -> dict[str, Any]:
     )
     check_model_path(options.model)
     check_reward(options.reward, options.reward_kind, loading)
-    output_dir = Path(config.output_dir or "")
+    with output_folder(config) as output_dir:
+        return _rounds(output_dir, options, config, loading)
+
+
+def _rounds(
+    output_dir: Path, options: IterateOptions, config: RankConfig, loading: shared.LoadOptions
+) -> dict[str, Any]:
     _check_plan(output_dir, options, config)
     model = options.model
     results = []
@@ -138,9 +146,8 @@ def _check_plan(output_dir: Path, options: IterateOptions, config: RankConfig) -
                     "or choose another --output_dir"
                 )
         return
-    if output_dir.is_dir() and any(output_dir.iterdir()):
+    if any(path.name != LOCK_FILE for path in output_dir.iterdir()):
         raise InputError(f"output_dir {output_dir} holds other files; choose a new folder")
-    output_dir.mkdir(parents=True, exist_ok=True)
     _write_json(path, plan)
 
 

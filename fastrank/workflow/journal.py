@@ -13,9 +13,11 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastrank.data.locks import locked
 from fastrank.errors import InputError
 
 #: Seconds between two flushes to the disk. A killed process loses nothing either way; a machine
@@ -24,7 +26,7 @@ _SYNC_EVERY = 1.0
 
 
 class Journal:
-    """The finished units of one run, by key; a context manager.
+    """The finished units of one run, by key; a context manager that ends when the output is there.
 
     Args:
         output: the file that the run will write; the journal lies beside it.
@@ -47,15 +49,14 @@ class Journal:
         target = Path(output).expanduser()
         self.path = target.with_name(target.name + ".partial")
         self.finished: dict[str, Any] = {}
-        self._file: BinaryIO = self.path.open("a+b")
-        try:
-            _lock(self._file, self.path)
+        with ExitStack() as stack:
+            lock = target.with_name(f".{target.name}.lock")
+            stack.enter_context(locked(lock, str(self.path), again=False))
+            self._file: BinaryIO = stack.enter_context(self.path.open("a+b"))
             if discard:
                 self._file.truncate(0)
             self._read(json.loads(json.dumps(plan)), lenient)
-        except BaseException:
-            self._file.close()
-            raise
+            self._open = stack.pop_all()
         self.num_resumed = len(self.finished)
         self._synced = time.monotonic()
 
@@ -100,19 +101,15 @@ class Journal:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
 
-    def remove(self) -> None:
-        """Delete the journal, once the output is there."""
-        self._file.close()
-        self.path.unlink(missing_ok=True)
-
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        """Close the file; one without a finished unit is of no use to anyone and is removed."""
-        self._file.close()
-        if error is not None and not self.finished:
+        """Close the file, and remove it if the work has come to its end (the output, published
+        within this context, is there) or has not begun."""
+        if error is None or not self.finished:
             self.path.unlink(missing_ok=True)
+        self._open.close()
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -124,15 +121,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Keep a second run from appending to the same journal (where the system has locks)."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise InputError(f"{path}: another run is writing it") from error

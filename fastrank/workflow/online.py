@@ -25,7 +25,7 @@ from fastrank.options.declare import values_of
 from fastrank.training.callbacks import METRICS_FILE, read_metrics
 from fastrank.training.config import RankConfig
 from fastrank.training.inputs import length_limits
-from fastrank.training.run import Job, train
+from fastrank.training.run import Job, output_folder, train
 from fastrank.training.run_report import ONLINE_PANELS, plot_metrics
 from fastrank.training.together import ending_together
 from fastrank.workflow.items import read_items
@@ -44,6 +44,11 @@ def train_online(options: OnlineTrainOptions, config: RankConfig) -> dict[str, A
         InputError: something the user gave cannot be used; nothing has been written.
         TrainingStopped: training cannot go on.
     """
+    with output_folder(config):
+        return _train_online(options, config)
+
+
+def _train_online(options: OnlineTrainOptions, config: RankConfig) -> dict[str, Any]:
     loading = LoadOptions(device=str(config.device), trust_remote_code=options.trust_remote_code)
     check_reward(str(options.reward), options.reward_kind, loading)
     if options.reference_model is not None:

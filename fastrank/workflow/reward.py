@@ -117,7 +117,6 @@ def reward_file(options: RewardOptions) -> dict[str, Any]:
             ):
                 rows.append(journal.finished[str(number)])
                 file.write(as_line(replace(item, scores=rows[-1]).as_row()))
-    journal.remove()
     return {
         "output": options.output,
         "reward": options.reward,

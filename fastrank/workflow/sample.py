@@ -86,7 +86,6 @@ def sample_file(options: SampleOptions) -> dict[str, Any]:
         lines = result.pop("lines")
         path = stack.enter_context(atomic_path(target))
         path.write_text("".join(lines), encoding="utf-8")
-    journal.remove()
     return result | {"prompts_resumed": resumed, "seconds": time.perf_counter() - began}
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 from damaging import damage_file
+from holders import another_holder
 from trainer_runs import assert_same_weights
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fastrank.data.group import Group
+from fastrank.data.locks import LOCK_FILE
 from fastrank.errors import InputError, TrainingStopped
 from fastrank.training import checkpoint
 from fastrank.training.callbacks import MetricsFile, read_metrics
@@ -25,12 +31,12 @@ Make = Callable[..., Any]
 
 
 def _publish(run: Path, step: int, **plan: Any) -> Path:
-    staged = checkpoint.begin_staging(run) / checkpoint.checkpoint_name(step)
+    staged = checkpoint.begin_staging(run, ".staging-x") / checkpoint.checkpoint_name(step)
     (staged / "inner").mkdir(parents=True)
     (staged / "trainer_state.json").write_text("{}")
     (staged / "inner" / "weights").write_bytes(b"0123456789" * step)
     final = checkpoint.publish(staged, run, plan, {"note": step})
-    checkpoint.clean_staging(run)
+    checkpoint.clean_staging(run, ".staging-x")
     return final
 
 
@@ -194,7 +200,7 @@ def test_a_checkpoint_is_never_seen_half_written(
     for path in checkpoint.find_checkpoints(tmp_path / "run"):
         assert checkpoint.damage(path) is None
         assert not (path / "training_args.bin").exists()
-    assert not (tmp_path / "run" / ".staging").exists()
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_the_best_checkpoint_has_its_final_path(
@@ -327,11 +333,44 @@ def test_a_checkpoint_can_execute_nothing(
     assert not (tmp_path / "executed").exists()
 
 
+def test_runs_leave_the_staging_folders_of_others_alone(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mine, others = (checkpoint.new_staging_name() for _ in range(2))
+    dead = others.replace(f"-{os.getpid()}-", f"-{ended.pid}-")
+    elsewhere = dead.replace(socket.gethostname(), "another_host")
+    for name in (mine, others, dead, elsewhere):
+        (tmp_path / name / "half").mkdir(parents=True)
+    staging = checkpoint.begin_staging(tmp_path, mine)
+    assert list(staging.iterdir()) == []
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {mine, others, elsewhere}
+    checkpoint.clean_staging(tmp_path, mine)
+    assert {path.name for path in tmp_path.iterdir()} == {others, elsewhere}
+    checkpoint.remove_remains(tmp_path, alone=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_folder_that_another_run_writes_is_left_alone(
+    make_trainer: Make, menu_groups: list[Group], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    trainer = make_trainer(menu_groups, max_steps=1, save_strategy="steps", save_steps=1)
+    (run / ".staging-elsewhere-1-00").mkdir(parents=True)
+    with another_holder(run / LOCK_FILE) as pid:
+        with pytest.raises(InputError, match=f"output_dir .*another run: process {pid} on"):
+            trainer.train()
+        assert {path.name for path in run.iterdir()} == {LOCK_FILE, ".staging-elsewhere-1-00"}
+    trainer.train()
+    assert [path.name for path in run.iterdir()] == ["checkpoint-1"]
+
+
 def test_leftovers_of_a_kill_are_removed(
     make_trainer: Make, menu_groups: list[Group], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    for name in (".staging/checkpoint-3", ".discarded/checkpoint-1"):
+    for name in (".staging-x/checkpoint-3", ".discarded/checkpoint-1"):
         (run / name).mkdir(parents=True)
         (run / name / "optimizer.pt").write_bytes(b"half")
     make_trainer(menu_groups, max_steps=1).train()

@@ -115,7 +115,7 @@ def _resolved(value: object, folders: list[Path], checksums: list[bool]) -> list
 
 def _publish(run: Path, *steps: int) -> None:
     for step in steps:
-        staged = checkpoint.begin_staging(run) / checkpoint.checkpoint_name(step)
+        staged = checkpoint.begin_staging(run, ".staging-x") / checkpoint.checkpoint_name(step)
         staged.mkdir()
         (staged / "weights").write_bytes(b"0123456789")
         checkpoint.publish(staged, run, {}, {})

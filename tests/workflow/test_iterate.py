@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from holders import another_holder
 from killing import run_until_lines
 from transformers import AutoTokenizer
 
 from fastrank.cli.main import main
+from fastrank.data.locks import LOCK_FILE
 from fastrank.training.checkpoint import find_checkpoints
 
 
@@ -62,6 +65,31 @@ def test_every_round_starts_from_the_model_before(policy_path, whole):
         assert result["training"]["steps"] == 4
     samples = [(whole / f"round-{k}" / "samples.jsonl").read_text() for k in (1, 2)]
     assert samples[0] != samples[1] and weights(whole, 1) != weights(whole, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_no_command_writes_where_another_run_does(
+    inputs, policy_path, tmp_path, capsys, monkeypatch
+):
+    """Known before anything is loaded, and nothing is written."""
+    for module in ("workflow.online", "training.run"):
+        monkeypatch.setattr(f"fastrank.{module}._load", None)
+    files = arguments(inputs, policy_path, "taken")[1:7]
+    run = inputs / "taken"
+    with another_holder(run / LOCK_FILE) as pid:
+        for command in (
+            arguments(inputs, policy_path, "taken"),
+            ["train", "--output_dir", str(run), "--overwrite_output_dir"],
+            [
+                *("train", *files[:2], "--online_prompts", files[3], *files[4:6]),
+                *("--online_every", "1", "--output_dir", str(run)),
+            ],
+        ):
+            assert main(command) == 2, command
+            said = capsys.readouterr().err
+            assert said.startswith(f"fastrank {command[0]}: error: output_dir {run} is being wri")
+            assert said.count("\n") == 1 and f"process {pid} on" in said
+            assert [path.name for path in run.iterdir()] == [LOCK_FILE]
 
 
 def test_a_finished_run_is_only_read_and_more_rounds_may_follow(

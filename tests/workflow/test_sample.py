@@ -229,7 +229,7 @@ def test_a_damaged_journal_is_refused(policy_path, write_rows, tmp_path):
 
 def test_one_journal_serves_one_run(tmp_path):
     with Journal(tmp_path / "out.jsonl", {"a": 1}):
-        with pytest.raises(InputError, match="another run is writing it"):
+        with pytest.raises(InputError, match="partial is being written by this process already"):
             Journal(tmp_path / "out.jsonl", {"a": 1})
 
 
