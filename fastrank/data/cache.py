@@ -1,11 +1,12 @@
 """Records tokenised once, in parallel, into Arrow files; later starts only open them.
 
-A cache entry is a folder: the Arrow files of the groups (see `fastrank.data.cached_groups`) and
-``about.json``, which holds the report of what became of every record and what the entry was made
-from. Its name is a hash of the latter: the source's content, the tokenizer, every option and the
-versions of what tokenises. An entry is built in a folder of another name and renamed when it is
-whole and on the disk, under a lock, so that the processes of one run build it once. What a killed
-build leaves is removed by the next one.
+A cache entry is a folder: the Arrow files of the groups (see `fastrank.data.cached_groups`),
+``report.json``, which tells what became of every record, and ``about.json``, which holds checksums
+of both and of itself, and what the entry was made from. Its name is a hash of the latter: the
+source's content, the tokenizer, every option and the versions of what tokenises. An entry is built
+in a folder of another name and renamed when it is whole and on the disk, under a lock, so that the
+processes of one run build it once. What a killed build leaves is removed by the next one, and an
+entry that was damaged is built anew.
 
 The files are `datasets`' own, but written here, one by each process. `Dataset.from_generator` with
 several processes takes one more to carry their messages, a copy of this one's memory (the first
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -34,8 +36,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import fastrank
-from fastrank.data.cached_groups import CachedGroups, group_writer
+from fastrank.data.cached_groups import CachedGroups, group_files, group_writer
 from fastrank.data.files import Lines, Place, Source, one_line
+from fastrank.data.manifest import (
+    damaged_file,
+    flush,
+    read_sealed,
+    write_sealed,
+    written_files,
+)
 from fastrank.data.records import (
     Reading,
     Record,
@@ -51,12 +60,14 @@ from fastrank.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 #: To be raised when what is stored, or how records are tokenised, changes.
-LAYOUT = 4
+LAYOUT = 5
 
-ABOUT_FILE = "about.json"
+ABOUT_FILE, REPORT_FILE = "about.json", "report.json"
 _UNFINISHED = ".incomplete"
 
 #: A batch of an Arrow file ends after so many groups, or so many tokens.
@@ -132,6 +143,8 @@ def cached_groups(
     with lock:
         found = _open(entry, source.name)  # another process may have built it meanwhile
         if found is None:
+            if entry.exists():
+                logger.warning("%s is damaged (%s): built anew", entry, _damage(entry))
             _remove_unfinished(root)
             _build(entry, made_from, source, reading, tokenizer, options, num_proc)
             found = _open(entry, source.name)
@@ -169,19 +182,23 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, *, with_template: boo
 
 
 def _open(entry: Path, name: str) -> tuple[CachedGroups, Report] | None:
-    """A whole entry, or None: one that was damaged later counts as absent."""
-    import pyarrow as pa
-
-    try:
-        about = json.loads((entry / ABOUT_FILE).read_text(encoding="utf-8"))
-        groups = CachedGroups(entry, name)
-    except (OSError, ValueError, pa.ArrowException):
+    """A whole entry, all of whose bytes have been read; None if there is none, or it is damaged."""
+    if _damage(entry) is not None:
         return None
-    if len(groups) != about["num_groups"]:
-        return None
-    report = Report.from_state(about["report"])
+    report = Report.from_state(json.loads((entry / REPORT_FILE).read_text(encoding="utf-8")))
     report.name = name
-    return groups, report
+    return CachedGroups(entry, name), report
+
+
+def _damage(entry: Path) -> str | None:
+    """What distinguishes an entry from what was written, in a few words; None if nothing does."""
+    about = read_sealed(entry / ABOUT_FILE)
+    if about is None:
+        return f"{ABOUT_FILE} is missing or not as it was written"
+    for file in group_files(entry):
+        if file.name not in about["files"]:
+            return f"{file.name} is none of its files"
+    return damaged_file(entry, about["files"])
 
 
 def _build(
@@ -210,11 +227,13 @@ def _build(
         if source.identity() != made_from["source"]:
             raise InputError(f"{source.name}: the file changed while it was read; start again")
         num_groups = sum(done.num_groups for done in pieces_done)
-        about = {"num_groups": num_groups, "made_from": made_from, "report": report.state()}
+        about = {"num_groups": num_groups, "made_from": made_from}
         with _writing(entry.parent):
-            (unfinished / ABOUT_FILE).write_text(json.dumps(about), encoding="utf-8")
-            for path in (*unfinished.iterdir(), unfinished):
-                _flush(path)
+            saved = unfinished / REPORT_FILE
+            saved.write_text(json.dumps(report.state()), encoding="utf-8")
+            files = written_files(unfinished, [saved, *group_files(unfinished)])
+            write_sealed(unfinished / ABOUT_FILE, about | {"files": files})
+            flush(unfinished)
             shutil.rmtree(entry, ignore_errors=True)  # a damaged one
             unfinished.rename(entry)
     finally:
@@ -355,15 +374,6 @@ def _remove_unfinished(root: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
         except Timeout:
             continue
-
-
-def _flush(path: Path) -> None:
-    """Have a file or folder on the disk before anything relies on it."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---- processes -------------------------------------------------------------------------------

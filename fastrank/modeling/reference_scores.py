@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fastrank.arguments import Normalize
@@ -46,6 +47,8 @@ from fastrank.modeling.prepare import prepare_model, prepared_state, release_mod
 from fastrank.modeling.pretrained import load_model, model_identity
 from fastrank.modeling.score import enough_tokens, score
 from fastrank.modeling.unwrap import causal_lm, evaluation_mode
+
+logger = logging.getLogger(__name__)
 
 #: Groups that are scored before the bar moves: enough to fill packs well.
 _PORTION = 256
@@ -162,8 +165,7 @@ def with_reference_scores(
             raise InputError(f"{path}: as reference model: {error}") from error
         if cache is not None and _rank() == 0:
             os.makedirs(cache.parent, exist_ok=True)
-            with atomic_path(cache) as file:
-                save_file({"scores": scores}, file)
+            _write(cache, scores)
     assert scores is not None
     return ReferenceGroups(groups, scores, cu_groups)
 
@@ -173,15 +175,33 @@ def _cache_name(groups: Sequence[Group], about: str) -> str:
     return f"reference-{digest.hexdigest()}.safetensors"
 
 
+def _write(cache: Path, scores: Tensor) -> None:
+    with atomic_path(cache) as file:
+        file.write_bytes(save({"scores": scores, "xxh3": _checksum(scores)}))
+
+
 def _read(cache: Path | None, num_candidates: int) -> Tensor | None:
-    """Scores kept earlier; None if there are none, or the file is not what it should be."""
+    """Scores kept earlier; None if there are none, or the file, which is then said to be damaged,
+    is not what was written."""
     if cache is None or not cache.is_file():
         return None
     try:
-        scores = load_file(cache).get("scores")
-    except (SafetensorError, OSError):
-        return None
-    return scores if scores is not None and scores.shape == (num_candidates,) else None
+        kept = load(cache.read_bytes())
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError):
+        kept = {}
+    scores, checksum = (kept.get(name, torch.empty(0)) for name in ("scores", "xxh3"))
+    whole = scores.dtype == torch.float32 and scores.shape == (num_candidates,)
+    if whole and _checksum(scores).equal(checksum):
+        return scores
+    logger.warning("%s is damaged: the reference model is asked again", cache)
+    return None
+
+
+def _checksum(scores: Tensor) -> Tensor:
+    """uint8 [16]"""
+    from xxhash import xxh3_128
+
+    return torch.tensor(list(xxh3_128(scores.numpy().tobytes()).digest()), dtype=torch.uint8)
 
 
 def _score(

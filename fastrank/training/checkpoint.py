@@ -17,7 +17,6 @@ of staging folders, which tell host and process, keep two runs from removing eac
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import pickle
@@ -26,7 +25,6 @@ import secrets
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,13 @@ import torch
 from safetensors import SafetensorError
 from transformers.trainer import safe_globals
 
-from fastrank.data.files import file_checksum, value_checksum
+from fastrank.data.manifest import (
+    damaged_file,
+    flush,
+    read_sealed,
+    write_sealed,
+    written_files,
+)
 from fastrank.errors import InputError, TrainingStopped
 
 logger = logging.getLogger(__name__)
@@ -45,9 +49,7 @@ STAGING = ".staging"
 _DISCARDED = ".discarded"
 _STAGED_BY = re.compile(rf"{re.escape(STAGING)}-(.+)-(\d+)-[0-9a-f]+")
 _NAME = re.compile(r"checkpoint-(\d+)")
-_THREADS = 4  # that read files to hash them, or wait for the disk
 _FEW_BYTES = 1 << 20
-_LARGEST_MANIFEST = 1 << 24  # bytes; a list of files has a few thousand
 
 
 def checkpoint_name(step: int) -> str:
@@ -170,44 +172,13 @@ def damage(path: Path, *, checksums: bool = True) -> str | None:
     manifest = read_manifest(path)
     if manifest is None:
         return f"it has no readable {MANIFEST}, so it was not written to its end"
-    files = manifest["files"]
-    for name, about in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != about["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {about['bytes']}"
-    if not checksums:
-        return None
-    with ThreadPoolExecutor(_THREADS) as threads:
-        found = threads.map(_readable_checksum, [path / name for name in files])
-        for (name, about), checksum in zip(files.items(), found, strict=True):
-            if checksum != about["xxh3"]:
-                return f"the bytes of {name} are not those that were written"
-    return None
-
-
-def _readable_checksum(file: Path) -> str | None:
-    try:
-        return file_checksum(file)
-    except OSError:  # a defective disk
-        return None
+    return damaged_file(path, manifest["files"], checksums=checksums)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The list of a checkpoint's files as it was written, with plan and notes; None for anything
     else."""
-    try:
-        if (path / MANIFEST).stat().st_size > _LARGEST_MANIFEST:
-            return None
-        text = (path / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        manifest.pop("xxh3")
-        if text != _manifest_text(manifest):
-            return None
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
-        return None
-    return manifest if isinstance(manifest, dict) else None
+    return read_sealed(path / MANIFEST)
 
 
 def read_notes(path: Path) -> dict[str, Any]:
@@ -273,12 +244,12 @@ def publish(
     """Give a finished staged folder its name in ``run_dir``; arguments as of `write_manifest`."""
     write_manifest(staged, plan, notes)
     for path in (*(path for path in staged.rglob("*") if path.is_dir()), staged):
-        _sync(path)
+        flush(path)
     final = Path(run_dir) / staged.name
     if final.exists():  # a broken one that was passed over
         discard(final)
     staged.rename(final)
-    _sync(final.parent)
+    flush(final.parent)
     return final
 
 
@@ -290,37 +261,19 @@ def write_manifest(staged: Path, plan: Mapping[str, Any], notes: Mapping[str, An
         plan: what determines the run, for a resumed run to be compared with.
         notes: settings for a resumed run to take over.
     """
-    files = [file for file in _files(staged) if file != staged / MANIFEST]
-    with ThreadPoolExecutor(_THREADS) as threads:  # some hash while others wait for the disk
-        found = list(threads.map(_flushed, files))
-    listed = {
-        str(file.relative_to(staged)): about for file, about in zip(files, found, strict=True)
-    }
-    manifest = json.loads(json.dumps({"files": listed, "plan": plan, "notes": notes}))
-    (staged / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
-    _sync(staged / MANIFEST)
-
-
-def _manifest_text(manifest: dict[str, Any]) -> str:
-    return json.dumps(manifest | {"xxh3": value_checksum(manifest)}, indent=1) + "\n"
-
-
-def _flushed(file: Path) -> dict[str, Any]:
-    """A file's entry of the list; its bytes are on the disk."""
-    about = {"bytes": file.stat().st_size, "xxh3": file_checksum(file)}
-    _sync(file)
-    return about
+    files = written_files(staged, [file for file in _files(staged) if file != staged / MANIFEST])
+    write_sealed(staged / MANIFEST, {"files": files, "plan": plan, "notes": notes})
 
 
 def publish_files(staged: Path, target: Path) -> None:
     """Replace the files in ``target`` one by one, each at once whole."""
     target.mkdir(parents=True, exist_ok=True)
     for file in list(_files(staged)):
-        _sync(file)
+        flush(file)
         destination = target / file.relative_to(staged)
         destination.parent.mkdir(parents=True, exist_ok=True)
         file.replace(destination)
-    _sync(target)
+    flush(target)
 
 
 def discard(path: Path) -> None:
@@ -346,16 +299,6 @@ def rotate(run_dir: str | Path, limit: int | None, keep: str | None = None) -> N
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder to flush it
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---- saving from several processes -----------------------------------------------------------

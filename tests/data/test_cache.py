@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
+from damaging import DAMAGES, damage_file
 from datasets import Dataset
 from record_files import byte_tokenizer, some_rows, write_jsonl
 
@@ -201,29 +204,75 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "no report", "half a report", "fewer rows"])
-def test_a_damaged_entry_is_built_again(damage: str, tmp_path: Path) -> None:
-    path, root = write_jsonl(tmp_path / "d.jsonl", some_rows(300)), tmp_path / "cache"
-    first, report = load_groups(path, byte_tokenizer(), cache_dir=root)
+def test_whatever_is_damaged_in_an_entry_it_is_built_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every damage to every file ends in the same groups and report, and in one line."""
+    path, root = write_jsonl(tmp_path / "d.jsonl", some_rows(40)), tmp_path / "cache"
+    direct, report = load_groups(path, byte_tokenizer(), cache=False)
+    load_groups(path, byte_tokenizer(), cache_dir=root, num_proc=2)
     entry = root / entries(root)[0]
-    (groups,), about = entry.glob("*.arrow"), entry / cache.ABOUT_FILE
-    raw = groups.read_bytes()
-    if damage == "cut":
-        groups.write_bytes(raw[: len(raw) // 2])
-    elif damage == "empty":
-        groups.write_bytes(b"")
-    elif damage == "no report":
-        about.unlink()
-    elif damage == "half a report":
-        about.write_text(about.read_text()[:-10])
-    else:
-        with pyarrow.ipc.open_stream(raw) as reader:
+    whole = {file.name: file.read_bytes() for file in entry.iterdir()}
+    first = "groups-00000.arrow"
+    assert whole.keys() == {"about.json", "report.json", first, "groups-00001.arrow"}
+
+    def damages() -> Iterator[tuple[str, str]]:
+        for name in whole:
+            for kind in DAMAGES:
+                damage_file(entry / name, kind)
+                yield name, kind
+            (entry / name).unlink()
+            yield name, "missing"
+        (entry / "groups-00002.arrow").write_bytes(whole[first])
+        yield "groups-00002.arrow", "one too many"
+        with pyarrow.ipc.open_stream(whole[first]) as reader:
             table = reader.read_all()
-        with pyarrow.ipc.new_stream(str(groups), table.schema) as writer:
+        with pyarrow.ipc.new_stream(str(entry / first), table.schema) as writer:
             writer.write_table(table.slice(0, 10))
-    again, same = load_groups(path, byte_tokenizer(), cache_dir=root)
-    assert_same(again, load_groups(path, byte_tokenizer(), cache=False)[0])
-    assert same == report and entries(root) == [entry.name]
+        yield first, "fewer rows"
+
+    seen = 0
+    for name, kind in damages():
+        caplog.clear()
+        # In one process: the same groups in other files.
+        found, same = load_groups(path, byte_tokenizer(), cache_dir=root, num_proc=1)
+        assert_same(found, direct)
+        assert same == report and entries(root) == [entry.name]
+        assert len(caplog.messages) == 1, (name, kind)
+        assert re.fullmatch(rf"{entry} is damaged \(.*\): built anew", caplog.messages[0])
+        caplog.clear()
+        load_groups(path, byte_tokenizer(), cache_dir=root)
+        assert not caplog.messages
+        shutil.rmtree(entry)
+        entry.mkdir()
+        for other, content in whole.items():
+            (entry / other).write_bytes(content)
+        seen += 1
+    assert seen >= 4 * len(DAMAGES)
+
+
+def test_a_file_that_shrinks_under_a_reader_is_one_line(tmp_path: Path) -> None:
+    """Where its memory would be touched, the process would be ended by SIGBUS."""
+    path, root = write_jsonl(tmp_path / "d.jsonl", some_rows(700)), tmp_path / "cache"
+    uses: list[Callable[[Sequence[Group]], Any]] = [
+        lambda groups: groups[0],
+        lambda groups: groups[len(groups) - 1],
+        *(
+            lambda groups, name=name: getattr(groups, name)
+            for name in ("sizes", "largest_ids", "prompt_keys")
+        ),
+        lambda groups: list(groups.flat_parts()),
+        lambda groups: list(groups.select([3, 2])),
+    ]
+    for use in uses:
+        groups, _ = load_groups(path, byte_tokenizer(), cache_dir=root)
+        use(groups)
+        again, _ = load_groups(path, byte_tokenizer(), cache_dir=root)
+        file = next((root / entries(root)[0]).glob("*.arrow"))
+        os.truncate(file, 1000)
+        with pytest.raises(InputError, match="arrow: a file of the cache has shrunk") as caught:
+            use(again)
+        assert "\n" not in str(caught.value)
 
 
 # ---- interruptions ---------------------------------------------------------------------------

@@ -7,7 +7,9 @@ import reference_processes as worker
 import tiny_models
 import torch
 import torch.multiprocessing as mp
+from damaging import DAMAGES, damage_file
 from pack_cases import separate_scores
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fastrank.data.packing import Group
@@ -79,13 +81,29 @@ def test_a_model_trained_on_in_its_folder_is_asked_again(tmp_path):
     assert len(list(cache.iterdir())) == 2
 
 
-def test_a_broken_cache_is_made_again(policy_path, tmp_path):
+def test_whatever_is_damaged_in_the_kept_scores_they_are_made_again(
+    policy_path, tmp_path, monkeypatch, caplog
+):
     groups = worker.make_groups()
     first = with_reference_scores(groups, policy_path, normalize="sum", cache_dir=tmp_path)
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:20])
-    again = with_reference_scores(groups, policy_path, normalize="sum", cache_dir=tmp_path)
-    assert torch.equal(first[0].reference_scores, again[0].reference_scores)
+    whole = file.read_bytes()
+    made = []
+
+    def scored(*args):
+        made.append(args)
+        return first.reference_scores
+
+    monkeypatch.setattr(reference_scores, "_score", scored)
+    monkeypatch.setattr(reference_scores, "load_model", lambda *args, **options: nn.Identity())
+    for number, kind in enumerate(DAMAGES, start=1):
+        damage_file(file, kind)
+        caplog.clear()
+        again = with_reference_scores(groups, policy_path, normalize="sum", cache_dir=tmp_path)
+        assert torch.equal(first.reference_scores, again.reference_scores)
+        assert len(made) == number, kind
+        assert caplog.messages == [f"{file} is damaged: the reference model is asked again"]
+        assert file.read_bytes() == whole
 
 
 def test_tokens_of_another_tokenizer_are_one_line(policy_path):

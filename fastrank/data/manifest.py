@@ -1,0 +1,112 @@
+"""Lists of a folder's files with sizes and checksums, which tell damage from what was written.
+
+A list is sealed: it holds a checksum of itself too, so that nothing in it is believed that was not
+written by a run. Against damage, not against forgery.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fastrank.data.files import file_checksum, value_checksum
+
+FileList = dict[str, dict[str, Any]]
+
+_SEAL = "xxh3"
+_THREADS = 4  # that read files to hash them, or wait for the disk
+_LARGEST = 1 << 24  # bytes of a sealed file; a list of files has a few thousand
+
+
+def written_files(folder: Path, files: Sequence[Path]) -> FileList:
+    """Size and checksum of each of a folder's files, by its name there, all flushed to the disk.
+
+    Raises:
+        OSError: a file cannot be read or flushed.
+    """
+    with ThreadPoolExecutor(_THREADS) as threads:  # some hash while others wait for the disk
+        found = list(threads.map(_written, files))
+    return {str(file.relative_to(folder)): about for file, about in zip(files, found, strict=True)}
+
+
+def _written(file: Path) -> dict[str, Any]:
+    about = {"bytes": file.stat().st_size, "xxh3": file_checksum(file)}
+    flush(file)
+    return about
+
+
+def damaged_file(folder: Path, files: FileList, *, checksums: bool = True) -> str | None:
+    """What distinguishes a folder's files from those listed, in a few words; None if nothing does.
+
+    Args:
+        checksums: whether to read all files, or to look at their sizes only.
+    """
+    for name, about in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != about["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {about['bytes']}"
+    if not checksums:
+        return None
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = threads.map(_readable_checksum, [folder / name for name in files])
+        for (name, about), checksum in zip(files.items(), found, strict=True):
+            if checksum != about["xxh3"]:
+                return f"the bytes of {name} are not those that were written"
+    return None
+
+
+def _readable_checksum(file: Path) -> str | None:
+    try:
+        return file_checksum(file)
+    except OSError:  # a defective disk
+        return None
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a value of JSON types with its checksum, flushed to the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.write_text(_sealed(json.loads(json.dumps(value))), encoding="utf-8")
+    flush(path)
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What `write_sealed` wrote; None for any other content."""
+    try:
+        if path.stat().st_size > _LARGEST:
+            return None
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        value.pop(_SEAL)
+        if text != _sealed(value):
+            return None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _sealed(value: dict[str, Any]) -> str:
+    return json.dumps(value | {_SEAL: value_checksum(value)}, indent=1) + "\n"
+
+
+def flush(path: Path) -> None:
+    """Have a file or folder on the disk before anything relies on it.
+
+    Raises:
+        OSError: the disk cannot take it.
+    """
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder to flush it
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
