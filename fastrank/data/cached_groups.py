@@ -134,16 +134,19 @@ class CachedGroups(GroupView):
         """[number of chunks + 1]: the first row of each, and the number of rows."""
         return [0, *accumulate(len(chunk) for chunk in self._chunks)]
 
+    def _place(self, row: int) -> tuple[_Chunk, int]:
+        """The chunk that holds a row, and the row's number in it."""
+        self._opened.check_sizes()
+        number = bisect(self._starts, row) - 1
+        return self._chunks[number], row - self._starts[number]
+
     def _group(self, row: int) -> Group:
         """One group, with copies of its numbers."""
         import torch
 
         from fastrank.data.group import Group
 
-        self._opened.check_sizes()
-        number = bisect(self._starts, row) - 1
-        chunk = self._chunks[number]
-        at = row - self._starts[number]
+        chunk, at = self._place(row)
         found = chunk.groups(at, at + 1)
         return Group(
             torch.from_numpy(found.prompt_ids.astype(np.int64)),
@@ -166,6 +169,11 @@ class CachedGroups(GroupView):
         tokens = pc.list_value_length(pc.list_flatten(responses)).to_numpy().astype(np.int64)
         sizes = GroupSizes.of_lengths(prompt_tokens, tokens, count)
         return sizes if self._index is None else sizes.take(self._index)
+
+    def response_lengths(self, position: int) -> NDArray[np.int64]:
+        """See `fastrank.data.columns.response_lengths`."""
+        chunk, at = self._place(position if self._index is None else int(self._index[position]))
+        return chunk.groups(at, at + 1).response_lengths.astype(np.int64)
 
     @cached_property
     def largest_ids(self) -> NDArray[np.int64]:

@@ -70,6 +70,11 @@ class GroupSizes:
         chosen = np.asarray(index, dtype=np.int64)
         return GroupSizes(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
+    def joined(self, other: GroupSizes) -> GroupSizes:
+        """These groups, then the others."""
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return GroupSizes(*map(np.concatenate, pairs))
+
     def pack_tokens(self, shared_prompts: bool) -> NDArray[np.int64]:
         """Tokens of a pack that holds one group alone: int64 [N]."""
         return self.num_tokens if shared_prompts else self.num_candidates * self.longest_sequence
@@ -85,6 +90,15 @@ def group_sizes(groups: Sequence[Group]) -> GroupSizes:
         np.array([len(ids) for g in groups for ids in g.response_ids], dtype=np.int64),
         np.array([g.num_candidates for g in groups], dtype=np.int64),
     )
+
+
+def response_lengths(groups: Sequence[Group], position: int) -> NDArray[np.int64]:
+    """Tokens of every response of a group: int64 [n]; a stored group is not read for it."""
+    stored = getattr(groups, "response_lengths", None)
+    if stored is not None:
+        lengths: NDArray[np.int64] = stored(position)
+        return lengths
+    return np.array([len(ids) for ids in groups[position].response_ids], dtype=np.int64)
 
 
 def largest_ids(groups: Sequence[Group]) -> NDArray[np.int64]:

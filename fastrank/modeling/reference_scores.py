@@ -36,6 +36,7 @@ from fastrank.data.columns import (
     group_sizes,
     largest_ids,
     prompt_keys,
+    response_lengths,
     select,
     tokens_digest,
 )
@@ -94,6 +95,10 @@ class ReferenceGroups(GroupView):
     def sizes(self) -> GroupSizes:
         """See `fastrank.data.columns.group_sizes`."""
         return group_sizes(self._groups)
+
+    def response_lengths(self, position: int) -> NDArray[np.int64]:
+        """See `fastrank.data.columns.response_lengths`."""
+        return response_lengths(self._groups, position)
 
     @cached_property
     def largest_ids(self) -> NDArray[np.int64]:

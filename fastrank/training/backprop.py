@@ -2,9 +2,11 @@
 
 Joint training holds a group in one pack, so the loader cuts packs. In two phases it is known only
 after scoring which candidates to pack, so the loader hands on groups: every process takes its share
-of a step's groups, whole ones, of like cost, and `fastrank.training.two_phase` cuts a
-group that is larger than a pack. The alternative, spreading the candidates of a group over
-processes, would balance better and exchange scores in every step.
+of a step's groups, of like cost, and `fastrank.training.two_phase` cuts a group that is larger than
+a pack. Where processes share the candidates of a group (`fastrank.training.splitting`) the loader
+hands on groups too. The scores are exchanged after the first phase then, or in joint training
+between the forward and the backward pass over a process's only pack: its loss is not fused with the
+head in such a step, which costs one product with the head more where logits do not fit into memory.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastrank.data.candidate_packs import Candidates, candidate_packs, filler_pack
 from fastrank.data.packing import Group, Pack, pack
 from fastrank.losses import Loss
 from fastrank.modeling.cost import PackCost
@@ -25,9 +28,11 @@ from fastrank.outputs import RankingOutput
 from fastrank.training.batching import StepBatch, StepCutter
 from fastrank.training.engine import Engine
 from fastrank.training.memory import explained_out_of_memory
+from fastrank.training.splitting import CandidateShare
 from fastrank.training.step_metrics import Computed, Evaluated, StepWindow
-from fastrank.training.two_phase import Phases
+from fastrank.training.two_phase import Phases, Ranked, rank_candidates, weighted_sum
 from fastrank_kernels import reuse_head_cast
+from fastrank_kernels.host_memory import send
 
 
 class StepResult(NamedTuple):
@@ -52,6 +57,7 @@ class Backprop(abc.ABC):
         shared_prompts: whether a prompt is encoded once for all its candidates.
         computing: gives the context to compute losses in, e.g. autocast.
         cost: by which groups are dealt to processes.
+        split_groups: whether processes may share the candidates of a group.
     """
 
     loss: Loss
@@ -61,6 +67,7 @@ class Backprop(abc.ABC):
     shared_prompts: bool
     computing: Callable[[], AbstractContextManager[Any]]
     cost: PackCost
+    split_groups: bool = False
 
     whole_groups: ClassVar[bool]
     """Whether a batch holds groups that are packed later."""
@@ -74,7 +81,28 @@ class Backprop(abc.ABC):
             world_size=self.engine.world_size,
             whole_groups=self.whole_groups,
             cost=self.cost,
+            split_groups=self.split_groups,
         )
+
+    def report(self, batch: StepBatch, ranked: Ranked, token_logprobs: Tensor) -> StepResult:
+        """The result of a step over a batch's ``groups``, of which other processes may report
+        some."""
+        count = len(batch.groups) if batch.share is None else batch.share.num_reported
+        rank_loss, sft_loss = (x[:count].sum() for x in (ranked.rank_loss, ranked.sft_loss))
+        loss = rank_loss + sft_loss
+        result = StepResult(loss * (ranked.scale * self.engine.world_size), [])
+        if count:
+            reported = Candidates.of(batch.groups[:count], self.shared_prompts)
+            sums = RankingOutput(
+                loss=loss,
+                rank_loss=rank_loss,
+                sft_loss=sft_loss,
+                scores=ranked.scores[: len(reported.rewards)],
+                token_logprobs=token_logprobs[: reported.num_response_tokens],
+            )
+            place = reported._replace(group_index=batch.members[:count])
+            result.computed.append(Computed(place, sums))
+        return result
 
     @abc.abstractmethod
     def step(self, model: nn.Module, batch: StepBatch, window: StepWindow) -> StepResult:
@@ -97,6 +125,8 @@ class JointBackprop(Backprop):
     whole_groups = False
 
     def step(self, model: nn.Module, batch: StepBatch, window: StepWindow) -> StepResult:
+        if batch.share is not None:
+            return self._step_of_parts(model, batch, batch.share)
         total = torch.zeros((), device=self.device)
         computed: list[Computed] = []
         # DDP and FSDP take the mean over processes, so the sum needs their number.
@@ -116,6 +146,39 @@ class JointBackprop(Backprop):
                     total += output.loss.detach() * share
                     computed.append(Computed(whole, output._replace(loss=output.loss.detach())))
         return StepResult(total, computed)
+
+    def _step_of_parts(
+        self, model: nn.Module, batch: StepBatch, share: CandidateShare
+    ) -> StepResult:
+        """A step in which processes share candidates, each in one pack."""
+        candidates = Candidates.of(batch.groups, self.shared_prompts)
+        packs = candidate_packs(
+            batch.groups,
+            max_tokens=self.max_tokens,
+            shared_prompts=self.shared_prompts,
+            live=share.own.tolist(),
+        )
+        (own,) = packs or [filler_pack(self.shared_prompts)]
+        with (
+            self.engine.step(model),
+            explained_out_of_memory(own.pack, self.max_tokens, whole_groups=False),
+            self.engine.synchronising(model, True),
+            self.computing(),
+        ):
+            found = model(pack=own.pack.to(self.device, non_blocking=True)).token_logprobs
+            at = send(own.tokens, self.device)
+            with torch.no_grad():
+                logprobs = found.new_zeros(candidates.num_response_tokens)
+                logprobs[at] = found[: len(at)]  # no token of a filler's
+                share.exchange(logprobs, self.engine.add_up)
+            ranked = rank_candidates(self.loss, candidates, logprobs, 1.0 / batch.num_groups)
+            if packs:
+                total = weighted_sum(found, ranked.coefficients[at]) * self.engine.world_size
+            else:
+                total = found.sum() * 0.0
+            with torch.autocast(self.device.type, enabled=False):
+                self.engine.backward(total)
+        return self.report(batch, ranked, logprobs)
 
     def evaluate(self, model: nn.Module, batch: StepBatch) -> Evaluated | None:
         (whole,), (weight,) = batch.packs, batch.weights
@@ -140,22 +203,13 @@ class TwoPhaseBackprop(Backprop):
     def step(self, model: nn.Module, batch: StepBatch, window: StepWindow) -> StepResult:
         phases = self._phases(model, self.engine)
         with self.engine.step(model), self.computing(), reuse_head_cast():
-            scored = phases.score(batch.groups)
+            scored = phases.score(batch.groups, batch.share)
             ranked = phases.rank(scored, 1.0 / batch.num_groups)
-            output = phases.differentiate(batch.groups, scored, ranked)
-        window.add_work(output.tokens_joint, output.tokens_scored, output.tokens_backpropagated)
-        computed = []
-        if batch.groups:
-            sums = RankingOutput(
-                loss=output.loss * batch.num_groups,
-                rank_loss=output.rank_loss * batch.num_groups,
-                sft_loss=output.sft_loss * batch.num_groups,
-                scores=output.scores,
-                token_logprobs=output.token_logprobs,
-            )
-            candidates = scored.candidates._replace(group_index=batch.members)
-            computed = [Computed(candidates, sums)]
-        return StepResult(output.loss * self.engine.world_size, computed)
+            output = phases.differentiate(batch.groups, scored, ranked, batch.share)
+        result = self.report(batch, ranked, scored.token_logprobs)
+        joint = sum(part.candidates.num_tokens for part in result.computed)
+        window.add_work(joint, output.tokens_scored, output.tokens_backpropagated)
+        return result
 
     def evaluate(self, model: nn.Module, batch: StepBatch) -> Evaluated | None:
         phases = self._phases(model, self.engine)

@@ -11,7 +11,9 @@ many packs: engines that communicate inside forward and backward would otherwise
 other for ever. Where packs are missing, a process computes one of two tokens with weight 0.
 
 Every process plans the whole step, from the sizes of its groups alone, and reads its own groups.
-Packs are dealt by what they cost (`fastrank.modeling.cost`): processes wait for the slowest.
+Packs are dealt by what they cost (`fastrank.modeling.cost`): processes wait for the slowest. Where
+a group costs more than a process's share of the step, its candidates may be shared out
+(`fastrank.training.splitting`).
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from fastrank.data.bins import best_fit, even_out, fill_padded, spread_evenly
 from fastrank.data.candidate_packs import filler_pack
-from fastrank.data.columns import GroupSizes, GroupView, group_sizes
+from fastrank.data.columns import GroupSizes, GroupView, group_sizes, response_lengths
 from fastrank.data.packing import Group, Pack, pack
 from fastrank.data.streamed_groups import StreamedGroups
 from fastrank.modeling.cost import PackCost
+from fastrank.training.splitting import CandidateShare, Deal, deal_candidates, own_groups
 
+# Whole groups are dealt where the costliest process costs at most so many mean loads.
+_EVEN = 1.05
 # Packs that two-phase training and its evaluation make at a time, at most.
 _PACKS_AT_ONCE = 64
 
@@ -47,8 +52,10 @@ class StepBatch:
         index: positions in the training set of all the step's groups; ``Pack.group_index`` of
             ``packs`` are positions in it.
         members: positions in ``index`` of this process's groups.
-        groups: those groups, where training in two phases packs their candidates later; ``packs``
-            is empty then, and this process may have no group at all.
+        groups: those groups, where their candidates are packed later: in two phases, or because
+            some are shared with other processes. ``packs`` is empty then, and this process may have
+            no group at all.
+        share: which of their candidates this process computes; None for all.
     """
 
     packs: list[Pack]
@@ -57,6 +64,7 @@ class StepBatch:
     index: tuple[int, ...]
     members: tuple[int, ...] = ()
     groups: tuple[Group, ...] = ()
+    share: CandidateShare | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -64,7 +72,8 @@ class StepBatch:
         packed = sum(
             p.num_tokens for p, weight in zip(self.packs, self.weights, strict=True) if weight
         )
-        return packed + sum(group.num_tokens_shared for group in self.groups)
+        elsewhere = 0 if self.share is None else self.share.num_elsewhere
+        return packed + sum(group.num_tokens_shared for group in self.groups) - elsewhere
 
     def pin_memory(self) -> StepBatch:
         return replace(self, packs=[pack.pin_memory() for pack in self.packs])
@@ -153,13 +162,17 @@ class _Chosen(GroupView):
     def group_at(self, position: int) -> Group:
         return self._groups[self._index[position]]
 
+    def response_lengths(self, position: int) -> NDArray[np.int64]:
+        return response_lengths(self._groups, self._index[position])
+
 
 @dataclass(frozen=True)
 class StepCutter:
     """Cuts the groups of a step into this process's packs.
 
     With ``whole_groups`` it only deals out the groups, for training in two phases, which knows what
-    to pack when the candidates have been scored.
+    to pack when the candidates have been scored. With ``split_groups`` processes share the
+    candidates of groups that one of them would have to be waited for.
     """
 
     max_tokens: int
@@ -168,6 +181,7 @@ class StepCutter:
     world_size: int = 1
     whole_groups: bool = False
     cost: PackCost = PackCost()
+    split_groups: bool = False
 
     def __call__(
         self, groups: Sequence[Group], index: Sequence[int], sizes: GroupSizes | None = None
@@ -180,7 +194,37 @@ class StepCutter:
             sizes: of the whole training set; None to read the step's groups for them.
         """
         chosen = _Chosen(groups, index, sizes)
-        return self.batch(chosen, self.plan(chosen), tuple(index))
+        plan = self._plan(chosen)
+        deals = self._deals(chosen, plan)
+        if deals is None:
+            return self.batch(chosen, plan[self.rank :: self.world_size], tuple(index))
+        members = own_groups(deals, self.rank)
+        own = tuple(chosen[i] for i in members)
+        share = CandidateShare.of(deals, self.rank, chosen.sizes, members, own)
+        return StepBatch([], [], len(index), tuple(index), tuple(members), own, share)
+
+    def _deals(self, groups: _Chosen, plan: Sequence[Sequence[int]]) -> list[Deal] | None:
+        """The candidates of every process; None to deal whole groups by the plan."""
+        if not self.split_groups or self.world_size == 1:
+            return None
+        if len(plan) > self.world_size and not self.whole_groups:
+            return None  # what is split has to be in one pack, with the scores of all its parts
+        costs = self.cost.of_groups(groups.sizes, self.shared_prompts)
+        loads = [
+            sum(float(costs[part].sum()) for part in plan[rank :: self.world_size] if len(part))
+            for rank in range(self.world_size)
+        ]
+        if max(loads) <= _EVEN * sum(loads) / self.world_size:
+            return None
+        return deal_candidates(
+            groups.sizes,
+            groups.response_lengths,
+            self.world_size,
+            cost=self.cost,
+            shared_prompts=self.shared_prompts,
+            max_tokens=None if self.whole_groups else self.max_tokens,
+            costliest=max(loads),
+        )
 
     def batch(
         self, groups: Sequence[Group], plan: Sequence[Sequence[int]], index: tuple[int, ...]
@@ -198,18 +242,21 @@ class StepCutter:
 
         Whole groups come in parts of many packs' worth, equally many on every process.
         """
+        return self._plan(groups)[self.rank :: self.world_size]
+
+    def _plan(self, groups: Sequence[Group]) -> list[list[int]]:
+        """The packs of all processes, as `plan_step` orders them."""
         budget = self.max_tokens
         if self.whole_groups:
             largest = int(group_sizes(groups).pack_tokens(self.shared_prompts).max())
             budget = max(_PACKS_AT_ONCE * self.max_tokens, largest)
-        plan = plan_step(
+        return plan_step(
             groups,
             self.world_size,
             max_tokens=budget,
             shared_prompts=self.shared_prompts,
             cost=self.cost,
         )
-        return plan[self.rank :: self.world_size]
 
     def build(self, groups: Sequence[Group], members: Sequence[int]) -> tuple[Pack, float]:
         """The pack of these members and its weight: the smallest pack with weight 0 for none."""

@@ -76,6 +76,11 @@ class RankConfig(
         "number.",
         default="joint",
     )
+    split_groups: bool = option(
+        "Let processes share the candidates of a prompt that costs more than a process's part of a "
+        "step, each of them encoding the prompt; the gradients are the same.",
+        default=True,
+    )
     disable_dropout: bool = option(
         "Set every dropout of the model to 0, so that scores can be compared.", default=True
     )

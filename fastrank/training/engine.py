@@ -81,6 +81,11 @@ class Engine:
         dist.all_gather(counts, mine, group=self.group)
         return [int(found) for found in counts]
 
+    def add_up(self, values: Tensor) -> None:
+        """Replace a tensor, in place, by its sum over the processes that take other data."""
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.group)
+
     def all_true(self, flag: Tensor) -> bool:
         """Whether a boolean scalar is true on every process of the run."""
         if self.num_processes > 1:

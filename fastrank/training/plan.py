@@ -65,7 +65,7 @@ _WITHOUT_EFFECT = frozenset(
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
         *("dataloader_in_order", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
         *("activation_checkpointing", "activation_checkpointing_kwargs", "torch_empty_cache_steps"),
-        *("use_cache", "remove_unused_columns", "length_column_name"),
+        *("use_cache", "remove_unused_columns", "length_column_name", "split_groups"),
         # part of other entries: groups_per_step, mixed_precision, weights_dtype
         *("per_device_train_batch_size", "gradient_accumulation_steps"),
         *("average_tokens_across_devices", "bf16", "fp16", "dtype"),

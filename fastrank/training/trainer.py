@@ -200,6 +200,7 @@ class RankTrainer(TrainerHooks, Trainer):
             shared_prompts=args.shared_prompts,
             computing=self.compute_loss_context_manager,
             cost=PackCost.of_model(self.lm),
+            split_groups=args.split_groups,
         )
         run_dir = Path(args.output_dir or ".")
         self._guard = FiniteGuard(self.engine, run_dir)

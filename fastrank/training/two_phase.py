@@ -43,6 +43,7 @@ from fastrank.modeling.prepare import prepared_state
 from fastrank.modeling.unwrap import causal_lm, unwrap, vocab_size
 from fastrank.ranking import rank_coefficients
 from fastrank.training.engine import Engine, engine_of
+from fastrank.training.splitting import CandidateShare
 from fastrank.training.step_metrics import work_saved
 from fastrank_kernels import live_candidates, reuse_head_cast
 from fastrank_kernels.host_memory import send
@@ -161,6 +162,34 @@ class Ranked(NamedTuple):
     scale: float
 
 
+def rank_candidates(
+    loss: Loss,
+    candidates: Candidates,
+    token_logprobs: Tensor,
+    scale: float,
+    backend: str | None = None,
+) -> Ranked:
+    """The loss on log-probabilities [T] that are known, and ``scale`` times its derivative."""
+    found = rank_coefficients(
+        loss,
+        token_logprobs,
+        candidates.rewards.to(token_logprobs.dtype),
+        cu_responses=candidates.cu_responses,
+        cu_groups=candidates.cu_groups,
+        reference_scores=candidates.reference_scores,
+        scale=scale,
+        backend=backend,
+    )
+    return Ranked(*found, scale)
+
+
+def weighted_sum(token_logprobs: Tensor, coefficients: Tensor) -> Tensor:
+    """Σ c_t logp_t, whose gradients are those of the loss. A coefficient of 0 leaves a token out,
+    which may be impossible."""
+    kept = torch.where(coefficients != 0, token_logprobs, 0.0)
+    return (kept * coefficients).sum()
+
+
 class Phases:
     """The two passes over packs of one model, in step with the other processes.
 
@@ -199,13 +228,17 @@ class Phases:
         self.how: dict[str, Any] = {"logits_memory": logits_memory, "backend": backend}
         self.explain = explain
 
-    def score(self, groups: Sequence[Group]) -> ScoredCandidates:
-        """Phase one: the log-probability of every response token, without a graph."""
+    def score(
+        self, groups: Sequence[Group], share: CandidateShare | None = None
+    ) -> ScoredCandidates:
+        """Phase one: the log-probability of every response token, without a graph; where
+        processes share candidates, each computes its own."""
         candidates = Candidates.of(groups, self.shared_prompts)
         packs = candidate_packs(
             groups,
             max_tokens=self.score_tokens,
             shared_prompts=self.shared_prompts,
+            live=None if share is None else share.own.tolist(),
             vocab_size=self.vocab_size,
         )
         logprobs: Tensor | None = None
@@ -217,31 +250,29 @@ class Phases:
                 ):
                     found = self._logprobs(chosen.pack)
                 if logprobs is None:
-                    logprobs = found.new_empty(candidates.num_response_tokens)
+                    logprobs = found.new_zeros(candidates.num_response_tokens)
                 if len(chosen.tokens):
                     logprobs[send(chosen.tokens, self.device)] = found
-        assert logprobs is not None
+            assert logprobs is not None
+            if share is not None:
+                share.exchange(logprobs, self.engine.add_up)
         return ScoredCandidates(candidates, logprobs, sum(p.pack.num_tokens for p in packs))
 
     def rank(self, scored: ScoredCandidates, scale: float) -> Ranked:
         """The loss on the scores and its derivative by each log-probability."""
-        candidates, logprobs = scored.candidates, scored.token_logprobs
-        found = rank_coefficients(
-            self.loss,
-            logprobs,
-            candidates.rewards.to(logprobs.dtype),
-            cu_responses=candidates.cu_responses,
-            cu_groups=candidates.cu_groups,
-            reference_scores=candidates.reference_scores,
-            scale=scale,
-            backend=self.backend,
+        return rank_candidates(
+            self.loss, scored.candidates, scored.token_logprobs, scale, self.backend
         )
-        return Ranked(*found, scale)
 
     def differentiate(
-        self, groups: Sequence[Group], scored: ScoredCandidates, ranked: Ranked
+        self,
+        groups: Sequence[Group],
+        scored: ScoredCandidates,
+        ranked: Ranked,
+        share: CandidateShare | None = None,
     ) -> TwoPhaseOutput:
-        """Phase two: back-propagate Σ c_t logp_t of the candidates that have a gradient."""
+        """Phase two: back-propagate Σ c_t logp_t of this process's candidates that have a
+        gradient."""
         candidates, logprobs = scored.candidates, scored.token_logprobs
         # Reading which candidates are live waits for the device.
         live = live_candidates(ranked.coefficients, candidates.cu_responses).cpu()
@@ -249,7 +280,7 @@ class Phases:
             groups,
             max_tokens=self.max_tokens,
             shared_prompts=self.shared_prompts,
-            live=live.tolist(),
+            live=(live if share is None else live & share.own).tolist(),
         )
         drift = logprobs.new_zeros(())
         # With nothing to learn a filler still runs: gradients of zero, as joint training has them,
@@ -261,7 +292,7 @@ class Phases:
                 found = self._logprobs(chosen.pack)
                 if len(chosen.tokens):
                     at = send(chosen.tokens, self.device)
-                    total = (found * ranked.coefficients[at]).sum() * self.engine.world_size
+                    total = weighted_sum(found, ranked.coefficients[at]) * self.engine.world_size
                     # The same -inf twice is no difference.
                     now, before = found.detach(), logprobs[at]
                     apart = torch.where(now == before, 0.0, (now - before).abs())

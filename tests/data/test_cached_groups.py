@@ -19,6 +19,7 @@ from fastrank.data.columns import (
     largest_ids,
     prompt_key,
     prompt_keys,
+    response_lengths,
     select,
     tokens_digest,
 )
@@ -112,6 +113,10 @@ def test_columns_are_those_of_the_groups(table: CachedGroups, plain: list[Group]
             assert a.pack_tokens(shared).tolist() == b.pack_tokens(shared).tolist()
         assert largest_ids(mapped).tolist() == largest_ids(listed).tolist()
         assert prompt_keys(mapped).tolist() == prompt_keys(listed).tolist()
+        for position in range(len(listed)):
+            lengths = [len(ids) for ids in listed[position].response_ids]
+            assert response_lengths(mapped, position).tolist() == lengths
+            assert response_lengths(listed, position).tolist() == lengths
     keys = prompt_keys(table)
     assert keys[3] == keys[50] and len(set(keys.tolist())) == 56
     assert prompt_key(np.array([1, 2])) != prompt_key(np.array([2, 1]))

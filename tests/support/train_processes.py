@@ -14,12 +14,13 @@ import own_losses
 import torch
 import torch.distributed as dist
 from faults import TRIGGER, limit_memory, poison, spoil_scores
-from pack_cases import tied_groups
+from pack_cases import random_groups, tied_groups
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastrank.function_loss import FunctionLoss
 from fastrank.tasks.menu import tiny_llama
+from fastrank.training.batching import StepBatch
 from fastrank.training.config import RankConfig
 from fastrank.training.step_metrics import StepWindow
 from fastrank.training.trainer import RankTrainer
@@ -43,6 +44,8 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "two phases": (6, 1, {"max_tokens": 20, "backprop": "two_phase"}),
     "own loss": (6, 1, {"max_tokens": 75, "loss": FunctionLoss(own_losses.rrhf, sft_weight=1.0)}),
     "own loss, two phases": (6, 1, {"max_tokens": 20, "backprop": "two_phase", **OWN_RRHF}),
+    "shared candidates": (6, 1, {"max_tokens": 1000}),
+    "shared candidates, two phases": (6, 1, {"max_tokens": 60, "backprop": "two_phase"}),
     "fully_shard": (6, 1, {"max_tokens": 75}),
     "two phases, fully_shard": (6, 1, {"max_tokens": 20, "backprop": "two_phase"}),
 }
@@ -69,6 +72,8 @@ def make_trainer(folder: Path, case: str, world_size: int) -> RankTrainer:
     )
     assert config.groups_over(config.world_size) == GLOBAL_BATCH
     groups = tied_groups(11, 6, vocab=TRIGGER)
+    if case.startswith("shared"):  # one that costs more than half of its step
+        groups[4] = random_groups([(5, [49, 55, 41, 30, 55])], vocab=30, name="large")[0]
     if case == "skip":
         groups = poison(groups, [5])
     trainer = RankTrainer(tiny_llama(0), config, groups, groups[:7])
@@ -86,8 +91,17 @@ def run_case(folder: Path, case: str, world_size: int) -> dict[str, Any]:
     trainer = make_trainer(folder, case, world_size)
     if "fully_shard" in case and world_size > 1:
         return _train_sharded(trainer)
+    step, shared = trainer.backprop.step, 0
+
+    def counted(model: Any, batch: StepBatch, window: StepWindow) -> Any:
+        nonlocal shared
+        shared += batch.share is not None
+        return step(model, batch, window)
+
+    trainer.backprop.step = counted  # type: ignore[method-assign]
     trainer.train()
     return {
+        "shared": shared,
         "weights": {k: v.detach().clone() for k, v in trainer.model.state_dict().items()},
         "log": [row for row in trainer.state.log_history if "grad_norm" in row],
         "evaluation": trainer.evaluate(),

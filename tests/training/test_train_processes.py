@@ -10,13 +10,14 @@ import torch
 import train_processes as worker
 from torchrun import filled_once, torchrun
 
+ALONE = ("one pack", "skip", "shared candidates")  # by one process
 SAME = [case for case in worker.CASES if case != "outside"]
 WORK = {"backprop_fraction", "work_saved"}  # of two phases alone
 LOGGED = ("loss", "rank_loss", "sft_loss", "rewards/accuracies", "rewards/margins", "live_fraction")
 
 
 def _run_all(folder: Path) -> None:
-    for case in ("one pack", "skip"):
+    for case in ALONE:
         torch.save(worker.run_case(folder, case, 1), folder / f"{case}.pt")
     torchrun(2, str(Path(worker.__file__)), str(folder), *worker.CASES)
 
@@ -38,8 +39,9 @@ def found(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> Any:
     """Results of one process, by case; the same for cases that differ in nothing it sees."""
-    whole, skip = (torch.load(folder / f"{case}.pt") for case in ("one pack", "skip"))
-    return dict.fromkeys(worker.CASES, whole) | {"skip": skip}
+    whole, skip, shared = (torch.load(folder / f"{case}.pt") for case in ALONE)
+    by_case = dict.fromkeys(worker.CASES, whole) | {"skip": skip}
+    return by_case | {case: shared for case in worker.CASES if case.startswith("shared")}
 
 
 def _difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -83,6 +85,12 @@ def test_a_loss_outside_the_wrapped_forward_would_be_seen(found: Any, expected: 
     outside, want = found["outside"], expected["outside"]["weights"]
     assert _difference(outside[0]["weights"], want) > 1e-3
     assert _difference(outside[0]["weights"], outside[1]["weights"]) > 1e-3
+
+
+def test_one_step_of_an_epoch_shared_candidates(found: Any) -> None:
+    for case, results in found.items():
+        wanted = worker.STEPS / 2 if case.startswith("shared") else 0
+        assert all(got.get("shared", 0) == wanted for got in results), case
 
 
 def test_the_bad_record_was_skipped_on_both(found: Any) -> None:
