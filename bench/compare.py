@@ -42,6 +42,7 @@ from typing import Any
 
 from bench.story_task import openings, story_model, write_prompts
 from fastrank.benchmarks.results import markdown_table, read_csv, write_csv
+from fastrank.console import Bar
 
 REWARD = f"{Path(__file__).resolve().parent / 'happy_reward.py'}:reward"
 BASE = "base model"
@@ -237,17 +238,15 @@ def measure(plan: Plan, seed: int, method: str, model: Path | str, seconds: floa
 
 def run_all(plan: Plan, seeds: int, methods: Sequence[str], jobs: int) -> list[Outcome]:
     """Every method with every seed; ``jobs`` processes at once (1: in this process)."""
-    from tqdm import tqdm
-
     tasks = [(plan, seed, method) for seed in range(seeds) for method in methods]
     rows: list[Outcome] = []
-    with tqdm(total=len(tasks) + seeds, desc="comparing", unit=" runs", disable=None) as bar:
+    with Bar(total=len(tasks) + seeds, desc="comparing", unit="runs") as bar:
         for _ in _each(prepare, [(plan, seed) for seed in range(seeds)], jobs):
             bar.update()
         for row in _each(run_method, tasks, jobs):
             rows.append(row)
             bar.update()
-            bar.set_postfix_str(f"{row.method} {row.reward:.2f}")
+            bar.describe(f"{row.method} {row.reward:.2f}")
     order = {name: i for i, name in enumerate(methods)}
     return sorted(rows, key=lambda row: (order[row.method], row.seed))
 

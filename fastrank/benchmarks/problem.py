@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .results import FASTRANK
 from .workloads import Suite, Workload
 
 # The limits are far above what rounding gives in each dtype and far below what a wrong formula
@@ -128,6 +129,16 @@ def build_problem(workload: Workload, device: torch.device) -> Problem:
 def variant_names(suite: Suite) -> list[str]:
     """The names of a suite's variants, fastrank first."""
     return [variant.name for variant in _suite(suite).VARIANTS]
+
+
+def quick_variants(suite: Suite) -> list[str]:
+    """fastrank, and its peers that need no compilation before the first run."""
+    return [
+        variant.name
+        for variant in _suite(suite).VARIANTS
+        if variant.name == FASTRANK
+        or not (variant.ours or variant.target == "published" or "compile" in variant.name)
+    ]
 
 
 def make_step(workload: dict[str, Any], variant: str) -> Step:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from fastrank.console import say
+
 FASTRANK = "fastrank"
+#: What plain PyTorch does, of each suite: the first that was timed is compared with fastrank.
+PLAIN = ("plain PyTorch", "padded, responses projected", "dense mask", "no sharing")
 OK, WRONG, FAILED, MISSING = "ok", "wrong", "failed", "not run"
 
 Record = TypeVar("Record")
@@ -145,6 +150,61 @@ def text_table(rows: Sequence[Measurement]) -> str:
     if not comparable:
         text.append(f"  {FASTRANK}'s own results are wrong: nothing is compared with them")
     return "\n".join(text)
+
+
+def print_table(rows: Sequence[Measurement]) -> None:
+    """Print `text_table` and the verdict below; on a terminal in colour."""
+    styles = {FASTRANK: "bold green", WRONG: "red", FAILED: "red", MISSING: "dim"}
+    for number, line in enumerate(text_table(rows).splitlines()):
+        first = re.split(r"  +|:", line.strip())[0]
+        say(line, "bold" if number == 0 else styles.get(first, ""))
+    sentence = verdict(rows)
+    if sentence is not None:
+        say(f"  {sentence}", "bold")
+
+
+def variant_line(row: Measurement) -> str:
+    """What is known of a variant before it is timed."""
+    head = f"  {row.workload}: {row.variant}: "
+    if row.status != OK:
+        return f"{head}{row.status}: {row.reason}"
+    known = [f"right, error {row.error:.0e}"]
+    if row.peak_mib is not None:
+        known.append(f"peak {_number(row.peak_mib)} MiB")
+    return head + ", ".join(known)
+
+
+def verdict(rows: Sequence[Measurement]) -> str | None:
+    """One sentence on one workload: is fastrank faster than what plain PyTorch does, and does it
+    take less memory; None where one of the two was not timed, or fastrank's own is wrong."""
+    found = {row.variant: row for row in rows if row.timed}
+    own = found.get(FASTRANK)
+    plain = next((found[name] for name in PLAIN if name in found), None)
+    if own is None or plain is None or not own_is_right(rows):
+        return None
+    text = f"{FASTRANK} takes {_time(own)}, {plain.variant} {_time(plain)}: "
+    text += f"{_times(own.median_ms, plain.median_ms, 'faster', 'slower')}"
+    if own.peak_mib and plain.peak_mib:
+        text += f"; memory {_number(own.peak_mib)} against {_number(plain.peak_mib)} MiB: "
+        text += f"{_times(own.peak_mib, plain.peak_mib, 'less', 'more')}"
+    others = [row for row in found.values() if not row.ours and row is not plain]
+    if others:
+        best = min(others, key=lambda row: row.median_ms or 0.0)
+        text += f"; of the others {best.variant} is the fastest with {_time(best)}"
+    return f"{text}."
+
+
+def _time(row: Measurement) -> str:
+    milliseconds = row.median_ms or 0.0
+    return f"{milliseconds / 1e3:.2f} s" if milliseconds >= 1e3 else f"{_number(milliseconds)} ms"
+
+
+def _times(own: float | None, other: float | None, good: str, bad: str) -> str:
+    """A ratio in words; a twentieth is within the noise of a busy machine."""
+    assert own and other
+    if max(own, other) < 1.05 * min(own, other):
+        return "about the same"
+    return f"{other / own:.2f} times {good}" if own < other else f"{own / other:.2f} times {bad}"
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], texts: int = 1) -> str:

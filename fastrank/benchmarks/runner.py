@@ -7,7 +7,6 @@ it.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -16,11 +15,23 @@ from pathlib import Path
 
 import torch
 
+from fastrank.console import Bar, say
+
 from . import peak_memory, timing
 from .counts import count_products
 from .problem import Floor, Problem, Step, Variant, build_problem, check
 from .provenance import provenance
-from .results import FAILED, FASTRANK, MISSING, WRONG, Measurement, text_table, write_csv
+from .results import (
+    FAILED,
+    FASTRANK,
+    MISSING,
+    PLAIN,
+    WRONG,
+    Measurement,
+    print_table,
+    variant_line,
+    write_csv,
+)
 from .workloads import Workload
 
 
@@ -44,23 +55,23 @@ class RunPlan:
 def run_workloads(
     plans: Iterable[tuple[Workload, RunPlan]], device: torch.device, csv: Path | None = None
 ) -> list[Measurement]:
-    """Measure workloads, with a progress bar on stderr and a table per workload on stdout.
+    """Measure workloads: a bar on stderr; on stdout a line per variant when it has been checked and
+    its memory measured, and a table per workload.
 
     The CSV file is written after every workload: a long run that is stopped keeps its rows.
     """
-    from tqdm import tqdm
-
     rows: list[Measurement] = []
-    with tqdm(list(plans), unit="workload", file=sys.stderr, disable=None) as bar:
-        for workload, plan in bar:
+    todo = list(plans)
+    with Bar(desc="inputs", total=len(todo), unit="workloads") as bar:
+        for workload, plan in todo:
 
             def tick(what: str, name: str = workload.name) -> None:
-                bar.set_description(f"{name}: {what}")
+                bar.describe(f"{name}: {what}")
 
-            measured = run_workload(workload, device, plan, tick=tick)
+            measured = run_workload(workload, device, plan, tick=tick, say=say)
             rows += measured
-            bar.clear()
-            print(text_table(measured), flush=True)
+            bar.update()
+            print_table(measured)
             if csv is not None:
                 csv.parent.mkdir(parents=True, exist_ok=True)
                 write_csv(rows, csv)
@@ -73,6 +84,7 @@ def run_workload(
     plan: RunPlan = RunPlan(),
     *,
     tick: Callable[[str], None] = lambda what: None,
+    say: Callable[[str], None] = lambda line: None,
     problem: Problem | None = None,
 ) -> list[Measurement]:
     """Measure a workload.
@@ -82,6 +94,7 @@ def run_workload(
         device: where.
         plan: how.
         tick: progress callback.
+        say: called with a line for every variant that is done with, but for its time.
         problem: the inputs, where the caller has built them.
     """
     tick("inputs")
@@ -109,12 +122,15 @@ def run_workload(
             repeats[variant.name] = variant.repeats
     problem.forget_references()
     for row in rows:
-        if row.variant in steps:
+        late = plan.deadline is not None and time.monotonic() > plan.deadline
+        if row.variant in steps and (row.ours or row.variant in PLAIN or not late):
             tick(f"memory and products of {row.variant}")
             if plan.products and problem.product_flops:
                 row.products = count_products(steps[row.variant], problem.product_flops)
             if plan.memory and problem.has_memory:
                 _measure_memory(problem, row, steps[row.variant])
+        if row.status != MISSING:
+            say(variant_line(row))
     tick("timing")
     floor = problem.floor()
     timed = dict(steps)

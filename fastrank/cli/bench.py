@@ -6,6 +6,7 @@ Each variant is checked against float64 before it is timed; a wrong one is liste
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +30,14 @@ class BenchOptions(shared.DeviceOptions, shared.OutputOptions, shared.JsonOption
     )
     variant: list[str] | None = option("Variants by name (default: all).", default=None)
     output: str | None = change("Folder for SUITE_DEVICE.csv and a plot.")
-    seconds: float = option("Time for the rounds of a workload, about.", default=20.0)
+    seconds: float | None = option(
+        "Time for the rounds of a workload, about (default: 20, of a shape of your own 5).",
+        default=None,
+    )
     time_limit: float | None = option(
-        "Stop starting peers after this many seconds; the rest is listed.", default=None
+        "Stop starting peers after this many seconds; the rest is listed (default: none, with a "
+        "shape of your own 40).",
+        default=None,
     )
     memory: bool = option("Also measure peak memory.", default=True)
     threads: int | None = option("CPU threads (default: torch's).", default=None)
@@ -41,7 +47,7 @@ class BenchOptions(shared.DeviceOptions, shared.OutputOptions, shared.JsonOption
 class SizeOptions(
     shared.ShapeOptions, shared.DtypeOptions, shared.LossOptions, shared.ModelOptions
 ):
-    """Sizes that replace those of every chosen workload."""
+    """Your own shape: sizes that replace those of every --workload, or without any make one."""
 
     tokens: int | None = change("Response tokens in all; sets the number of groups.")
     groups: int | None = option("Prompts.", default=None)
@@ -63,9 +69,13 @@ def bench(options: BenchOptions, sizes: SizeOptions) -> dict[str, Any]:
     """Measure, print one table per workload, write the CSV; returns the rows."""
     from fastrank.benchmarks.workloads import choose_workloads, resize
 
-    names = choose_workloads(options.suite, options.device or _default_device(), options.workload)
-    workloads = [resize(workload, **vars(sizes)) for workload in names]
-    if options.seconds < 0:
+    chosen = choose_workloads(options.suite, options.device or _default_device(), options.workload)
+    # Sizes alone ask one question, which is to be answered within a minute.
+    shaped = options.workload is None and any(value is not None for value in vars(sizes).values())
+    if shaped:
+        chosen = [replace(chosen[0], name="your shape")]
+    workloads = [resize(workload, **vars(sizes)) for workload in chosen]
+    if options.seconds is not None and options.seconds < 0:
         raise InputError(f"--seconds must not be negative, got {options.seconds}")
     check_least(options, "--", threads=1)
     output = None if options.output is None else Path(options.output)
@@ -74,7 +84,8 @@ def bench(options: BenchOptions, sizes: SizeOptions) -> dict[str, Any]:
 
     import torch
 
-    from fastrank.benchmarks.problem import variant_names
+    from fastrank.benchmarks.problem import quick_variants, variant_names
+    from fastrank.benchmarks.results import verdict
     from fastrank.benchmarks.runner import RunPlan, run_workloads
 
     device = torch.device(options.device or _default_device())
@@ -86,16 +97,23 @@ def bench(options: BenchOptions, sizes: SizeOptions) -> dict[str, Any]:
             raise InputError(f"--variant must be one of {', '.join(known)}, got {name}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    limit = options.time_limit
+    seconds, limit, only = options.seconds, options.time_limit, options.variant
+    if shaped:
+        seconds = 5.0 if seconds is None else seconds
+        limit = 40.0 if limit is None else limit
+        only = quick_variants(options.suite) if only is None else only
     plan = RunPlan(
-        seconds=options.seconds,
-        only=options.variant,
+        seconds=20.0 if seconds is None else seconds,
+        min_rounds=3 if shaped else 5,
+        only=only,
         memory=options.memory,
+        products=not shaped,
         deadline=None if limit is None else time.monotonic() + limit,
     )
     csv = None if output is None else output / f"{options.suite}_{device.type}.csv"
     rows = run_workloads([(workload, plan) for workload in workloads], device, csv)
-    return {"rows": rows}
+    found = [verdict([row for row in rows if row.workload == w.name]) for w in workloads]
+    return {"rows": rows, "verdicts": found}
 
 
 def own_failed(result: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from fastrank import __version__
 from fastrank.cli.commands import COMMANDS
 from fastrank.cli.help import print_help, wants_help
+from fastrank.console import close_bars
 from fastrank.errors import InputError, TrainingStopped, install_command
 
 #: Packages that come with an extra, for the line that says how to get them.
@@ -75,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be read
         where = f"{error.filename}: " if error.filename else ""
         return _fail(prog, f"{where}{error.strerror or error}")
+    finally:
+        close_bars()
 
 
 def _fail(prog: str, message: str) -> int:

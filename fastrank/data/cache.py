@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import fastrank
+from fastrank.console import Bar
 from fastrank.data.cached_groups import CachedGroups, group_files, group_writer
 from fastrank.data.files import Lines, Place, Source, one_line
 from fastrank.data.manifest import (
@@ -335,15 +336,14 @@ def _batches(groups: Iterable[tuple[Record, Encoded]]) -> Iterator[list[tuple[Re
 
 def _with_progress(piece: Iterable[tuple[Place, Unread]]) -> Iterator[tuple[Place, Unread]]:
     """The rows, with a bar on a terminal: the first piece's stands for all, of about its size."""
-    from tqdm import tqdm
-
     lines = isinstance(piece, Lines)
     total = piece.num_bytes if isinstance(piece, Lines) else None
-    unit: dict[str, Any] = {"unit": "B", "unit_scale": True} if lines else {"unit": " records"}
-    with tqdm(desc="tokenising", total=total, disable=None, **unit) as bar:
+    unit, scale = ("MB", 1e-6) if lines else ("records", 1.0)
+    whole = None if total is None else total * scale
+    with Bar(desc="tokenising", total=whole, unit=unit) as bar:
         for place, row in piece:
             yield place, row
-            bar.update(len(row) + 1 if isinstance(row, bytes) and lines else 1)
+            bar.update((len(row) + 1 if isinstance(row, bytes) and lines else 1) * scale)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from fastrank.arguments import Normalize
 from fastrank.attention.gate import refusal
+from fastrank.console import Bar
 from fastrank.data.columns import (
     FlatGroups,
     GroupSizes,
@@ -213,8 +214,6 @@ def _score(
     model: nn.Module, groups: Sequence[Group], normalize: Normalize, max_tokens: int
 ) -> Tensor:
     """float32 [C], every process its share of the groups."""
-    from tqdm import tqdm
-
     prepared = prepared_state(model) is not None
     if not prepared:
         with evaluation_mode(model):
@@ -222,7 +221,7 @@ def _score(
     rank, world, together = data_share(model)
     mine = range(rank, len(groups), world)
     parts: list[Tensor] = []
-    with tqdm(desc="reference scores", unit=" groups", total=len(mine), disable=_bar(rank)) as bar:
+    with Bar(desc="reference scores", unit="groups", total=len(mine), disable=rank > 0) as bar:
         for portion in _portions(mine):
             chosen = [groups[i] for i in portion]
             tokens = enough_tokens(chosen, max_tokens)
@@ -240,11 +239,6 @@ def _score(
 def _portions(numbers: range) -> Iterator[range]:
     for start in range(0, len(numbers), _PORTION):
         yield numbers[start : start + _PORTION]
-
-
-def _bar(rank: int) -> bool | None:
-    """tqdm's ``disable``: only on a terminal, and of the first process."""
-    return None if rank == 0 else True
 
 
 def _rank() -> int:

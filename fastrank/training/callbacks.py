@@ -1,7 +1,6 @@
 """Callbacks of a run: progress bar and readable lines, and ``metrics.jsonl``.
 
-Lines go to stdout through the bar's own ``write``, so that neither breaks the other; the bar is
-on stderr and refreshed rarely where that is no terminal, so that a log file stays readable.
+Lines go to stdout, and on a terminal above the bar, which is on stderr.
 
 The metrics file has one line per log entry, in the order of the run, also across interruptions: a
 run that is killed has logged entries that its last checkpoint does not know; resumed, it makes
@@ -14,20 +13,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 from transformers import (
-    ProgressCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
+from fastrank.console import Bar
 from fastrank.errors import InputError
 from fastrank.modeling.prepare import head_path_of
 
@@ -49,8 +47,6 @@ _COLUMNS = {
     "tokens_per_second": ("tok/s", "{:,.0f}"),
     "skipped_records": ("skipped", "{:.0f}"),
 }
-_REFRESH_SECONDS = {True: 0.1, False: 30.0}  # whether stderr is a terminal
-
 
 #: Options that an optimiser's state depends on, so that another's does not fit.
 _OPTIMIZER = frozenset(["optim", "optim_target_modules"])
@@ -81,58 +77,67 @@ def format_line(logs: dict[str, Any], step: int, max_steps: int) -> str | None:
     return "  ".join([head, *shown])
 
 
-class RankProgress(ProgressCallback):
-    """The bar and the lines, the first of which names the head path; without a bar
-    (``--disable_tqdm``) the lines alone."""
+class RankProgress(TrainerCallback):
+    """The bar with the time that is left, and the lines, the first of which names the head path;
+    without a bar (``--disable_tqdm``, or no terminal) the lines alone."""
 
     def __init__(self, disable_bar: bool | None = False) -> None:
-        super().__init__()
         self.disable_bar = bool(disable_bar)
+        self._training: Bar | None = None
+        self._evaluation: Bar | None = None
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        self.current_step = state.global_step
+        self._step = state.global_step
         if state.is_world_process_zero and not self.disable_bar:
-            self.training_bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                dynamic_ncols=True,
-                unit="step",
-                mininterval=_REFRESH_SECONDS[sys.stderr.isatty()],
+            self._training = Bar(
+                desc="training", total=state.max_steps, initial=state.global_step, unit="steps"
             )
         if model is None:
             return
         path = head_path_of(model)  # raises, on every process, if it is not the one asked for
         if state.is_world_process_zero:
-            self._write(f"head: {path or 'measured with the first pack'}")
+            print(f"head: {path or 'measured with the first pack'}", flush=True)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            self.training_bar.update(state.global_step - self.current_step)
-        self.current_step = state.global_step
+        if self._training is not None:
+            self._training.update(state.global_step - self._step)
+        self._step = state.global_step
 
-    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        if not self.disable_bar and sys.stderr.isatty():
-            super().on_prediction_step(*args, **kwargs)
+    def on_prediction_step(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._evaluation is None and state.is_world_process_zero and not self.disable_bar:
+            total = len(eval_dataloader) if isinstance(eval_dataloader, Sized) else None
+            self._evaluation = Bar(desc="evaluating", total=total, unit="packs")
+        if self._evaluation is not None:
+            self._evaluation.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+        self._evaluation = None
+
+    def on_predict(self, *args: Any, **kwargs: Any) -> None:
+        self.on_evaluate(*args, **kwargs)
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         line = format_line(logs or {}, state.global_step, state.max_steps)
         if line is not None and state.is_world_process_zero:
-            self._write(line)
-
-    def _write(self, line: str) -> None:
-        if self.training_bar is not None:
-            self.training_bar.write(line)
-        else:
             print(line, flush=True)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            self.training_bar.close()
-        self.training_bar = None
+        if self._training is not None:
+            self._training.close()
+        self._training = None
 
 
 class MetricsFile(TrainerCallback):

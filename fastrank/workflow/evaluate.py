@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from fastrank import options as shared
+from fastrank.console import Bar
 from fastrank.data.write import atomic_path, check_output
 from fastrank.errors import InputError
 from fastrank.options.declare import change, option, options, values_of
@@ -150,13 +151,11 @@ def _references(items: Sequence[PromptItem], key: str | None) -> list[list[str]]
 
 
 def _sample(path: str, items: Sequence[PromptItem], options: EvaluateOptions) -> Samples:
-    from tqdm import tqdm
-
     from fastrank.workflow.policy import load_policy
     from fastrank.workflow.policy_metrics import sample_items
 
     model, tokenizer = load_policy(path, options, options)
-    with tqdm(desc=f"sampling {path}", unit=" prompts", total=len(items), disable=None) as bar:
+    with Bar(desc=f"sampling {path}", unit="prompts", total=len(items)) as bar:
         samples = sample_items(model, tokenizer, items, options, source=path, progress=bar.update)
     del model
     _free_memory()

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrank.console import Bar
 from fastrank.data.fields import Ends
 from fastrank.data.packing import Group
 from fastrank.data.records import spread
@@ -100,8 +100,8 @@ class RoundMaker:
         counts = MixtureCounts()
         mine: list[RoundCandidates] = []
         batches = list(self._batches(indices))
-        quiet = None if self.rank == 0 else True
-        for batch in tqdm(batches, f"round {number}", unit=" batches", leave=False, disable=quiet):
+        quiet = self.rank > 0
+        for batch in Bar(batches, desc=f"round {number}", unit="batches", disable=quiet):
             drawn = self._draw(policy, number, batch)
             mine += self._score(model, batch, self._mix(batch, drawn, counts))
         shares = self.gather([(mine, counts.duplicates, counts.empty)])

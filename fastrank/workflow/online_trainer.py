@@ -26,7 +26,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from fastrank.data.columns import GroupSizes, GroupView, prompt_key
 from fastrank.data.files import value_checksum
@@ -219,7 +218,7 @@ class OnlineTrainer(RankTrainer):
             found.write(self.round_path(number), self.maker.items)
         values = round_metrics(found, with_reference=self.maker.reference is not None)
         if self.is_world_process_zero():
-            tqdm.write(round_line(values, first))  # above the training bar, if there is one
+            print(round_line(values, first), flush=True)
         self.log(values)
         return found
 

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from fastrank import options as shared
+from fastrank.console import Bar
 from fastrank.data.fields import LARGEST
 from fastrank.data.user_functions import RewardFunction, is_function
 from fastrank.data.write import atomic_path, check_output
@@ -60,8 +61,6 @@ def reward_file(options: RewardOptions) -> dict[str, Any]:
         InputError: something the user gave cannot be used, or the reward failed on a record; the
             output has not been written.
     """
-    from tqdm import tqdm
-
     from fastrank.modeling.pretrained import model_identity
 
     target = check_output(options.output, "--output")
@@ -100,7 +99,7 @@ def reward_file(options: RewardOptions) -> dict[str, Any]:
             )
         )
         resumed = journal.num_resumed
-        bar = tqdm(desc="rewarding", unit=" records", initial=resumed, disable=None)
+        bar = Bar(desc="rewarding", unit="records", initial=resumed)
         try:
             with bar:
                 _score_missing(options, scorer, kind, journal, bar)

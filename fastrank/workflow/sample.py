@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 from fastrank import options as shared
+from fastrank.console import Bar
 from fastrank.data.write import atomic_path, check_output
 from fastrank.errors import InputError
 from fastrank.options.declare import change, options, values_of
@@ -50,8 +51,6 @@ def sample_file(options: SampleOptions) -> dict[str, Any]:
     Raises:
         InputError: something the user gave cannot be used; the output has not been written.
     """
-    from tqdm import tqdm
-
     from fastrank.modeling.pretrained import check_model_path, choose_device, model_identity
 
     if not options.model:
@@ -78,7 +77,7 @@ def sample_file(options: SampleOptions) -> dict[str, Any]:
         runs = [_PolicyRun(k, model, journal) for k, model in enumerate(options.model)]
         resumed = sum(run.num_finished for run in runs)
         total = len(items) * len(runs)
-        bar = tqdm(desc="sampling", unit=" prompts", total=total, initial=resumed, disable=None)
+        bar = Bar(desc="sampling", unit="prompts", total=total, initial=resumed)
         with bar:
             for run in runs:
                 run.sample(items, options, bar)
@@ -113,7 +112,7 @@ class _PolicyRun:
         batches = [] if self._plan is None else self._plan["batches"]
         return sum(len(members) for b, members in enumerate(batches) if self._is_done(b))
 
-    def sample(self, items: list[PromptItem], options: SampleOptions, bar: Any) -> None:
+    def sample(self, items: list[PromptItem], options: SampleOptions, bar: Bar) -> None:
         """Draw what is missing; a model is loaded only if something is."""
         from fastrank.modeling.context import context_length
         from fastrank.modeling.pretrained import load_tokenizer, template_values

@@ -15,6 +15,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from fastrank import options as shared
+from fastrank.console import Bar
 from fastrank.data.fields import end_names
 from fastrank.errors import InputError
 from fastrank.options.declare import change, check_least, options, values_of
@@ -60,8 +61,6 @@ class ScoreOptions(
 def score_file(options: ScoreOptions) -> dict[str, Any]:
     """Score the file, write the output if asked to, and return the result as JSON types; prints it
     as text unless ``options.json``."""
-    from tqdm import tqdm
-
     from fastrank.data.load import fit_context
     from fastrank.data.records import read_records, require_records
     from fastrank.data.report import Report, strict_pairs
@@ -97,7 +96,7 @@ def score_file(options: ScoreOptions) -> dict[str, Any]:
         if options.output is not None:
             path = stack.enter_context(atomic_path(options.output))
             file = stack.enter_context(path.open("w", encoding="utf-8"))
-        bar = stack.enter_context(tqdm(desc="scoring", unit=" records", disable=None))
+        bar = stack.enter_context(Bar(desc="scoring", unit="records"))
         groups = (
             (record, tokenize_record(record, tokenizer, cut, report))
             for record in chain([first], records)

@@ -24,11 +24,29 @@ def test_a_run_prints_a_table_and_writes_the_csv(tmp_path, capsys):
     code = bench("--workload", "K5", "K5-bf16", *TINY, *FAST, "--output", str(folder), "--json")
     assert code == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("K5: 2 x 3 x 4, V 101, D 16, float32 on ")
+    assert lines[0].startswith("  K5: fastrank: right, error ")
+    assert lines[1].startswith("  K5: plain PyTorch: right, error ")
+    assert lines[2].startswith("K5: 2 x 3 x 4, V 101, D 16, float32 on ")
     rows = read_csv(folder / "loss_cpu.csv", Measurement)
     assert [row.workload for row in rows] == ["K5"] * 3 + ["K5-bf16"] * 3
     assert {row.vocab for row in rows} == {101}
-    assert len(json.loads(lines[-1])["rows"]) == 6
+    result = json.loads(lines[-1])
+    assert len(result["rows"]) == 6
+    assert [f"  {sentence}" in lines for sentence in result["verdicts"]] == [True, True]
+
+
+def test_sizes_alone_ask_about_one_shape(capsys, monkeypatch):
+    """fastrank beside what runs at once, and not the workloads that the suite records."""
+    kept = ["fastrank", "plain PyTorch", "torch.compile of plain", "published loop", "TRL"]
+    peers = [v for v in loss_peers.VARIANTS if v.name.startswith(tuple(kept))]
+    monkeypatch.setattr(loss_peers, "VARIANTS", peers)
+    assert bench(*TINY, "--no_memory", "--json") == 0
+    out = capsys.readouterr().out
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert {row["workload"] for row in rows} == {"your shape"}
+    assert [row["variant"] for row in rows] == ["fastrank", "plain PyTorch", "TRL ChunkedLogProb"]
+    assert "your shape: 2 x 3 x 4, V 101, D 16, float32" in out
+    assert "  fastrank takes " in out and ", plain PyTorch " in out
 
 
 def test_a_red_gate_ends_in_code_1_and_no_speed_up(monkeypatch, capsys):

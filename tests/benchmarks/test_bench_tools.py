@@ -13,7 +13,15 @@ import torch
 
 from fastrank.benchmarks import peak_memory
 from fastrank.benchmarks.problem import rewards_with_accuracy
-from fastrank.benchmarks.results import MISSING, Measurement, read_csv, text_table, write_csv
+from fastrank.benchmarks.results import (
+    MISSING,
+    WRONG,
+    Measurement,
+    read_csv,
+    text_table,
+    verdict,
+    write_csv,
+)
 from fastrank.benchmarks.runner import RunPlan, run_workload
 from fastrank.benchmarks.timing import Timing, interleave
 from fastrank.benchmarks.workloads import SUITES, WORKLOADS, Workload, choose_workloads, resize
@@ -151,6 +159,26 @@ def test_the_table_leaves_empty_columns_out(a_row):
     lines = text_table([a_row(median_ms=123.4, spread=0.1, ratio=1.0, error=1e-7)]).splitlines()
     assert lines[1].split() == "variant ms spread time / fastrank's error".split()
     assert lines[2].split() == ["v", "123", "10%", "1.00", "1e-07"]
+
+
+def test_one_sentence_says_whether_it_is_faster(a_row):
+    own = a_row(variant="fastrank", ours=True, median_ms=800.0, peak_mib=190.0)
+    plain = a_row(variant="plain PyTorch", median_ms=1200.0, peak_mib=760.0)
+    peers = [a_row(variant=name, median_ms=ms) for name, ms in (("slow", 9e3), ("quick", 700.0))]
+    assert verdict([own, plain]) == (
+        "fastrank takes 800 ms, plain PyTorch 1.20 s: 1.50 times faster; "
+        "memory 190 against 760 MiB: 4.00 times less."
+    )
+    assert verdict([*peers, own, plain]).endswith(
+        "; of the others quick is the fastest with 700 ms."
+    )
+    plain.median_ms, plain.peak_mib = 640.0, None
+    assert verdict([own, plain]).endswith("plain PyTorch 640 ms: 1.25 times slower.")
+    plain.median_ms = 810.0
+    assert verdict([own, plain]).endswith("plain PyTorch 810 ms: about the same.")
+    assert verdict([own]) is None and verdict([plain, *peers]) is None
+    own.status = WRONG
+    assert verdict([own, plain]) is None
 
 
 def test_every_row_says_where_it_was_measured():

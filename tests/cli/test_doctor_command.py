@@ -27,7 +27,7 @@ def test_versions_and_install_lines(
     assert found["accelerate"]["install"] == "pip install 'fastrank-lm[train]'"
     assert found["matplotlib"]["status"] == "missing"
     assert found["matplotlib"]["extra"] == "train"
-    assert found["tqdm"]["install"].startswith("pip install 'tqdm>=")
+    assert found["pyyaml"]["install"].startswith("pip install 'pyyaml>=")
     assert "pytest" not in found
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
