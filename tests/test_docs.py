@@ -55,7 +55,7 @@ def test_commands_and_options_exist() -> None:
     for page in PAGES:
         for text in blocks(page, ""):
             for command, rest in re.findall(r"\bfastrank (\w+)(.*)", text.replace("\\\n", " ")):
-                for option in re.findall(r"--([a-z_]+)", rest):
+                for option in re.findall(r"--([a-z0-9_]+)", rest):
                     assert option in {*known[command], "config"}, (
                         f"{page.name}: fastrank {command} --{option}"
                     )

@@ -20,6 +20,7 @@ from fastrank.errors import InputError, TrainingStopped, install_command
 #: Packages that come with an extra, for the line that says how to get them.
 _EXTRAS = {
     "accelerate": "train",
+    "bitsandbytes": "qlora",
     "datasets": "train",
     "matplotlib": "train",
     "peft": "train",

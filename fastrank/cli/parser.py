@@ -69,6 +69,12 @@ class CommandParser(HfArgumentParser):
         for kind in dataclass_types:
             self._hints.update(typing.get_type_hints(kind))
         self._names = {f.name for kind in dataclass_types for f in dataclasses.fields(kind)}
+        self._aliases = {
+            alias.removeprefix("--"): f.name
+            for kind in dataclass_types
+            for f in dataclasses.fields(kind)
+            for alias in f.metadata.get("aliases", ())
+        }
         self._one_or_several: set[str] = set()  # a text or a list of texts
         for action in self._actions:
             if action.dest in self._hints and not _is_negation(action):
@@ -143,6 +149,7 @@ class CommandParser(HfArgumentParser):
         values: dict[str, Any] = {}
         for key, value in _load_yaml(path).items():
             name = str(key).replace("-", "_")
+            name = self._aliases.get(name, name)
             if name not in self._names:
                 near = difflib.get_close_matches(name, self._names, 1)
                 hint = f", did you mean {near[0]}?" if near else f" (see {self.prog} --help)"

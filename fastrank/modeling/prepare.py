@@ -51,6 +51,7 @@ from fastrank.modeling.unwrap import (
     causal_lm,
     evaluation_mode,
     is_materialized,
+    keep_differentiable,
     model_configs,
     unwrap,
 )
@@ -114,8 +115,9 @@ def prepare_model(
 
     Raises:
         TypeError: the model is not a transformers model.
-        InputError: the model cannot share prompts, is spread over devices by a ``device_map``, or
-            its head cannot take the fused path asked for; the message says why.
+        InputError: the model cannot share prompts, has 4-bit weights that gradients do not pass (an
+            evaluation repacked them before), is spread over devices by a ``device_map``, or its
+            head cannot take the fused path asked for; the message says why.
         ValueError: the backend or the head path is unknown.
     """
     check_choice("head_path", head_path, HeadPathName)
@@ -129,6 +131,7 @@ def prepare_model(
             "the auxiliary load-balancing loss (output_router_logits=True) is not added to the "
             "ranking loss of packs"
         )
+    keep_differentiable(lm)
     if shared_prompts:
         check_shareable(lm)
     release_model(model)

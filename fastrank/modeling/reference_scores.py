@@ -164,7 +164,8 @@ def with_reference_scores(
     if not _on_every_process(scores is not None):
         if not isinstance(model, nn.Module):
             model = load_model(path, dtype, trust_remote_code=trust_remote_code)
-        model.to(device)
+        if next(model.parameters()).device != torch.device(device):  # quantised ones refuse to move
+            model.to(device)
         try:
             scores = _score(model, groups, normalize, max_tokens)
         except ValueError as error:  # another tokenizer's ids, a group beyond the context, ...

@@ -88,6 +88,28 @@ def is_materialized(model: nn.Module) -> bool:
     )
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit layers from repacking their weights.
+
+    On a CPU with bfloat16 instructions a layer's first forward pass in evaluation mode, without
+    gradients, changes its weight for good to a layout whose product has no gradient by its input:
+    training would go on with wrong gradients, without an error.
+
+    Raises:
+        InputError: weights are repacked already, and something is to be trained.
+    """
+    trained = any(parameter.requires_grad for parameter in model.parameters())
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            state: Any = getattr(module.weight, "quant_state", None)
+            if trained and getattr(state, "packing_format_for_cpu", False):
+                raise InputError(
+                    f"the 4-bit weight of {name} was repacked by a forward pass in evaluation "
+                    "mode, and no gradient passes it: load the model anew, and prepare it first"
+                )
+            module.support_avx512bf16_for_cpu = False
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode; restore every module's mode afterwards."""

@@ -16,7 +16,9 @@ from fastrank.options.declare import Options, change, check_least, option, optio
 class ModelOptions(Options):
     """Model."""
 
-    model: str | None = option("Model folder or Hub name.", default=None)
+    model: str | None = option(
+        "Model folder or Hub name.", default=None, aliases=["model_name_or_path"]
+    )
 
 
 @options
@@ -54,7 +56,9 @@ class DataOptions(Options):
     """Records."""
 
     data: str | None = option(
-        "Ranked records: JSONL, JSON or Parquet file, folder, or Hub data set.", default=None
+        "Ranked records: JSONL, JSON or Parquet file, folder, or Hub data set.",
+        default=None,
+        aliases=["dataset_name"],
     )
 
 

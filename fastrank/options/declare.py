@@ -23,7 +23,7 @@ The first line of the docstring of the class that declares an option names its g
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,10 +41,19 @@ else:
 Class = TypeVar("Class", bound=type)
 
 
-def option(help: str, *, default: Any = MISSING, default_factory: Any = MISSING) -> Any:
-    """Declare an option; without a default it is required."""
+def option(
+    help: str,
+    *,
+    default: Any = MISSING,
+    default_factory: Any = MISSING,
+    aliases: Sequence[str] = (),
+) -> Any:
+    """Declare an option; without a default it is required. ``aliases`` are other names of it on the
+    command line and in its YAML file."""
+    spelled = [f"--{alias.replace('_', joint)}" for alias in aliases for joint in "_-"]
+    metadata = {"help": help, **({"aliases": spelled} if spelled else {})}
     return dataclasses.field(
-        default=default, default_factory=default_factory, metadata={"help": help}, kw_only=True
+        default=default, default_factory=default_factory, metadata=metadata, kw_only=True
     )
 
 

@@ -19,6 +19,8 @@ from fastrank.errors import InputError
 from fastrank.modeling.pretrained import is_adapter, load_model
 from fastrank.training import checkpoint
 from fastrank.training.config import RankConfig
+from fastrank.training.inputs import quantized_loading
+from fastrank.training.model_card import copy_card_of_merged
 from fastrank.training.run_options import TrainOptions
 
 if TYPE_CHECKING:
@@ -58,6 +60,30 @@ def lora_config(options: TrainOptions) -> LoraConfig | None:
     )
 
 
+def quantization(options: TrainOptions, config: RankConfig) -> dict[str, Any]:
+    """Arguments of `load_model` for the quantised model that the options ask for; none without.
+
+    Products are computed in bfloat16 where the run is, and the output head keeps its own type.
+
+    Raises:
+        ModuleNotFoundError: bitsandbytes is not installed.
+    """
+    if not options.quantized:
+        return {}
+    import bitsandbytes  # noqa: F401
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    wanted = BitsAndBytesConfig(
+        load_in_4bit=options.load_in_4bit,
+        load_in_8bit=options.load_in_8bit,
+        bnb_4bit_compute_dtype=torch.bfloat16 if config.bf16 else config.weights_dtype,
+        bnb_4bit_quant_type=options.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=options.use_bnb_nested_quant,
+    )
+    return quantized_loading(wanted, config)
+
+
 def adapt(model: nn.Module, peft_config: PeftConfig, seed: int) -> nn.Module:
     """The model wrapped with a fresh adapter, the same for the same seed.
 
@@ -94,6 +120,7 @@ def export_merged(
     staged = checkpoint.begin_staging(folder, name) / MERGED
     model.save_pretrained(staged)
     tokenizer.save_pretrained(staged)
+    copy_card_of_merged(folder, staged)
     checkpoint.publish_files(staged, folder / MERGED)
     checkpoint.clean_staging(folder, name)
     return folder / MERGED

@@ -29,7 +29,11 @@ from fastrank.loss import Loss
 from fastrank.losses import loss_from_name
 from fastrank.options.declare import change, check_least, option, options
 
-_NO_FP16 = "not supported (its range loses most of the loss's gradients); use bf16 or float32"
+_NO_FP16 = (
+    "not supported (its range loses most of the loss's gradients): leave it out; a GPU without "
+    "bfloat16 then computes in float32, and --use_peft, --load_in_4bit, --gradient_checkpointing "
+    "and a smaller --max_tokens save memory"
+)
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -102,6 +106,11 @@ class RankConfig(
     dtype: Literal["auto", "float32", "bfloat16"] = change(
         "Weights in float32, bfloat16 (loses small updates), or auto: float32, "
         "computed in bfloat16 where the device has it."
+    )
+
+    model_card_template: str | None = option(
+        "Jinja template of the model card beside every saved model, instead of fastrank's own.",
+        default=None,
     )
 
     # Changed defaults of TrainingArguments.

@@ -12,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrank.data.group import Group
 from fastrank.data.load import fit_context, load_groups
+from fastrank.data.report import Report
 from fastrank.data.streamed_groups import StreamedGroups
 from fastrank.data.tokenize import TokenizeOptions
 from fastrank.errors import InputError
 from fastrank.modeling.context import context_length
+from fastrank.modeling.mesh import is_sharded
 from fastrank.modeling.pretrained import load_model, load_tokenizer
 from fastrank.options import LengthOptions
 from fastrank.options.declare import values_of
@@ -29,13 +31,51 @@ def length_limits(config: RankConfig, model: Any) -> TokenizeOptions:
 
 
 def as_model(
-    model: str | Path | nn.Module, tokenizer: Any, config: RankConfig
+    model: str | Path | nn.Module,
+    tokenizer: Any,
+    config: RankConfig,
+    quantization_config: Any = None,
 ) -> tuple[nn.Module, Any]:
-    """A model, loaded if it is a name or a folder, and its tokenizer unless one is given."""
+    """A model, loaded if it is a name or a folder, and its tokenizer unless one is given.
+
+    Raises:
+        InputError: it cannot be loaded, or is to be quantised although it is loaded already.
+    """
     if isinstance(model, nn.Module):
+        if quantization_config is not None:
+            raise InputError(
+                "quantization_config needs the name or folder of a model, got a loaded one: give "
+                "it to from_pretrained"
+            )
         return model, tokenizer
     tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
-    return load_model(model, config.weights_dtype), tokenizer
+    options = {} if quantization_config is None else quantized_loading(quantization_config, config)
+    return load_model(model, config.weights_dtype, **options), tokenizer
+
+
+def quantized_loading(quantization_config: Any, config: RankConfig) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for a quantised model, which is loaded where it is used."""
+    device = config.device
+    place = str(device) if device.index is None else device.index
+    return {"quantization_config": quantization_config, "device_map": {"": place}}
+
+
+def check_trainable(model: nn.Module, *, adapted: bool) -> None:
+    """Refuse what cannot be trained: an adapter on a model that is sharded when it is loaded, and
+    quantised weights without an adapter.
+
+    Args:
+        model: as it was loaded.
+        adapted: whether it is about to be wrapped with an adapter.
+    """
+    has_adapter = adapted or hasattr(model, "get_base_model")
+    if is_sharded(model) and has_adapter:
+        raise InputError("a model that is sharded when it is loaded takes no adapter, got one")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not has_adapter and not quantizer.is_qat_trainable:
+        raise InputError(
+            "a quantised model needs a peft_config, because its weights cannot be trained; got none"
+        )
 
 
 def as_groups(
@@ -45,6 +85,7 @@ def as_groups(
     limits: Callable[[], TokenizeOptions],
     check: Callable[[Group], None],
     *,
+    reports: list[Report],
     quiet: bool = False,
 ) -> Sequence[Group]:
     """Groups as they are; records, a data set or a path of them as the command line reads them.
@@ -57,6 +98,7 @@ def as_groups(
         tokenizer: makes tokens of records.
         limits: their limits in tokens.
         check: of every group of a stream.
+        reports: takes the report of what is read here.
         quiet: do not print the report of the records.
 
     Raises:
@@ -74,6 +116,7 @@ def as_groups(
     if datasets is not None and isinstance(data, datasets.IterableDataset):
         return StreamedGroups(data, tokenizer, limits(), check=check)
     groups, report = load_groups(data, tokenizer, options=limits())
+    reports.append(report)
     if not quiet:
         print(report.as_text(), flush=True)
     return groups

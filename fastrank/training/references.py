@@ -49,7 +49,8 @@ def attach_references(
     loss = config.ranking_loss
     if not loss.uses_reference:
         return list(splits)
-    path = options.reference_model or options.model
+    # A quantised model's reference is what it computes itself, not the weights it was made of.
+    path = options.reference_model or (None if options.quantized else options.model)
     trust = options.trust_remote_code
     if options.reference_model is not None:
         _check_tokens("--reference_model", options.reference_model, tokenizer, trust)

@@ -38,7 +38,7 @@ from fastrank.modeling.context import context_length
 from fastrank.modeling.pretrained import load_model, load_tokenizer, template_values
 from fastrank.options import ReadOptions
 from fastrank.options.declare import values_of
-from fastrank.training.adapters import export_merged, lora_config, trainable
+from fastrank.training.adapters import export_merged, lora_config, quantization, trainable
 from fastrank.training.callbacks import METRICS_FILE, MetricsFile, read_metrics
 from fastrank.training.checkpoint import find_checkpoints, resolve_resume, wants_resume
 from fastrank.training.config import RankConfig
@@ -126,6 +126,7 @@ def _train(
         peft_config=adapter,
     )
     before.trainer = trainer
+    trainer.reports = job.reports
     trained: Any = trainer.train_dataset
     for line in describe(job, trainer, options, splits):
         say(line)
@@ -255,6 +256,7 @@ def load_job(options: TrainOptions, config: RankConfig) -> Job:
         config.weights_dtype,
         trust_remote_code=options.trust_remote_code,
         **_placement(options, config),
+        **quantization(options, config),
     )
     read: dict[str, Any] = {
         "options": replace(

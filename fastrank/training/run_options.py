@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
+from typing import Literal
 
 from fastrank import options as shared
 from fastrank.errors import InputError
@@ -56,6 +58,34 @@ class AdapterOptions(Options):
 
 
 @options
+class QuantizationOptions(Options):
+    """A quantised model below an adapter (QLoRA), by bitsandbytes; the names are those of TRL."""
+
+    load_in_4bit: bool = option(
+        "Load the model's linear layers in 4 bits; needs --use_peft.", default=False
+    )
+    load_in_8bit: bool = option("Load them in 8 bits; needs --use_peft.", default=False)
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("Kind of 4-bit numbers.", default="nf4")
+    use_bnb_nested_quant: bool = option(
+        "Quantise the scales of 4-bit numbers as well.", default=False
+    )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the model is quantised when it is loaded."""
+        return self.load_in_4bit or self.load_in_8bit
+
+
+@options
+class HubDataOptions(Options):
+    """Parts of a data set that --data names; the names are those of TRL."""
+
+    dataset_config: str | None = option("Configuration of the data set.", default=None)
+    dataset_train_split: str | None = option("Split to train on (default: train).", default=None)
+    dataset_test_split: str | None = option("Split to hold out.", default=None)
+
+
+@options
 class CacheOptions(Options):
     """Tokenised data."""
 
@@ -79,6 +109,8 @@ class TrainOptions(
     shared.SameTokensOptions,
     CacheOptions,
     AdapterOptions,
+    QuantizationOptions,
+    HubDataOptions,
     shared.TrustOptions,
     shared.JsonOptions,
 ):
@@ -109,10 +141,38 @@ class TrainOptions(
         self._check_source()
         super().__post_init__()
         check_least(self, tp_size=1)
+        self._name_splits()
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError(
+                "--load_in_4bit and --load_in_8bit are two ways of one thing, got both"
+            )
+        if self.quantized and not self.use_peft:
+            bits = 4 if self.load_in_4bit else 8
+            raise InputError(
+                f"--load_in_{bits}bit needs --use_peft true: quantised weights cannot be trained"
+            )
+        if self.quantized and self.tp_size > 1:
+            raise InputError(f"a quantised model needs tp_size=1, got {self.tp_size}")
         if not 0 <= self.eval_fraction < 1:
             raise InputError(
                 f"eval_fraction must be at least 0 and below 1, got {self.eval_fraction}"
             )
+
+    def _name_splits(self) -> None:
+        """Put configuration and splits into the data set's name, as `load_groups` reads it."""
+        config, test = self.dataset_config, self.dataset_test_split
+        given = next((f.name for f in fields(HubDataOptions) if getattr(self, f.name)), None)
+        if given is None:
+            return
+        name = self.data
+        if name is None or ":" in name or Path(name).is_file():
+            raise InputError(f"--{given} needs --data with the name of a data set, got {name}")
+        if test is not None and self.eval_data is not None:
+            raise InputError("--dataset_test_split and --eval_data both name held-out data")
+        begin = name if config is None else f"{name}:{config}"
+        self.data = f"{begin}:{self.dataset_train_split or 'train'}"
+        if test is not None:
+            self.eval_data = f"{begin}:{test}"
 
     def _check_source(self) -> None:
         """Refuse a model without data, data without a model, and what the built-in task lacks."""

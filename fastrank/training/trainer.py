@@ -33,11 +33,12 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from fastrank.data.columns import group_sizes, largest_ids
 from fastrank.data.locks import locked_folder
 from fastrank.data.packing import Group
+from fastrank.data.report import Report
 from fastrank.data.streamed_groups import StreamedGroups
 from fastrank.errors import InputError, TrainingStopped
 from fastrank.hf_private import TrainerHooks
@@ -63,8 +64,9 @@ from fastrank.training.checkpoint import Saver, explained_loading
 from fastrank.training.config import RankConfig
 from fastrank.training.engine import AccelerateEngine
 from fastrank.training.guards import FiniteGuard, name_groups
-from fastrank.training.inputs import as_groups, as_model, length_limits
+from fastrank.training.inputs import as_groups, as_model, check_trainable, length_limits
 from fastrank.training.memory import largest_fitting
+from fastrank.training.model_card import card_text, keep_foreign_card, write_card
 from fastrank.training.references import attach_reference, reference_of
 from fastrank.training.step_metrics import (
     Evaluated,
@@ -98,9 +100,15 @@ class RankTrainer(TrainerHooks, Trainer):
         processing_class: the tokenizer, saved beside the model; by default that of a model given by
             its name.
         peft_config: a PEFT configuration to wrap the model with.
+        quantization_config: how the weights of a model by name are quantised when it is loaded,
+            e.g. transformers' ``BitsAndBytesConfig``; it needs ``peft_config``.
         ref_model: the reference of a loss that uses one, a model or the name or folder of one; by
             default the model below an adapter. It scores groups that have no ``reference_scores``
             once, here; scores of a model by name are kept in the cache folder.
+        compute_metrics: called after an evaluation with an ``EvalPrediction`` whose ``predictions``
+            and ``label_ids`` are lists of one float32 array [n] per group, scores and rewards in
+            the order of the data set. The dictionary that it returns is logged beside fastrank's
+            own values, with their prefix (``eval_``).
         callbacks: as for ``Trainer``.
         optimizers: as for ``Trainer``.
 
@@ -132,20 +140,28 @@ class RankTrainer(TrainerHooks, Trainer):
         eval_dataset: Sequence[Group] | dict[str, Any] | Any | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any | None = None,
+        quantization_config: Any | None = None,
         ref_model: str | Path | nn.Module | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         # Trainer's loop must see one batch per step; groups_per_step keeps how many groups that is.
         given = args if args is not None else RankConfig()
+        if not isinstance(given, RankConfig):
+            raise InputError(
+                f"args must be a fastrank.RankConfig, got {type(given).__name__}: RankConfig takes "
+                "the same options, and those of ranking"
+            )
         args = copy.copy(given)
         self.groups_per_step = given.groups_over(given.world_size)
         args.gradient_accumulation_steps = 1
         if eval_dataset is None:
             args.eval_strategy = "no"
         self.loss = args.ranking_loss
-        model, processing_class = as_model(model, processing_class, given)
-        _check_adapter(model, adapted=peft_config is not None)
+        self.reports: list[Report] = []
+        model, processing_class = as_model(model, processing_class, given, quantization_config)
+        check_trainable(model, adapted=peft_config is not None)
         reference = reference_of(
             ref_model, model, args, adapted=peft_config is not None, tokenizer=processing_class
         )
@@ -173,6 +189,7 @@ class RankTrainer(TrainerHooks, Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             data_collator=_unused_collator,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -207,6 +224,7 @@ class RankTrainer(TrainerHooks, Trainer):
         staging_name = self.engine.gather_all([checkpoint.new_staging_name()])[0]
         self._saver = Saver(args.should_save, self.accelerator.wait_for_everyone, staging_name)
         self._window = StepWindow()
+        self.model_card()  # a template that cannot be used is known before anything is trained
         self._first_log = True
         self._plan: dict[str, Any] = {}
 
@@ -244,6 +262,7 @@ class RankTrainer(TrainerHooks, Trainer):
                 tokenizer,
                 lambda: length_limits(args, model),
                 lambda group: self._check_groups(name, [group], model, args),
+                reports=self.reports,
                 quiet=args.process_index > 0,
             )
             if not isinstance(groups, StreamedGroups):
@@ -627,10 +646,15 @@ class RankTrainer(TrainerHooks, Trainer):
             names = name_groups(groups, found.bad, "evaluation")
             step = self.state.global_step
             raise TrainingStopped(self._guard.evaluation_message(step, names, len(groups)))
+        scores: Any = found.scores
+        rewards: Any = found.rewards
+        values = dict(found.values)
+        if self.compute_metrics is not None:
+            values |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=rewards))
         return EvalLoopOutput(
-            predictions=found.scores,  # type: ignore[arg-type]
-            label_ids=found.rewards,  # type: ignore[arg-type]
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in found.values.items()},
+            predictions=scores,
+            label_ids=rewards,
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in values.items()},
             num_samples=len(found.scores),
         )
 
@@ -721,16 +745,43 @@ class RankTrainer(TrainerHooks, Trainer):
             self.write_model(staging / "model")
 
         def publish(staging: Path) -> None:
+            keep_foreign_card(staging / "model", folder)
             checkpoint.publish_files(staging / "model", folder)
 
         self._saver.save("the model", folder, write, publish)
 
     def after_write(self, folder: Path) -> None:
-        """Replace ``training_args.bin``, a pickle that nothing reads, by JSON."""
+        """Replace ``training_args.bin``, a pickle that nothing reads, by JSON; write the card."""
         if self.args.should_save:
             file = folder / TRAINING_ARGS_NAME
             file.unlink(missing_ok=True)
             file.with_suffix(".json").write_text(self.args.to_json_string(), encoding="utf-8")
+            write_card(folder, self.model_card())
+
+    def model_card(self) -> str:
+        """The text of the card that is written beside a saved model, as of now."""
+        lm: Any = self.lm
+        shown = ("learning_rate", "lr_scheduler_type", "backprop", "seed")
+        options = {name: getattr(self.args, name) for name in shown}
+        names = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        counts = [f"{n}: {len(x)} groups" for n, x in names.items() if isinstance(x, Sequence)]
+        return card_text(
+            base=getattr(lm, "name_or_path", "") or "",
+            adapter=hasattr(lm, "peft_config"),
+            loss=repr(self.loss),
+            steps=self.state.global_step,
+            groups_per_step=self.groups_per_step,
+            options={k: str(getattr(v, "value", v)) for k, v in options.items()}
+            | {"precision": self.args.dtype_reason},
+            data=[report.as_text() for report in self.reports] or counts,
+            logs=self.state.log_history,
+            template=self.args.model_card_template,
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card to the output folder, which ``Trainer`` does before it is pushed."""
+        if self.is_world_process_zero():
+            write_card(Path(self.args.output_dir or "."), self.model_card())
 
     def _refuse_bad_weights(self) -> None:
         bad = self._guard.bad_weights(self.lm)
@@ -742,12 +793,6 @@ def _switch(optimizer: Any, mode: str) -> None:
     """Schedule-free optimisers have a training and an evaluation mode."""
     if callable(getattr(optimizer, mode, None)):
         getattr(optimizer, mode)()
-
-
-def _check_adapter(model: nn.Module, *, adapted: bool) -> None:
-    """Refuse an adapter on a model that is sharded when it is loaded."""
-    if is_sharded(model) and (adapted or hasattr(model, "get_base_model")):
-        raise InputError("a model that is sharded when it is loaded takes no adapter, got one")
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -65,6 +65,8 @@ class OnlineTrainOptions(TrainOptions, RewardModelOptions):
                 "--data does not go with --online_every: give stored candidates as responses of "
                 "--online_prompts, and their number by --online_stored"
             )
+        if self.quantized:
+            raise InputError("--online_every samples from a whole model, got a quantised one")
         check_least(self, online_every=1, online_stored=0, online_batch_size=1)
         if not 0 <= self.kl_weight < float("inf"):
             raise InputError(f"kl_weight must be at least 0, got {self.kl_weight}")

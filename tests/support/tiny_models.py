@@ -57,11 +57,13 @@ def _sizes(tokenizer: PreTrainedTokenizerFast, **options: Any) -> dict[str, Any]
     }
 
 
-def save_llama(folder: Path, *, seed: int = 0, chat_template: str | None = None) -> Path:
+def save_llama(
+    folder: Path, *, seed: int = 0, chat_template: str | None = None, **sizes: int
+) -> Path:
     """A random Llama with its tokenizer; ``initializer_range`` makes it prefer some tokens."""
     tokenizer = ascii_tokenizer(chat_template)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**_sizes(tokenizer, initializer_range=0.3)))
+    model = LlamaForCausalLM(LlamaConfig(**_sizes(tokenizer, initializer_range=0.3, **sizes)))
     return _save(folder, model, tokenizer)
 
 
