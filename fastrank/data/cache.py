@@ -56,6 +56,7 @@ from fastrank.data.records import (
 )
 from fastrank.data.report import Report
 from fastrank.data.tokenize import Encoded, TokenizeOptions, encode_rows
+from fastrank.data.turns import SEVERAL
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 #: To be raised when what is stored, or how records are tokenised, changes.
-LAYOUT = 5
+LAYOUT = 6
 
 ABOUT_FILE, REPORT_FILE = "about.json", "report.json"
 _UNFINISHED = ".incomplete"
@@ -188,7 +189,7 @@ def _open(entry: Path, name: str) -> tuple[CachedGroups, Report] | None:
         return None
     report = Report.from_state(json.loads((entry / REPORT_FILE).read_text(encoding="utf-8")))
     report.name = name
-    return CachedGroups(entry, name), report
+    return CachedGroups(entry, name, masked=SEVERAL in report.notes), report
 
 
 def _damage(entry: Path) -> str | None:

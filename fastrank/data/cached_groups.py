@@ -65,6 +65,8 @@ def _row(record: Record, encoded: Encoded) -> tuple[Any, ...]:
     key = prompt_key(np.array(prompt))
     signed = key - (1 << 64) if key >> 63 else key
     largest = max(max(prompt), *map(max, responses))
+    if record.is_masked:
+        largest = max(largest, *(~min(ids) for ids in responses))
     return prompt, responses, narrowed(record.scores), record.line, signed, largest
 
 
@@ -77,6 +79,7 @@ class CachedGroups(GroupView):
         folder: holds ``*.arrow`` files of a `group_writer`, in the order of their names.
         source: the name of the records' file, for the names of the groups.
         index: positions in the files of the groups to show, in this order; None for all.
+        masked: whether some groups have tokens that are not ranked; sizes count them then.
         opened: the files, if they are open already.
 
     Raises:
@@ -89,12 +92,14 @@ class CachedGroups(GroupView):
         folder: str | Path,
         source: str,
         index: NDArray[np.int64] | None = None,
+        masked: bool = False,
         *,
         opened: _Opened | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.source = source
         self._opened = _Opened(self.folder) if opened is None else opened
+        self.masked = masked
         self._index = index
 
     @property
@@ -103,7 +108,7 @@ class CachedGroups(GroupView):
         return self._opened.dataset
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CachedGroups, (self.folder, self.source, self._index)
+        return CachedGroups, (self.folder, self.source, self._index, self.masked)
 
     def __len__(self) -> int:
         return len(self.dataset) if self._index is None else len(self._index)
@@ -122,7 +127,7 @@ class CachedGroups(GroupView):
                 f"index must lie in [0, {len(self)}), got {chosen.min()} to {chosen.max()}"
             )
         rows = chosen if self._index is None else self._index[chosen]
-        return CachedGroups(self.folder, self.source, rows, opened=self._opened)
+        return CachedGroups(self.folder, self.source, rows, self.masked, opened=self._opened)
 
     @cached_property
     def _chunks(self) -> list[_Chunk]:
@@ -148,14 +153,14 @@ class CachedGroups(GroupView):
 
         chunk, at = self._place(row)
         found = chunk.groups(at, at + 1)
-        return Group(
-            torch.from_numpy(found.prompt_ids.astype(np.int64)),
-            torch.from_numpy(found.response_ids.astype(np.int64)).split(
-                found.response_lengths.tolist()
-            ),
-            torch.from_numpy(found.rewards.copy()),
-            name=f"{self.source}:{chunk.lines[at]}",
-        )
+        prompt = torch.from_numpy(found.prompt_ids.astype(np.int64))
+        responses = torch.from_numpy(found.response_ids.astype(np.int64))
+        split = responses.split(found.response_lengths.tolist())
+        rewards = torch.from_numpy(found.rewards.copy())
+        name = f"{self.source}:{chunk.lines[at]}"
+        if self.masked:
+            return Group.of_marked(prompt, split, rewards, name)
+        return Group(prompt, split, rewards, name=name)
 
     @cached_property
     def sizes(self) -> GroupSizes:
@@ -167,13 +172,25 @@ class CachedGroups(GroupView):
         prompt_tokens = pc.list_value_length(prompts).to_numpy().astype(np.int64)
         count = pc.list_value_length(responses).to_numpy().astype(np.int64)
         tokens = pc.list_value_length(pc.list_flatten(responses)).to_numpy().astype(np.int64)
-        sizes = GroupSizes.of_lengths(prompt_tokens, tokens, count)
+        labels = self._count_labels() if self.masked else None
+        sizes = GroupSizes.of_lengths(prompt_tokens, tokens, count, labels)
         return sizes if self._index is None else sizes.take(self._index)
 
     def response_lengths(self, position: int) -> NDArray[np.int64]:
         """See `fastrank.data.columns.response_lengths`."""
         chunk, at = self._place(position if self._index is None else int(self._index[position]))
         return chunk.groups(at, at + 1).response_lengths.astype(np.int64)
+
+    def _count_labels(self) -> NDArray[np.int64]:
+        """Ranked tokens of every group of the files, which are read for it."""
+        counts = []
+        for chunk in self._chunks:
+            found = chunk.groups(0, len(chunk))
+            group_of_response = np.repeat(np.arange(len(chunk)), found.num_candidates)
+            group_of_token = np.repeat(group_of_response, found.response_lengths)
+            ranked = group_of_token[found.response_ids >= 0]
+            counts.append(np.bincount(ranked, minlength=len(chunk)))
+        return np.concatenate(counts)
 
     @cached_property
     def largest_ids(self) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ are not wanted are left out. Candidates are numbered through all groups, in the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +25,8 @@ class CandidatePack(NamedTuple):
 
     pack: Pack
     tokens: Tensor
-    """int64 [T of the pack] on the host: the place of each of its labels among the response tokens
-    of all candidates of all groups."""
+    """int64 [T of the pack] on the host: the place of each of its labels among those of all
+    candidates of all groups."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Part:
 
 
 class Candidates(NamedTuple):
-    """All candidates of some groups, one after the other: C candidates, T response tokens."""
+    """All candidates of some groups, one after the other: C candidates, T ranked tokens."""
 
     rewards: Tensor
     """float32 or float64 [C]."""
@@ -71,11 +71,10 @@ class Candidates(NamedTuple):
                 f"reference_scores must be given for every group or for none, got "
                 f"{len(references)} of {len(groups)} groups"
             )
-        lengths = [len(ids) for group in groups for ids in group.response_ids]
         return cls(
             rewards=torch.cat([g.rewards for g in groups]) if groups else torch.empty(0),
             reference_scores=torch.cat(references) if references else None,
-            cu_responses=_offsets(lengths),
+            cu_responses=_offsets([number for group in groups for number in group.label_counts]),
             cu_groups=_offsets([group.num_candidates for group in groups]),
             group_index=tuple(range(len(groups))),
             sequence_lengths=tuple(
@@ -146,14 +145,7 @@ def split_groups(
         name = group.name or f"group {index}"
         wanted = [i for i in range(group.num_candidates) if live is None or live[first + i]]
         for members in _fit(group, name, wanted, max_tokens, shared_prompts):
-            references = group.reference_scores
-            chosen = Group(
-                group.prompt_ids,
-                tuple(group.response_ids[i] for i in members),
-                group.rewards[members],
-                None if references is None else references[members],
-                name,
-            )
+            chosen = replace(group.take(members), name=name)
             parts.append(Part(chosen, index, tuple(members)))
         first += group.num_candidates
     return parts
@@ -187,10 +179,10 @@ def _fit(
 
 
 def _token_offsets(groups: Sequence[Group]) -> list[list[int]]:
-    """Of every group: where each of its responses begins among all response tokens, and the end."""
+    """Of every group: where each of its responses begins among all labels, and the end."""
     begins, start = [], 0
     for group in groups:
-        ends = (start + np.cumsum([len(ids) for ids in group.response_ids])).tolist()
+        ends = (start + np.cumsum(group.label_counts)).tolist()
         begins.append([start, *ends])
         start = ends[-1]
     return begins

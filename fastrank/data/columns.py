@@ -30,6 +30,7 @@ class GroupSizes:
         num_tokens: int64 [N], with the prompt once: P + sum of R_i.
         longest_sequence: int64 [N], tokens of the longest [prompt; response].
         num_prompt_tokens: int64 [N], P.
+        num_labels: int64 [N], ranked tokens of all responses.
         num_pairs: int64 [N], pairs of a token and one that it attends to, with the prompt once:
             P (P + 1) / 2 + sum of R_i P + R_i (R_i + 1) / 2.
     """
@@ -38,6 +39,7 @@ class GroupSizes:
     num_tokens: NDArray[np.int64]
     longest_sequence: NDArray[np.int64]
     num_prompt_tokens: NDArray[np.int64]
+    num_labels: NDArray[np.int64]
     num_pairs: NDArray[np.int64]
 
     @classmethod
@@ -46,8 +48,10 @@ class GroupSizes:
         prompts: NDArray[np.int64],
         responses: NDArray[np.int64],
         num_candidates: NDArray[np.int64],
+        num_labels: NDArray[np.int64] | None = None,
     ) -> GroupSizes:
-        """From the tokens of every prompt [N] and, group after group, of every response [C]."""
+        """From the tokens of every prompt [N] and, group after group, of every response [C]; all
+        of a response are ranked unless ``num_labels`` [N] tells."""
         first = np.cumsum(num_candidates) - num_candidates
         pairs = responses * (responses + 1) // 2
         total, longest, own_pairs = (
@@ -59,6 +63,7 @@ class GroupSizes:
             num_tokens=prompts + total,
             longest_sequence=prompts + longest,
             num_prompt_tokens=prompts,
+            num_labels=total if num_labels is None else num_labels,
             num_pairs=prompts * (prompts + 1) // 2 + prompts * total + own_pairs,
         )
 
@@ -89,6 +94,7 @@ def group_sizes(groups: Sequence[Group]) -> GroupSizes:
         np.array([len(g.prompt_ids) for g in groups], dtype=np.int64),
         np.array([len(ids) for g in groups for ids in g.response_ids], dtype=np.int64),
         np.array([g.num_candidates for g in groups], dtype=np.int64),
+        np.array([sum(g.label_counts) for g in groups], dtype=np.int64),
     )
 
 
@@ -128,7 +134,7 @@ def tokens_digest(groups: Sequence[Group]) -> str:
         return stored
     digest = blake2b(digest_size=16)
     for group in groups:
-        for ids in (group.prompt_ids, *group.response_ids):
+        for ids in (group.prompt_ids, *group.marked):
             digest.update(len(ids).to_bytes(8, "little") + ids.numpy().tobytes())
     return digest.hexdigest()
 
@@ -140,6 +146,7 @@ class FlatGroups(NamedTuple):
     prompt_lengths: NDArray[np.integer]
     """[G]."""
     response_ids: NDArray[np.integer]
+    """`fastrank.data.group.Group.marked`: ``~id`` where a token is not ranked."""
     response_lengths: NDArray[np.integer]
     """[C]."""
     num_candidates: NDArray[np.integer]
@@ -158,7 +165,7 @@ def flat_parts(groups: Sequence[Group]) -> Iterator[FlatGroups]:
         yield FlatGroups(
             group.prompt_ids.numpy(),
             np.array([len(group.prompt_ids)]),
-            np.concatenate([ids.numpy() for ids in group.response_ids]),
+            np.concatenate([ids.numpy() for ids in group.marked]),
             np.array([len(ids) for ids in group.response_ids]),
             np.array([len(group.response_ids)]),
             group.rewards.numpy(),

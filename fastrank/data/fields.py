@@ -18,8 +18,16 @@ from fastrank.errors import InputError
 #: ``role`` and ``content`` are text; all other fields are as the file has them.
 Message = dict[str, Any]
 Prompt = str | list[Message]
-#: A response: its text, or a whole message where that says more than a text.
-Said = str | Message
+#: A response: its text, a whole message where that says more than a text, or several turns, the
+#: last of which is the assistant's.
+Said = str | Message | list[Message]
+
+#: Fields of a message with text beside its content.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
+#: Who speaks the turns that are ranked, and who never speaks one.
+_ASSISTANTS = {"assistant", "model", "gpt", "bot"}
+_OTHERS = {"user", "system", "developer", "tool", "function", "ipython"}
 #: Whether each response came to its end (False: it was cut at a limit); None where unknown.
 Ends = list[bool | None]
 
@@ -172,34 +180,63 @@ def prompt(value: Any, place: Place, what: str) -> Prompt | None:
     return text(value, place, what)
 
 
+def as_messages(prompt: Prompt) -> list[Message]:
+    """A prompt as chat messages; a text is one message of the user."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
 def response(value: Any, place: Place, what: str) -> Said | None:
-    """A response: text, one message, or a list of one message. None for null."""
+    """A response: text, one message, or a list of messages. None for null and for no message."""
     if value is None:
         return None
     value = structs(value)
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list):
-        if len(value) != 1:
-            raise InputError(f"{place}: {what} has {len(value)} messages, expected one")
-        return said(messages(value, place, what)[0])
+        return said(messages(value, place, what))
     return text(value, place, what)
 
 
-def said(message: Message) -> Said:
-    """A message as a response: its content if it says nothing else."""
-    return message["content"] if message.keys() == {"role", "content"} else message
+def said(turns: Sequence[Message]) -> Said | None:
+    """Messages as a response, up to the assistant's last: of one its content, if it says nothing
+    else. None for no message; an empty list if no turn is the assistant's. A message alone is,
+    unless its role is known to be another's."""
+    if not turns:
+        return None
+    if len(turns) == 1 and turns[0]["role"] not in _OTHERS | _ASSISTANTS:
+        turns = [{**turns[0], "role": "assistant"}]
+    own = [i for i, turn in enumerate(turns) if not is_context(turn)]
+    kept = list(turns[: own[-1] + 1]) if own else []
+    if len(kept) != 1:
+        return kept
+    return kept[0]["content"] if kept[0].keys() == {"role", "content"} else kept[0]
+
+
+def is_context(turn: Message) -> bool:
+    """Whether a turn is not the assistant's."""
+    return turn["role"] not in _ASSISTANTS
+
+
+def as_turns(response: Said) -> list[Message]:
+    """A response as messages."""
+    if isinstance(response, str):
+        return [{"role": "assistant", "content": response}]
+    return [response] if isinstance(response, dict) else response
 
 
 def said_text(response: Said) -> str:
-    """The text of a response."""
-    return response if isinstance(response, str) else str(response["content"])
+    """The text of a response: of several turns, that of the assistant's."""
+    if isinstance(response, str):
+        return response
+    own = [turn["content"] for turn in as_turns(response) if not is_context(turn)]
+    return "\n\n".join(own)
 
 
 def is_blank(response: Said) -> bool:
     """Whether a response says nothing: neither a text nor a call of a tool."""
-    if isinstance(response, dict) and response.get("tool_calls"):
-        return False
+    if not isinstance(response, str):
+        if any(turn.get("tool_calls") for turn in as_turns(response) if not is_context(turn)):
+            return False
     return not said_text(response).strip()
 
 

@@ -231,7 +231,8 @@ def complete(found: ParsedRow, row: Row, place: Place, used: Sequence[str]) -> P
     """A parsed row with what any format may have beside it: a system message, tools, and how each
     response ended (``ended``).
 
-    With a field ``system``, a text prompt becomes a message of the user.
+    With a field ``system``, or with responses of several turns, a text prompt becomes a message of
+    the user. Responses that repeat the prompt's messages begin behind them.
 
     Args:
         found: what the format's fields ``used`` gave.
@@ -239,6 +240,8 @@ def complete(found: ParsedRow, row: Row, place: Place, used: Sequence[str]) -> P
     Raises:
         InputError: a field that is a part of the prompt is not read.
     """
+    if any(isinstance(response, list) for response in found.responses):
+        found = _behind_prompt(found)
     if row.get("tools") is not None:
         found = found._replace(tools=fields.tools(row["tools"], place))
     if row.get("ended") is not None:
@@ -259,8 +262,21 @@ def complete(found: ParsedRow, row: Row, place: Place, used: Sequence[str]) -> P
     return found
 
 
+def _behind_prompt(found: ParsedRow) -> ParsedRow:
+    asked = found.prompt
+    turns = fields.as_messages(asked) if asked else []
+    talks = [r for r in found.responses if isinstance(r, list) and r]
+    if turns and all(talk[: len(turns)] == turns for talk in talks):
+        responses = [
+            fields.said(r[len(turns) :]) if isinstance(r, list) and r else r
+            for r in found.responses
+        ]
+        found = found._replace(responses=responses)
+    return found._replace(prompt=turns or asked)
+
+
 def _with_system(prompt: Prompt, system: str, place: Place) -> Prompt:
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = fields.as_messages(prompt)
     if not system.strip():
         return turns
     if turns and turns[0]["role"] == "system":

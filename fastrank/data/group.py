@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,10 +38,14 @@ class Group:
             float32 would make different ones equal, `fastrank.data.records.narrowed` shifts them.
         reference_scores: float32 [n], the reference model's scores, for losses that use them.
         name: where the group comes from, for messages, e.g. ``"data.jsonl:17"``.
+        ranked: n sequences of booleans, kept as bool [R_i]: the tokens that scores and losses are
+            of. The others, turns of a user or a tool inside a candidate, are context. None where
+            all are ranked.
 
     Raises:
-        ValueError: an empty prompt (no row would predict the first response token) or response, a
-            negative token, a reward that is not finite, lengths that disagree.
+        ValueError: an empty prompt (no row would predict the first response token) or response, one
+            without a ranked token, a negative token, a reward that is not finite, lengths that
+            disagree.
         TypeError: token ids that are no integers.
     """
 
@@ -48,6 +54,7 @@ class Group:
     rewards: Tensor
     reference_scores: Tensor | None = None
     name: str | None = None
+    ranked: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         where = self.name or "group"
@@ -67,13 +74,52 @@ class Group:
                 self.reference_scores, len(responses), f"{where}: reference_scores"
             )
             set_field(self, "reference_scores", scores)
+        if self.ranked is not None:
+            ranked = tuple(torch.as_tensor(mask, dtype=torch.bool).cpu() for mask in self.ranked)
+            _check_ranked(ranked, responses, f"{where}: ranked")
+            set_field(self, "ranked", None if all(map(torch.all, ranked)) else ranked)
+
+    @classmethod
+    def of_marked(
+        cls, prompt_ids: Tensor, marked: Sequence[Tensor], rewards: Tensor, name: str
+    ) -> Group:
+        """The group of which these are the `marked` responses."""
+        ranked = tuple(ids >= 0 for ids in marked)
+        plain = tuple(
+            torch.where(mask, ids, ~ids) for mask, ids in zip(ranked, marked, strict=True)
+        )
+        return cls(prompt_ids, plain, rewards, name=name, ranked=ranked)
+
+    @property
+    def marked(self) -> tuple[Tensor, ...]:
+        """The responses' ids, ``~id`` where a token is not ranked: one array for both, in which
+        groups are stored and told apart."""
+        if self.ranked is None:
+            return self.response_ids
+        both = zip(self.ranked, self.response_ids, strict=True)
+        return tuple(torch.where(mask, ids, ~ids) for mask, ids in both)
+
+    def take(self, members: Sequence[int]) -> Group:
+        """The group with the candidates at these positions, in this order."""
+        chosen = list(members)
+        references, ranked = self.reference_scores, self.ranked
+        return Group(
+            self.prompt_ids,
+            tuple(self.response_ids[i] for i in chosen),
+            self.rewards[chosen],
+            None if references is None else references[chosen],
+            self.name,
+            None if ranked is None else tuple(ranked[i] for i in chosen),
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By value: as tensors, every response would take a file descriptor on its way between the
         # processes of a loader.
         reference = None if self.reference_scores is None else self.reference_scores.numpy()
         responses = tuple(ids.numpy() for ids in self.response_ids)
-        fields = (self.prompt_ids.numpy(), responses, self.rewards.numpy(), reference, self.name)
+        ranked = None if self.ranked is None else tuple(mask.numpy() for mask in self.ranked)
+        rewards = self.rewards.numpy()
+        fields = (self.prompt_ids.numpy(), responses, rewards, reference, self.name, ranked)
         return type(self), fields
 
     @property
@@ -82,7 +128,15 @@ class Group:
 
     @property
     def num_response_tokens(self) -> int:
+        """Tokens of all responses, context included."""
         return sum(len(ids) for ids in self.response_ids)
+
+    @property
+    def label_counts(self) -> list[int]:
+        """Ranked tokens of each response, the |y| of its score."""
+        if self.ranked is None:
+            return [len(ids) for ids in self.response_ids]
+        return [int(mask.sum()) for mask in self.ranked]
 
     @property
     def num_tokens_shared(self) -> int:
@@ -112,6 +166,19 @@ def _token_ids(ids: Any, what: str) -> Tensor:
     if int(tensor.min()) < 0:
         raise ValueError(f"{what} must not be negative, got {int(tensor.min())}")
     return tensor
+
+
+def _check_ranked(ranked: Sequence[Tensor], responses: Sequence[Tensor], what: str) -> None:
+    if len(ranked) != len(responses):
+        raise ValueError(
+            f"{what} must have one mask for each of {len(responses)} responses, got {len(ranked)}"
+        )
+    for i, (mask, ids) in enumerate(zip(ranked, responses, strict=True)):
+        if mask.shape != ids.shape:
+            expected, got = tuple(ids.shape), tuple(mask.shape)
+            raise ValueError(f"{what}[{i}] must have shape {expected}, got {got}")
+        if not bool(mask.any()):
+            raise ValueError(f"{what}[{i}] must have at least one True, got none")
 
 
 def per_response(values: Any, num_candidates: int, what: str, *, ordered: bool = False) -> Tensor:
@@ -144,29 +211,51 @@ def per_response(values: Any, num_candidates: int, what: str, *, ordered: bool =
     return values
 
 
-def example_parts(group: Group, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The name, the prompt and the best response of a group, decoded from its tokens."""
-    best = group.response_ids[int(group.rewards.argmax())]
-    prompt = _decoded(group.prompt_ids, tokenizer)
-    whole = _decoded(torch.cat([group.prompt_ids, best]), tokenizer)
-    # Alone, a response would lose the space that some tokenizers have in its first token.
-    response = whole[len(prompt) :] if whole.startswith(prompt) else _decoded(best, tokenizer)
-    return {"name": str(group.name), "prompt": prompt, "response": response}
+def example_parts(group: Group, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The name, the prompt and the best response of a group, decoded from its tokens; and the texts
+    that are ranked, where that is not all of the response."""
+    prompt, *pieces = _pieces(group, tokenizer)
+    parts = {"name": str(group.name), "prompt": prompt, "response": "".join(pieces)}
+    if group.ranked is None:
+        return parts
+    return parts | {"ranked": [text for text in pieces[::2] if text]}
 
 
 def example_text(group: Group, tokenizer: PreTrainedTokenizerBase, *, colour: bool = False) -> str:
-    """The same for a person: a heading and the indented text; in colour the prompt is dim."""
-    parts = example_parts(group, tokenizer)
-    prompt, response = parts["prompt"], parts["response"]
+    """The same for a person: a heading and the indented text, with `BOUNDARY` where what is ranked
+    begins and ends; in colour the rest is dim."""
+    dim, bold, plain = ("\x1b[2m", "\x1b[1m", "\x1b[0m") if colour else ("", "", "")
+    prompt, *pieces = _pieces(group, tokenizer)
     if len(prompt) > _SHOWN:
         prompt = "…" + prompt[-_SHOWN:]
-    if len(response) > _SHOWN:
-        half = _SHOWN // 2
-        response = f"{response[:half]} … {response[-half:]}"
-    dim, bold, plain = ("\x1b[2m", "\x1b[1m", "\x1b[0m") if colour else ("", "", "")
-    text = f"{dim}{prompt}{plain}{bold}{BOUNDARY}{response}{plain}"
+    text = f"{dim}{prompt}{plain}"
+    for number, piece in enumerate(pieces):
+        if len(piece) > _SHOWN:
+            half = _SHOWN // 2
+            piece = f"{piece[:half]} … {piece[-half:]}"
+        text += f"{dim if number % 2 else bold}{BOUNDARY}{piece}{plain}"
     lines = text.replace("\n", "\n    ")
-    return f"  example     {parts['name']}, its best response after {BOUNDARY}\n    {lines}"
+    what = "its best response" if group.ranked is None else "the assistant's turns of its best"
+    return f"  example     {group.name}, {what} after {BOUNDARY}\n    {lines}"
+
+
+def _pieces(group: Group, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The prompt, and of the best response by turns what is ranked and what is context."""
+    best = int(group.rewards.argmax())
+    ids = group.response_ids[best]
+    ranked = torch.ones(len(ids), dtype=torch.bool) if group.ranked is None else group.ranked[best]
+    cuts = (ranked[1:] != ranked[:-1]).nonzero().flatten().add(1).tolist()
+    begins = [0, *cuts] if ranked[0] else [0, 0, *cuts]
+    before = group.prompt_ids
+    pieces = [_decoded(before, tokenizer)]
+    for begin, stop in pairwise([*begins, len(ids)]):
+        # Alone, a piece would lose the space that some tokenizers have in its first token.
+        known = _decoded(before, tokenizer)
+        before = torch.cat([before, ids[begin:stop]])
+        text = _decoded(before, tokenizer)
+        alone = _decoded(ids[begin:stop], tokenizer)
+        pieces.append(text[len(known) :] if text.startswith(known) else alone)
+    return pieces
 
 
 def _decoded(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -39,7 +39,7 @@ class Pack(Opaque):
         input_ids: int64 [1, N] with shared prompts, else [C, L] padded on the right.
         position_ids: int64, as input_ids; a token's position in its own [prompt; response].
         rows: int64 [T], the row of ``hidden.view(-1, D)`` that predicts each label.
-        labels: int64 [T], the response tokens, response after response.
+        labels: int64 [T], the ranked response tokens, response after response.
         rewards: float32 or float64 [C].
         reference_scores: float32 [C], or None.
         cu_responses: int32 [C + 1] on the host; response c owns labels
@@ -86,6 +86,7 @@ class Pack(Opaque):
 
     @property
     def num_response_tokens(self) -> int:
+        """T, of ranked tokens."""
         return self.labels.numel()
 
     @property
@@ -247,7 +248,12 @@ def _assemble(
 ) -> Pack:
     responses = [ids for group in groups for ids in group.response_ids]
     references = [g.reference_scores for g in groups if g.reference_scores is not None]
-    cu_responses = offsets([len(ids) for ids in responses])
+    labels = torch.cat(responses)
+    if any(group.ranked is not None for group in groups):
+        masks = (g.ranked or [ids >= 0 for ids in g.response_ids] for g in groups)
+        ranked = torch.cat([mask for own in masks for mask in own])
+        rows, labels = rows[ranked], labels[ranked]
+    cu_responses = offsets([number for group in groups for number in group.label_counts])
     cu_groups = offsets([group.num_candidates for group in groups])
     sequence_lengths = tuple(
         len(group.prompt_ids) + len(ids) for group in groups for ids in group.response_ids
@@ -256,7 +262,7 @@ def _assemble(
         input_ids=input_ids,
         position_ids=position_ids,
         rows=rows,
-        labels=torch.cat(responses),
+        labels=labels,
         rewards=torch.cat([group.rewards for group in groups]),
         reference_scores=torch.cat(references) if references else None,
         cu_responses=cu_responses,

@@ -500,23 +500,20 @@ def _split_pair(
 def _split_messages(
     prompt: Prompt | None, chosen: list[Message], rejected: list[Message]
 ) -> ParsedRow:
-    if not chosen or not rejected:
-        return ParsedRow(
-            prompt, [fields.said(m[-1]) if m else None for m in (chosen, rejected)], []
-        )
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
-    responses: list[Said | None] = [fields.said(chosen[-1]), fields.said(rejected[-1])]
-    found = ParsedRow(prompt, responses, [])
-    if max(len(chosen), len(rejected)) > shared + 1:
-        return found._replace(refused=PARTED_EARLY)
+    found = ParsedRow(prompt, [fields.said(turns[shared:]) for turns in (chosen, rejected)], [])
     lead = chosen[:shared]
     if not lead:
         return found
-    if isinstance(prompt, list) and lead[: len(prompt)] != prompt:
-        return found._replace(prompt=[*prompt, *lead])
-    return found._replace(prompt=lead)
+    if isinstance(prompt, str):
+        asked = [{"role": "user", "content": prompt}]
+        repeated = any(prompt.strip() in turn["content"] for turn in lead)
+    else:
+        asked = prompt or []
+        repeated = lead[: len(asked)] == asked
+    return found._replace(prompt=lead if repeated else [*asked, *lead])
 
 
 def _common_text(first: str, second: str) -> tuple[int, bool]:

@@ -43,7 +43,7 @@ class Record:
         positions: which of the source's candidates were kept, as positions among them.
         num_source: how many candidates the source has.
         turns: the candidates with whole messages for those that say more than their text; empty if
-            none does.
+            none does. Of a candidate of several turns, the assistant's are ranked.
         tools: descriptions of the tools that the chat template shows to the model.
         ended: whether each candidate came to its end; one that was cut at a limit is not taught an
             end. Empty if none was cut.
@@ -61,6 +61,11 @@ class Record:
     tools: list[Any] | None = None
     ended: tuple[bool, ...] = ()
     source: Row | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether some candidate has several turns, so that not all of it is ranked."""
+        return any(isinstance(turns, list) for turns in self.turns)
 
 
 @dataclass(frozen=True)
@@ -239,7 +244,9 @@ def _usable(
     responses: list[Said] = []
     scores: list[float] = []
     for i, (response, score) in enumerate(zip(found.responses, found.scores, strict=True)):
-        if response is None or fields.is_blank(response):
+        if response == []:
+            report.drop_candidate(reports.NO_TURN, place.line)
+        elif response is None or fields.is_blank(response):
             report.drop_candidate(reports.EMPTY_RESPONSE, place.line)
         elif score is None:
             report.drop_candidate(reports.NO_SCORE, place.line)
@@ -277,7 +284,7 @@ def _usable(
         id=found.id,
         positions=tuple(positions),
         num_source=len(found.responses),
-        turns=tuple(responses) if any(isinstance(r, dict) for r in responses) else (),
+        turns=tuple(responses) if any(not isinstance(r, str) for r in responses) else (),
         tools=found.tools,
         ended=() if all(ended) else tuple(ended),
         source=row,

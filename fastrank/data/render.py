@@ -24,7 +24,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastrank.data.fields import Message, Prompt, Said
+from fastrank.data.fields import (
+    REASONING,
+    Message,
+    Prompt,
+    Said,
+    as_messages,
+    as_turns,
+)
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +53,11 @@ PLAIN = "messages written as 'User: … Assistant:', for want of a chat template
 GLUED = "prompt and response run together without white space"
 
 #: Fields of a message that carry text of their own; a plain rendering would lose them.
-_STRUCTURED = ("tool_calls", "reasoning_content", "thinking", "reasoning")
+_STRUCTURED = ("tool_calls", *REASONING)
+
+
+#: Where something stands in a text: from its first character to behind its last.
+Span = tuple[int, int]
 
 
 class Refused(Exception):
@@ -63,6 +74,7 @@ class Rendered(NamedTuple):
         is_chat: whether a template wrote them, its BOS included.
         notes: what is to be said of the record.
         cut: positions of responses that have no end of turn.
+        ranked: of candidates of several turns, where in each joint text the assistant's stand.
     """
 
     own: str
@@ -71,6 +83,7 @@ class Rendered(NamedTuple):
     is_chat: bool
     notes: tuple[str, ...] = ()
     cut: tuple[int, ...] = ()
+    ranked: tuple[list[Span], ...] = ()
 
 
 def render_plain(messages: Sequence[Message]) -> str:
@@ -87,23 +100,24 @@ def render_plain(messages: Sequence[Message]) -> str:
 
 
 def render_record(record: Record, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> Rendered:
-    """The texts of a record.
+    """The texts of a record with candidates of one turn.
 
     Raises:
         Refused: the record cannot be rendered as it is.
+        TemplateError: the chat template refuses it.
     """
     prompt = as_messages(record.prompt) if as_chat else record.prompt
     said = list(record.turns or record.responses)
-    try:
-        if isinstance(prompt, str) or tokenizer.chat_template is None:
-            rendered = _plain(prompt, record.responses, said, record.tools)
-        else:
-            rendered = _chat(prompt, said, record.tools, tokenizer)
-    except TemplateError as error:
-        raise Refused(TEMPLATE_REFUSED) from error
-    if not record.ended:
+    if isinstance(prompt, str) or tokenizer.chat_template is None:
+        return _plain(prompt, record.responses, said, record.tools)
+    return _chat(prompt, said, record.tools, tokenizer)
+
+
+def with_ends(rendered: Rendered, ended: Sequence[bool]) -> Rendered:
+    """The texts, without the end of those that did not come to it."""
+    if not ended:
         return rendered
-    cut = tuple(i for i, whole in enumerate(record.ended) if not whole)
+    cut = tuple(i for i, whole in enumerate(ended) if not whole)
     joint = [
         text.removesuffix(rendered.end) if i in cut else text
         for i, text in enumerate(rendered.joint)
@@ -130,18 +144,11 @@ def render_prompt(
         raise InputError(str(error)) from error
 
 
-def as_messages(prompt: Prompt) -> list[Message]:
-    """A prompt as chat messages; a text is one message of the user."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
 def _plain(
     prompt: Prompt, responses: Sequence[str], said: Sequence[Said], tools: Sequence[Any] | None
 ) -> Rendered:
     turns = [turn for turn in said if isinstance(turn, dict)]
-    turns += prompt if isinstance(prompt, list) else []
-    if tools or any(turn.get(name) for turn in turns for name in _STRUCTURED):
-        raise Refused(NEEDS_TEMPLATE)
+    check_plain([*turns, *(prompt if isinstance(prompt, list) else [])], tools)
     if isinstance(prompt, str):
         glued = any(_is_glued(prompt, response) for response in responses)
         joint = [prompt + response for response in responses]
@@ -150,6 +157,12 @@ def _plain(
     joint = [f"{own} {response.strip()}" for response in responses]
     trimmed = any(response != response.strip() for response in responses)
     return Rendered(own, joint, "", False, (PLAIN, TRIMMED) if trimmed else (PLAIN,))
+
+
+def check_plain(turns: Sequence[Message], tools: Sequence[Any] | None) -> None:
+    """Refuse what a plain rendering would lose."""
+    if tools or any(turn.get(name) for turn in turns for name in _STRUCTURED):
+        raise Refused(NEEDS_TEMPLATE)
 
 
 def _is_glued(prompt: str, response: str) -> bool:
@@ -170,11 +183,11 @@ def _chat(
     tools: Sequence[Any] | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Rendered:
-    turns = [_turn(one) for one in said]
-    mark = _unused_character([*prompt, *turns])
+    turns = [as_turns(one)[0] for one in said]
+    mark = unused_character([*prompt, *turns])
     own = apply_template(tokenizer, [prompt], tools, generate=True)[0]
     *written, probe = apply_template(
-        tokenizer, [[*prompt, turn] for turn in (*turns, _turn(mark))], tools, generate=False
+        tokenizer, [[*prompt, turn] for turn in (*turns, text_turn(mark))], tools, generate=False
     )
     if probe.count(mark) != 1:
         raise Refused(CHANGED)
@@ -183,7 +196,7 @@ def _chat(
     notes = []
     joint: list[str | None] = []
     for one, text in zip(said, written, strict=True):
-        if isinstance(one, dict):
+        if not isinstance(one, str):
             joint.append(text.rstrip() if end else text)
             continue
         kept = next((s for s in (one, one.strip()) if text == head + s + tail), None)
@@ -197,7 +210,7 @@ def _chat(
             raise Refused(CHANGED)
         own_text = _common_prompt(own, head, whole)
         for text, turn in zip(whole, turns, strict=True):
-            if not _shows(text[len(own_text) :], turn):
+            if not shows(text[len(own_text) :], turn):
                 raise Refused(CHANGED)
     elif None in joint:
         notes = [BY_HAND]
@@ -209,16 +222,16 @@ def _chat(
             notes.append(PARTED)
         elif head.startswith(own):  # a space before a response is part of its first token
             own_text = own
-    if not _shows_prompt(own, prompt, tools):
+    if not shows_prompt(own, prompt, tools):
         notes.append(HIDDEN_PROMPT)
     return Rendered(own_text, whole, end, True, tuple(dict.fromkeys(notes)))
 
 
-def _turn(said: Said) -> Message:
-    return {"role": "assistant", "content": said} if isinstance(said, str) else said
+def text_turn(content: str) -> Message:
+    return {"role": "assistant", "content": content}
 
 
-def _unused_character(messages: Sequence[Message]) -> str:
+def unused_character(messages: Sequence[Message]) -> str:
     """A character of Unicode's private area that no message says."""
     text = "".join([message["content"] for message in messages])
     return next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text)
@@ -241,7 +254,7 @@ def _opened(own: str, head: str, responses: Sequence[str]) -> str:
     return own
 
 
-def _shows(text: str, turn: Message) -> bool:
+def shows(text: str, turn: Message) -> bool:
     """Whether a rendered turn has everything that the message says."""
     return all(part in text for part in _parts(turn)) or all(
         part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text for part in _parts(turn)
@@ -251,7 +264,7 @@ def _shows(text: str, turn: Message) -> bool:
 def _parts(turn: Message) -> Iterator[str]:
     """The texts of a message: its content, its reasoning, names and arguments of its calls."""
     yield turn["content"].strip()
-    reasoning = next((turn[name] for name in _STRUCTURED[1:] if turn.get(name)), "")
+    reasoning = next((turn[name] for name in REASONING if turn.get(name)), "")
     if isinstance(reasoning, str):
         yield reasoning.strip()
     for call in turn.get("tool_calls") or []:
@@ -270,7 +283,7 @@ def _leaves(value: Any) -> Iterator[str]:
             yield from _leaves(item)
 
 
-def _shows_prompt(own: str, prompt: Sequence[Message], tools: Sequence[Any] | None) -> bool:
+def shows_prompt(own: str, prompt: Sequence[Message], tools: Sequence[Any] | None) -> bool:
     """Whether a rendered prompt has what its messages say and the names of the tools.
 
     Earlier turns of the assistant are left out: templates shorten their reasoning by design.

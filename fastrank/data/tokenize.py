@@ -8,6 +8,9 @@ sequences that the tokenizer never produces; it remains only where the rule leav
 Chat messages go through the tokenizer's chat template (`fastrank.data.render`), whose own end of
 turn then ends the response. Every other response ends with the tokenizer's EOS. Special tokens are
 placed here and not by the tokenizer's post-processor, so that a template's BOS is never doubled.
+
+Of a candidate of several turns (`fastrank.data.turns`) a token is ranked that has a character of
+one of the assistant's. From here to the files of the cache, the others are written as ``~id``.
 """
 
 from __future__ import annotations
@@ -23,11 +26,28 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from fastrank.data.fields import Prompt
+from fastrank.data.fields import Prompt, as_messages
 from fastrank.data.files import Place
 from fastrank.data.records import Record, RecordReader, Unread, narrowed
-from fastrank.data.render import Refused, Rendered, as_messages, render_prompt, render_record
-from fastrank.data.report import AS_ANOTHER, CUT_EQUAL, FEW_CANDIDATES, SAME_PAIRS, Report
+from fastrank.data.render import (
+    CHANGED,
+    TEMPLATE_REFUSED,
+    Refused,
+    Rendered,
+    TemplateError,
+    render_prompt,
+    render_record,
+    with_ends,
+)
+from fastrank.data.report import (
+    AS_ANOTHER,
+    CUT_EQUAL,
+    FEW_CANDIDATES,
+    NO_RANKED,
+    SAME_PAIRS,
+    Report,
+)
+from fastrank.data.turns import marked, ranked_tokens, render_turns
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,7 +57,7 @@ if TYPE_CHECKING:
 
 SameTokens = Literal["keep", "merge", "drop"]
 
-#: Prompt ids, and one list of ids per response.
+#: Prompt ids, and one list of ids per response; in it `marked` ids of what is not ranked.
 Encoded = tuple[list[int], list[list[int]]]
 
 #: A portion ends after so many rows, or so many bytes of them.
@@ -135,9 +155,11 @@ def encode_records(
             out.append(None)
             continue
         prompt, whole = next(ids), [next(ids) for _ in item.joint]
-        split = _split(item, prompt, whole, tokenizer, report, record.line)
-        if split is None:
-            report.drop_kept(EMPTY_PROMPT, record.line, record.scores)
+        try:
+            split = _split(item, prompt, whole, tokenizer, report, record.line)
+        except Refused as refused:
+            report.drop_kept(str(refused), record.line, record.scores)
+            split = None
         else:
             for note in item.notes:
                 report.note(note, record.line)
@@ -149,9 +171,14 @@ def _render(
     record: Record, tokenizer: PreTrainedTokenizerBase, as_chat: bool, report: Report
 ) -> Rendered | None:
     try:
-        return render_record(record, tokenizer, as_chat)
-    except Refused as refused:
-        report.drop_kept(str(refused), record.line, record.scores)
+        if record.is_masked:
+            rendered = render_turns(record, tokenizer)
+        else:
+            rendered = render_record(record, tokenizer, as_chat)
+        return with_ends(rendered, record.ended)
+    except (Refused, TemplateError) as refused:
+        reason = str(refused) if isinstance(refused, Refused) else TEMPLATE_REFUSED
+        report.drop_kept(reason, record.line, record.scores)
         return None
 
 
@@ -203,7 +230,10 @@ def as_group(record: Record, encoded: Encoded, file: str) -> Group:
     ids = torch.frombuffer(array("q", [*chain.from_iterable(texts)]), dtype=torch.int64)
     own, *rest = ids.split([len(text) for text in texts])
     rewards = torch.from_numpy(np.array(narrowed(record.scores), dtype=np.float32))
-    return Group(own, tuple(rest), rewards, name=f"{file}:{record.line}")
+    name = f"{file}:{record.line}"
+    if record.is_masked:
+        return Group.of_marked(own, rest, rewards, name)
+    return Group(own, tuple(rest), rewards, name=name)
 
 
 def encode_prompt(
@@ -262,7 +292,7 @@ def _split(
     tokenizer: PreTrainedTokenizerBase,
     report: Report,
     line: int,
-) -> Encoded | None:
+) -> Encoded:
     own, joint, ended, cut = item.own, item.joint, bool(item.end), item.cut
     prefix = [] if item.is_chat else _prefix(tokenizer)  # a template writes its own BOS
     if prefix and prompt[: len(prefix)] == prefix:
@@ -277,18 +307,34 @@ def _split(
     shared = len(os.path.commonprefix([prompt, *whole]))  # works on any sequences
     # A response keeps at least one token, also when it adds nothing to the prompt's.
     shared = max(0, min(shared, *(len(ids) - 1 for ids in whole)))
+    if item.ranked:
+        whole = _marked(item, whole, tokenizer)
     if prefix or shared:
         return [*prefix, *prompt[:shared]], [ids[shared:] for ids in whole]
     if not prompt:
         start = tokenizer.bos_token_id
-        return None if start is None else ([start], whole)
+        if start is None:
+            raise Refused(EMPTY_PROMPT)
+        return [start], whole
     # The first token spans the boundary in some response: tokenise the two apart.
     report.forced_boundaries.append(line)
     apart = _encode(tokenizer, [text.removeprefix(own) for text in joint])
     tail = [] if ended else [tokenizer.eos_token_id]
-    return prompt, [
-        ids if i in cut or ids[-1:] == tail else ids + tail for i, ids in enumerate(apart)
-    ]
+    apart = [ids if i in cut or ids[-1:] == tail else ids + tail for i, ids in enumerate(apart)]
+    return prompt, _marked(item, apart, tokenizer, len(own)) if item.ranked else apart
+
+
+def _marked(
+    item: Rendered, responses: list[list[int]], tokenizer: PreTrainedTokenizerBase, start: int = 0
+) -> list[list[int]]:
+    """`marked` ids of the joint texts from a character on, which an EOS may follow."""
+    out = []
+    for text, spans, ids in zip(item.joint, item.ranked, responses, strict=True):
+        ranked = ranked_tokens(tokenizer, text, spans, start)
+        if ranked is None:
+            raise Refused(CHANGED)
+        out.append(marked(ids, ranked + [True] * (len(ids) - len(ranked))))
+    return out
 
 
 def cut_record(
@@ -303,6 +349,14 @@ def cut_record(
     None, counted, if ``options.same_tokens`` leaves fewer than two candidates.
     """
     cut = truncate(encoded, tokenizer, options, report, record.line)
+    if record.is_masked:
+        kept = [i for i, ids in enumerate(cut[1]) if max(ids) >= 0]
+        if len(kept) < len(cut[1]):
+            settled = _only(record, cut, kept, record.scores, NO_RANKED, report)
+            if settled is None:
+                return None
+            record, cut = settled
+            encoded = encoded[0], [encoded[1][i] for i in kept]
     same = _same_tokens(cut[1], record.scores)
     if not same:
         return record, cut
@@ -343,8 +397,22 @@ def _settled(
             scores[i] = fmean(record.scores[j] for j in equal)
             kept.append(i)
     kept.sort()
+    return _only(record, encoded, kept, scores, AS_ANOTHER, report)
+
+
+def _only(
+    record: Record,
+    encoded: Encoded,
+    kept: Sequence[int],
+    scores: Sequence[float],
+    reason: str,
+    report: Report,
+) -> tuple[Record, Encoded] | None:
+    """A record with the candidates at the positions ``kept`` alone, with these of the scores; None,
+    counted, for fewer than two."""
+    prompt, responses = encoded
     left = [scores[i] for i in kept]
-    report.drop_candidate(AS_ANOTHER, record.line, len(scores) - len(kept))
+    report.drop_candidate(reason, record.line, len(responses) - len(kept))
     if len(kept) < 2:
         report.drop_kept(FEW_CANDIDATES.format(minimum=2), record.line, record.scores, len(kept))
         return None

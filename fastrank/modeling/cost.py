@@ -1,7 +1,7 @@
 """What a group costs to compute, in floating-point operations.
 
 Processes that work side by side wait for the slowest, so packs are dealt by their cost. Tokens are
-not it: the head is computed for response tokens alone, and attention grows with the square of a
+not it: the head is computed for ranked tokens alone, and attention grows with the square of a
 sequence.
 """
 
@@ -20,7 +20,7 @@ from fastrank.modeling.unwrap import causal_lm, unwrap
 
 @dataclass(frozen=True)
 class PackCost:
-    """FLOPs of a forward pass over groups: N tokens, T response tokens, A pairs of a query and a
+    """FLOPs of a forward pass over groups: N tokens, T ranked tokens, A pairs of a query and a
     key that it sees.
 
         per_token · N + per_pair · A + per_label · T
@@ -78,8 +78,7 @@ class PackCost:
         if not shared_prompts:
             tokens = sizes.pack_tokens(False)
             pairs = tokens * (sizes.longest_sequence + 1) // 2
-        labels = sizes.num_tokens - sizes.num_prompt_tokens
-        return self.per_token * tokens + self.per_pair * pairs + self.per_label * labels
+        return self.per_token * tokens + self.per_pair * pairs + self.per_label * sizes.num_labels
 
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")

@@ -36,16 +36,16 @@ _GAIN = 0.97
 
 @dataclass(frozen=True)
 class CandidateShare:
-    """This process's share of the C candidates, with T response tokens, of its groups.
+    """This process's share of the C candidates, with T ranked tokens, of its groups.
 
     Attributes:
         own: bool [C], whether this process computes the candidate.
         num_reported: groups of which this process reports loss and scores, the first ones; other
             processes report the rest.
-        tokens: int64, places among the T of the response tokens of groups that are shared.
+        tokens: int64, places among the T of the ranked tokens of groups that are shared.
         slots: int64, the places of the same tokens in what is exchanged.
-        num_exchanged: response tokens of all groups of the step that are shared.
-        num_elsewhere: those of the T that other processes compute.
+        num_exchanged: ranked tokens of all groups of the step that are shared.
+        num_elsewhere: response tokens, context included, that other processes compute.
     """
 
     own: Tensor
@@ -74,7 +74,7 @@ class CandidateShare:
         """
         takers = _takers(deals)
         shared = sorted(position for position, ranks in takers.items() if len(ranks) > 1)
-        labels = (sizes.num_tokens - sizes.num_prompt_tokens)[shared]
+        labels = sizes.num_labels[shared]
         begins = dict(zip(shared, (np.cumsum(labels) - labels).tolist(), strict=True))
         own: list[bool] = []
         tokens: list[int] = []
@@ -85,10 +85,11 @@ class CandidateShare:
             others = [i not in deals[rank][position] for i in range(len(lengths))]
             own += [not other for other in others]
             elsewhere += sum(itertools.compress(lengths, others))
+            count = sum(group.label_counts)
             if position in begins:
-                tokens += range(place, place + sum(lengths))
-                slots += range(begins[position], begins[position] + sum(lengths))
-            place += sum(lengths)
+                tokens += range(place, place + count)
+                slots += range(begins[position], begins[position] + count)
+            place += count
         return cls(
             own=torch.tensor(own, dtype=torch.bool),
             num_reported=sum(takers[position][0] == rank for position in members),
@@ -151,8 +152,11 @@ def deal_candidates(
     """
     costs = cost.of_groups(sizes, shared_prompts)
     mean = float(costs.sum()) / world_size
+    ranked = sizes.num_labels / (sizes.num_tokens - sizes.num_prompt_tokens)
     large = {
-        i: _Candidates.of(int(sizes.num_prompt_tokens[i]), lengths_of(i), cost, shared_prompts)
+        i: _Candidates.of(
+            int(sizes.num_prompt_tokens[i]), lengths_of(i), ranked[i], cost, shared_prompts
+        )
         for i in np.flatnonzero((costs > _SHARES[-1] * mean) & (sizes.num_candidates > 1)).tolist()
     }
     # No process is cheaper than the costliest candidate.
@@ -169,6 +173,7 @@ def deal_candidates(
                 sizes.num_prompt_tokens[[i for i, _ in parts]],
                 np.concatenate([large[i].lengths[part] for i, part in parts]),
                 np.array([len(part) for _, part in parts]),
+                np.array([large[i].labels[part].sum() for i, part in parts]),
             )
         )
         piece_costs = cost.of_groups(pieces, shared_prompts)
@@ -218,24 +223,36 @@ class _Candidates:
 
     Attributes:
         lengths: [n] response tokens.
+        labels: [n] ranked ones among them, about.
         alone: [n] cost of each with the prompt.
         prompt: cost of the prompt, which every part pays.
     """
 
     lengths: NDArray[np.int64]
+    labels: NDArray[np.int64]
     alone: NDArray[np.float64]
     prompt: float
 
     @classmethod
     def of(
-        cls, prompt: int, lengths: NDArray[np.int64], cost: PackCost, shared_prompts: bool
+        cls,
+        prompt: int,
+        lengths: NDArray[np.int64],
+        ranked: float,
+        cost: PackCost,
+        shared_prompts: bool,
     ) -> _Candidates:
-        def costs(lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-            one = np.ones_like(lengths)
-            return cost.of_groups(GroupSizes.of_lengths(prompt * one, lengths, one), shared_prompts)
+        """``ranked``: the share of ranked tokens in the responses of the group."""
 
-        shared = float(costs(np.array([0]))[0]) if shared_prompts else 0.0
-        return cls(lengths, costs(lengths), shared)
+        def costs(lengths: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+            one = np.ones_like(lengths)
+            sizes = GroupSizes.of_lengths(prompt * one, lengths, one, labels)
+            return cost.of_groups(sizes, shared_prompts)
+
+        none = np.array([0])
+        shared = float(costs(none, none)[0]) if shared_prompts else 0.0
+        labels = (lengths * ranked).round().astype(np.int64)
+        return cls(lengths, labels, costs(lengths, labels), shared)
 
     def cut(self, most: float, max_parts: int) -> list[list[int]]:
         """As few parts as it takes for none to cost more than ``most``, and at most so many."""

@@ -36,6 +36,8 @@ _PROMPT_KEYS = ("prompt", "query", "instruction")
 #: What a canonical record says itself, and what would contradict it.
 _OWN = {"prompt", "responses", "scores", "ranks", "sources", "ended"}
 
+SEVERAL = "candidates of several turns, which train, score and inspect read"
+
 #: The source of a response that was in the file and does not say where it came from.
 FROM_DATA = "data"
 
@@ -182,9 +184,12 @@ def _item(place: Place, row: Row, name: str | None) -> PromptItem | None:
     else:
         found = formats.parse(name, row, place)
         used = {*formats.FORMATS[name].fields, *_score_fields(name)}
-    if found.refused is not None:
-        _say_once(f"{place}: left out: {found.refused}")
-    if found.prompt is None or found.refused is not None:
+    refused = found.refused
+    if any(isinstance(response, list) for response in found.responses):
+        refused = SEVERAL
+    if refused is not None:
+        _say_once(f"{place}: left out: {refused}")
+    if found.prompt is None or refused is not None:
         return None
     used |= {"system"}  # a message of the prompt by now
     extra = {key: value for key, value in row.items() if key not in used | _OWN}
@@ -229,7 +234,7 @@ def _build(
         if isinstance(response, dict):
             keys = ", ".join(key for key in response if key not in ("role", "content"))
             raise InputError(f"{place}: a response is a message with {keys}, expected a text alone")
-        if response is not None and response.strip():
+        if isinstance(response, str) and response.strip():
             texts.append(response)
             scores.append(score if has_scores else None)  # an order alone is no reward
             origins.append(source)

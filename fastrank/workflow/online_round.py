@@ -191,7 +191,7 @@ class RoundMaker:
         found = []
         for (i, group), own, reference in zip(groups.items(), above, below, strict=True):
             ratio = own - reference
-            tokens = torch.tensor([len(ids) for ids in group.response_ids])
+            tokens = torch.tensor(group.label_counts)
             penalty = ratio / tokens if self.options.kl_reduction == "mean" else ratio
             scores = torch.tensor(rewards[i], dtype=torch.float64)
             found.append(

@@ -160,7 +160,7 @@ def perplexity(
     tokens_at_once = enough_tokens(groups, _PACK_TOKENS)
     found = score(model, groups, max_tokens=tokens_at_once, normalize="sum")
     total = math.fsum(float(values.double().sum()) for values in found)
-    tokens = sum(group.num_response_tokens for group in groups)
+    tokens = sum(number for group in groups for number in group.label_counts)
     return math.exp(min(-total / tokens, 700.0))
 
 

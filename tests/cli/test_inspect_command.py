@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastrank.cli.main import main
-from fastrank.data import formats, readers, render
+from fastrank.data import formats, readers, render, turns
 from fastrank.data import report as reports
 from fastrank.data.load import load_groups
 from fastrank.data.packing import pack
@@ -132,6 +132,8 @@ def test_template_options_need_a_tokenizer(
     assert "need --tokenizer" in capsys.readouterr().err
 
 
+SAID = {"role": "assistant", "content": "x"}
+
 TROUBLES = [
     ({"chosen": " x", "rejected": " y", "score_chosen": 1, "score_rejected": 2}, readers.INVERTED),
     ({"chosen": " x", "rejected": " y", "ended": ["length", "stop"]}, reports.CUT_SAMPLE),
@@ -140,8 +142,12 @@ TROUBLES = [
     ({"chosen": " x", "rejected": " "}, reports.EMPTY_RESPONSE),
     ({"chosen": "x", "rejected": " y", "prompt": "glued"}, render.GLUED),
     ({"prompt": [{"role": "user", "content": "q"}], "chosen": "x", "rejected": "y"}, render.PLAIN),
+    ({"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: b\n\nAssistant: c", "prompt": None,
+      "rejected": "\n\nHuman: q\n\nAssistant: d"}, readers.PARTED_EARLY),
     ({"prompt": None, "chosen": [{"role": "user", "content": "q"}] * 3,
-      "rejected": [{"role": "user", "content": "q"}] * 2}, readers.PARTED_EARLY),
+      "rejected": [{"role": "user", "content": "q"}] * 2}, reports.NO_TURN),
+    ({"chosen": [SAID, {"role": "user", "content": "y"}, SAID], "rejected": [SAID]},
+     turns.SEVERAL),
     ({"chosen": " x", "rejected": " y", "tools": [{"name": "f"}]}, render.NEEDS_TEMPLATE),
 ]  # fmt: skip
 
@@ -159,7 +165,7 @@ def test_every_trouble_is_named_with_its_line(
     said |= found["notes"] | found["counts"]
     for line, (_, trouble) in enumerate(TROUBLES, start=1):
         assert line in said[trouble]["lines"], trouble
-    assert found["truncated"]["response"]["lines"] == [4]
+    assert found["truncated"]["response"]["lines"] == [4, 10]
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert all(trouble in text for _, trouble in TROUBLES)

@@ -13,6 +13,31 @@ from typing import Any, NamedTuple
 
 import pytest
 from char_tokenizer import make_tokenizer
+from chat_templates import (
+    ASK,
+    CALLS,
+    CHAT,
+    COLON,
+    CONTENTS,
+    CUT,
+    DATED,
+    DROP,
+    ENDS,
+    HI,
+    LEADS,
+    OTHER,
+    QWEN,
+    R1,
+    R1_BEFORE,
+    SILENT,
+    TOOL,
+    TRIM,
+    TWICE,
+    UPPER,
+    answer,
+    assembled,
+    call,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -33,65 +58,6 @@ from fastrank.data.render import (
 from fastrank.data.report import CUT_SAMPLE, SAME_PAIRS, Report
 from fastrank.data.tokenize import TokenizeOptions, encode_prompt, encode_record
 from fastrank.errors import InputError
-
-START = "{% for m in messages %}<|{{ m.role }}|>"
-OPEN = "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-
-
-def turns(content: str, opened: str = "") -> str:
-    """A template that writes the content of each message so."""
-    return START + content + "<|end|>" + OPEN.replace("{% endif %}", opened + "{% endif %}")
-
-
-CHAT = turns("{{ m.content }}")
-TRIM = turns("{{ m.content | trim }}")
-UPPER = turns("{{ m.content | upper }}")
-CUT = turns("{{ m.content[:3] }}")
-DROP = START + "{% if m.role == 'user' %}{{ m.content }}{% endif %}<|end|>" + OPEN
-TWICE = turns("{{ m.content }}{{ m.content if m.role == 'assistant' else '' }}")
-SILENT = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}" + OPEN
-#: DeepSeek-R1: what precedes </think> is left out, and a new turn begins inside <think>.
-STRIP = "{{ m.content.split('</think>')[-1] if m.role == 'assistant' else m.content }}"
-R1 = turns(STRIP, "<think>\n")
-R1_BEFORE = turns(STRIP)
-#: Qwen3: reasoning in a field or before </think> is written anew, an empty one for none.
-QWEN = (
-    START + "{% if m.role == 'assistant' %}{% set ns = namespace(r='', c=m.content) %}"
-    "{% if m.reasoning_content is string %}{% set ns.r = m.reasoning_content %}"
-    "{% elif '</think>' in m.content %}{% set ns.c = m.content.split('</think>')[-1].lstrip() %}"
-    "{% set ns.r = m.content.split('</think>')[0].split('<think>')[-1] %}{% endif %}"
-    "<think>\n{{ ns.r | trim }}\n</think>\n\n{{ ns.c }}"
-    "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
-    "{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
-    "{% endif %}"
-)
-CALLS = (
-    "{% if tools %}[{% for t in tools %}{{ t.function.name }}{% endfor %}]{% endif %}"
-    + START
-    + "{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>"
-    "{% endfor %}<|end|>" + OPEN
-)
-DATED = "{{ strftime_now('%d %b %Y') }}" + CHAT
-COLON = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + (
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-#: A new turn that is opened otherwise than turns are written.
-OTHER = turns("\n{{ m.content }}", "!\n")
-
-HI = [{"role": "user", "content": "hi"}]
-ASK = "<|user|>hi<|end|><|assistant|>"
-TOOL = {"type": "function", "function": {"name": "clock", "parameters": {}}}
-
-
-def call(arguments: Any, name: str = "clock") -> dict[str, Any]:
-    function = {"name": name, "arguments": arguments}
-    return {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
-
-
-def answer(content: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content, **more}
 
 
 class Case(NamedTuple):
@@ -522,21 +488,6 @@ def test_sampling_shows_the_tools_and_the_date_of_training() -> None:
 
 # ---- random templates -------------------------------------------------------------------------
 
-CONTENTS = [
-    "{{ m.content }}",
-    "{{ m.content | trim }}",
-    "{{ m.content | upper }}",
-    "{{ m.content[:4] }}",
-    "{{ m.content[1:] }}",
-    "{{ m.content | replace('a', '') }}",
-    "{{ m.content | reverse }}",
-    "{{ m.content.split('</think>')[-1] }}",
-    "{{ m.content.split('</think>')[-1] | trim }}",
-    "{{ m.content if m.role == 'user' else '' }}",
-    "{{ strftime_now('%H:%M') }}{{ m.content }}",
-    "{{ m.role }} said {{ m.content | length }} {{ m.content }}",
-]
-LEADS = ["", " ", "\n", "<think>\n\n</think>\n\n", "a", "assistant"]
 said = st.text("ab4 \n<>", max_size=8) | st.sampled_from(
     ["<think>a</think>4", "<think>b</think>4", "a</think>4", "<|end|>", "user", "12:00"]
 )
@@ -547,20 +498,14 @@ said = st.text("ab4 \n<>", max_size=8) | st.sampled_from(
     content=st.sampled_from(CONTENTS),
     lead=st.sampled_from(LEADS),
     opened=st.sampled_from(LEADS),
-    end=st.sampled_from(["<|end|>", "", "\n", "a", "<|end|>\n"]),
+    end=st.sampled_from(ENDS),
     responses=st.lists(said.filter(str.strip), min_size=2, max_size=4),
     ask=said,
 )
 def test_any_template_shows_every_response_or_the_record_is_counted(
     content: str, lead: str, opened: str, end: str, responses: list[str], ask: str
 ) -> None:
-    template = (
-        "{% for m in messages %}<|{{ m.role }}|>"
-        f"{{{{ {lead!r} if m.role == 'assistant' else '' }}}}{content}{{{{ {end!r} }}}}"
-        "{% endfor %}{% if add_generation_prompt %}<|assistant|>"
-        f"{{{{ {opened!r} }}}}{{% endif %}}"
-    )
-    tokenizer = make_tokenizer(chat_template=template)
+    tokenizer = make_tokenizer(chat_template=assembled(content, lead, opened, end))
     record = Record([{"role": "user", "content": ask}], responses, [0.0] * len(responses), 3)
     report = Report()
     report.add_read(len(responses))

@@ -7,12 +7,18 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pack_cases import response_labels
 
 from fastrank.data.candidate_packs import candidate_packs
 from fastrank.data.packing import Group, Pack, pack
 from fastrank.training.batching import plan_step
 
 BUDGET = 60
+
+
+def masks_of(response: list[int]) -> st.SearchStrategy[list[bool]]:
+    """Which tokens of a response are ranked: at least one."""
+    return st.lists(st.booleans(), min_size=len(response), max_size=len(response)).filter(any)
 
 
 @st.composite
@@ -32,6 +38,7 @@ def groups_of(draw: Any, referenced: bool | None = None) -> list[Group]:
                 draw(values),
                 draw(values) if with_reference else None,
                 name=f"g{number}",
+                ranked=draw(st.none() | st.tuples(*map(masks_of, responses))),
             )
         )
     return out
@@ -55,7 +62,9 @@ def plain_pack(groups: list[Group], shared: bool) -> dict[str, Any]:
             last_of_prompt = len(tokens[0]) + len(prompt) - 1
             tokens[0] += prompt
             positions[0] += range(len(prompt))
-        for response in (ids.tolist() for ids in group.response_ids):
+        for response, labelled in zip(
+            (ids.tolist() for ids in group.response_ids), response_labels(group), strict=True
+        ):
             if shared:
                 before = [last_of_prompt, *range(len(tokens[0]), len(tokens[0]) + len(response))]
                 tokens[0] += response
@@ -66,8 +75,10 @@ def plain_pack(groups: list[Group], shared: bool) -> dict[str, Any]:
                 path = prompt + response
                 tokens.append(path + [0] * (width - len(path)))
                 positions.append(list(range(width)))
-            rows += before[: len(response)]
-            labels += response
+            for row, label in zip(before, labelled.tolist(), strict=False):
+                if label >= 0:
+                    rows.append(row)
+                    labels.append(label)
             cu_responses.append(len(labels))
         cu_groups.append(len(cu_responses) - 1)
     return {
@@ -152,7 +163,7 @@ def test_every_live_candidate_is_packed_once(
     live = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
     budget = data.draw(st.integers(15, 30))
     packs = candidate_packs(groups, max_tokens=budget, shared_prompts=shared, live=live)
-    every = [ids for g in groups for ids in g.response_ids]
+    every = [labels[labels >= 0] for g in groups for labels in response_labels(g)]
     flat = [token for ids in every for token in ids.tolist()]
     owner = [c for c, ids in enumerate(every) for _ in ids]
     seen: list[int] = []

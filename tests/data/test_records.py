@@ -134,10 +134,6 @@ BROKEN: dict[str, tuple[object, str]] = {
     "too many scores": (GOOD | {"scores": [1, 2, 3]}, "scores has 3 entries, responses has 2"),
     "responses as text": (GOOD | {"responses": "ab"}, "responses is 'ab' (str), expected a list"),
     "response as number": (GOOD | {"responses": ["a", 5]}, "responses[1] is 5 (int)"),
-    "several messages": (
-        GOOD | {"responses": ["a", [{"role": "assistant", "content": "b"}] * 2]},
-        "responses[1] has 2 messages, expected one",
-    ),
     "prompt as number": (GOOD | {"prompt": 3}, "prompt is 3 (int), expected text or a list"),
     "prompt of texts": (GOOD | {"prompt": ["hi"]}, "prompt[0] is 'hi' (str), expected a message"),
     "no content": (GOOD | {"prompt": [{"role": "user"}]}, "expected a message"),
@@ -190,7 +186,7 @@ def test_broken_lines_are_refused_with_their_number(name: str, tmp_path: Path) -
             "turns.jsonl",
             b'{"chosen": [{"role": "u", "content": "1"}, {"role": "a", "content": "2"}],'
             b' "rejected": [{"role": "u", "content": "3"}, {"role": "a", "content": "4"}]}',
-            "no usable record: 1 read, 1 conversations that part before their last turn",
+            "no usable record: 1 read, 1 no prompt",
         ),
         (
             "prompts.jsonl",

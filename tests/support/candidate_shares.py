@@ -48,8 +48,8 @@ CASES = [
 
 
 def make_groups() -> list[Group]:
-    """With ties of rewards within the largest group."""
-    groups = random_groups(SHAPES, references=True, name="data")
+    """With ties of rewards within the largest group, and context in the responses."""
+    groups = random_groups(SHAPES, references=True, masked=True, name="data")
     large = groups[3]
     groups[3] = replace(large, rewards=(4 * large.rewards).round())
     return groups

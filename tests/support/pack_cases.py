@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -27,9 +28,11 @@ def random_groups(
     seed: int = 0,
     *,
     references: bool = False,
+    masked: bool = False,
     name: str | None = None,
 ) -> list[Group]:
-    """Groups of random tokens and rewards, with reference scores if asked for.
+    """Groups of random tokens and rewards; with reference scores, and with context inside the
+    responses of all groups but the first, if asked for.
 
     ``name`` numbers the groups: ``"data"`` makes ``data:0``, ``data:1``.
     """
@@ -38,6 +41,11 @@ def random_groups(
     def draw(length: int) -> Tensor:
         return torch.randint(0, vocab, (length,), generator=generator)
 
+    def draw_mask(length: int) -> Tensor:
+        mask = torch.rand(length, generator=generator) < 0.6
+        mask[int(torch.randint(0, length, (), generator=generator))] = True
+        return mask
+
     return [
         Group(
             draw(prompt),
@@ -45,6 +53,7 @@ def random_groups(
             torch.rand(len(responses), generator=generator),
             -20 * torch.rand(len(responses), generator=generator) if references else None,
             name=f"{name}:{number}" if name else None,
+            ranked=tuple(map(draw_mask, responses)) if masked and number else None,
         )
         for number, (prompt, responses) in enumerate(shapes)
     ]
@@ -78,22 +87,31 @@ def one_pack(groups: Sequence[Group] | None = None, **options: bool) -> Pack:
 
 
 def separate_scores(model: nn.Module, groups: Sequence[Group]) -> Tensor:
-    """Mean log-probability of every response, each by a forward pass of its own: [C]."""
+    """Mean log-probability of the labels of every response, each by a forward pass of its own:
+    [C]."""
     scores = []
     for group in groups:
-        for response in group.response_ids:
+        for response, labels in zip(group.response_ids, response_labels(group), strict=True):
             row = torch.cat((group.prompt_ids, response))[None].to(model.device)
             logits = model(input_ids=row, use_cache=False).logits[0]
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            logp = wide.log_softmax(-1)[len(group.prompt_ids) - 1 : -1]
-            scores.append(logp.gather(1, response.to(model.device)[:, None]).mean())
+            own = wide[len(group.prompt_ids) - 1 : -1]
+            scores.append(-F.cross_entropy(own, labels.to(model.device), ignore_index=-100))
     return torch.stack(scores)
+
+
+def response_labels(group: Group) -> list[Tensor]:
+    """The tokens of every response, −100 where they are not ranked."""
+    masks = group.ranked or [ids >= 0 for ids in group.response_ids]
+    both = zip(group.response_ids, masks, strict=True)
+    return [torch.where(mask, ids, -100) for ids, mask in both]
 
 
 def separate_loss(model: nn.Module, groups: Sequence[Group], loss: fastrank.Loss) -> Tensor:
     """Mean loss of the groups, supervised term included, on `separate_scores`."""
     means = separate_scores(model, groups)
-    sums = means * torch.tensor([len(ids) for group in groups for ids in group.response_ids])
+    counts = [(labels >= 0).sum() for group in groups for labels in response_labels(group)]
+    sums = means * torch.stack(counts)
     scores = sums if loss.normalize == "sum" else means
     supervised = sums if loss.sft_reduction == "sum" else means
     sizes = [group.num_candidates for group in groups]
@@ -101,6 +119,8 @@ def separate_loss(model: nn.Module, groups: Sequence[Group], loss: fastrank.Loss
     for group, own, logp in zip(groups, scores.split(sizes), supervised.split(sizes), strict=True):
         scale = (group.num_candidates - 1) ** 2 if isinstance(loss, fastrank.PRO) else 1
         sft = -loss.sft_weight * scale * logp[int(group.rewards.argmax())]
+        if loss.uses_reference:
+            own = own - group.reference_scores
         total = total + fastrank.ranking_loss(own, group.rewards, loss=loss) + sft
     return total / len(groups)
 

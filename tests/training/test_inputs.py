@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from chat_templates import COLON
 from trainer_runs import assert_same_weights
 from transformers import AutoTokenizer
 
@@ -184,3 +186,37 @@ def test_a_bad_group_of_a_stream_is_named(policy_path: Path, tmp_path: Path) -> 
     trainer = fastrank.RankTrainer(str(policy_path), small, stream(rows))
     with pytest.raises(InputError, match="data set:6: must fit into max_tokens=64"):
         trainer.train()
+
+
+def test_candidates_of_several_turns_train_in_both_ways(policy_path: Path, tmp_path: Path) -> None:
+    def turn(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    rows = [
+        {
+            "prompt": [turn("user", "hi")],
+            "chosen": [turn("assistant", "a" * i), turn("user", "long"), turn("assistant", "b")],
+            "rejected": [turn("assistant", "c"), turn("user", "d" * 9), turn("assistant", "e" * i)],
+        }
+        for i in range(1, 6)
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    tokenizer.chat_template = COLON
+    groups, _ = fastrank.load_groups(rows, tokenizer)
+    bare = [replace(group, ranked=None) for group in groups]
+    trainers = {}
+    for name, data, backprop in (
+        ("joint", rows, "joint"),
+        ("two_phase", rows, "two_phase"),
+        ("everything", bare, "joint"),
+    ):
+        trainers[name] = fastrank.RankTrainer(
+            str(policy_path),
+            config(tmp_path / name, backprop=backprop, loss="pro", save_strategy="no"),
+            train_dataset=data,
+            processing_class=tokenizer,
+        )
+        trainers[name].train()
+    assert_same_weights(trainers["joint"], trainers["two_phase"], atol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_same_weights(trainers["joint"], trainers["everything"], atol=1e-3)

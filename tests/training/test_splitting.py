@@ -111,8 +111,8 @@ def test_every_candidate_is_computed_once_and_known_where_its_group_is(
                 mine = [i for i in range(group.num_candidates) if next(own)]
                 computed[position] += mine
                 tokens += len(group.prompt_ids) + sum(len(group.response_ids[i]) for i in mine)
-                for i, ids in enumerate(group.response_ids):
-                    values += [1000.0 * position + 10 * i + 1 if i in mine else 0.0] * len(ids)
+                for i, count in enumerate(group.label_counts):
+                    values += [1000.0 * position + 10 * i + 1 if i in mine else 0.0] * count
             assert batch.num_tokens == tokens
             reported += batch.members[: batch.share.num_reported]
             everyone.append(torch.tensor(values))
@@ -131,8 +131,8 @@ def test_every_candidate_is_computed_once_and_known_where_its_group_is(
             expected = [
                 1000.0 * position + 10 * i + 1
                 for position, group in zip(batch.members, batch.groups, strict=True)
-                for i, ids in enumerate(group.response_ids)
-                for _ in ids
+                for i, count in enumerate(group.label_counts)
+                for _ in range(count)
             ]
             assert values.tolist() == expected
 
