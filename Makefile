@@ -20,7 +20,7 @@ test-slow: $(VENV)/.dev $(VENV)/.deepspeed  ## the tests that take minutes
 test-exhaustive: $(VENV)/.dev  ## every kernel configuration compiled for four GPUs, half an hour
 	$(BIN)/pytest -m exhaustive
 
-bench: $(VENV)/.dev $(VENV)/.peers  ## the CPU tables and curves of the README, about 30 minutes
+bench: $(VENV)/.dev $(VENV)/.peers  ## the CPU tables and curves of the pages, about 30 minutes
 	set -e; for suite in loss rank attention step; do \
 	  $(BIN)/fastrank bench --suite $$suite --device cpu --seconds 10 --output bench/results; done
 	$(BIN)/python -m bench.curves --output bench/results

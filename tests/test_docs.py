@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
@@ -14,8 +15,10 @@ import yaml
 from padded_batch import padded_batch
 
 from fastrank.cli.commands import COMMANDS
+from fastrank.data.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.S | re.M)
 
@@ -39,7 +42,7 @@ def test_the_repository_s_yaml_is_yaml() -> None:
 
 
 def test_json_is_json() -> None:
-    for page in PAGES:
+    for page in (README, *PAGES):
         for text in blocks(page, "json"):
             for line in text.splitlines():
                 assert isinstance(json.loads(line), dict), (page.name, line)
@@ -48,11 +51,16 @@ def test_json_is_json() -> None:
 def test_commands_and_options_exist() -> None:
     """Every ``fastrank COMMAND --option`` of a page is one that the parser knows."""
     known = {
-        name: {field.name for kind in made().options for field in dataclasses.fields(kind)}
+        name: {
+            spelled.removeprefix("--")
+            for kind in made().options
+            for field in dataclasses.fields(kind)
+            for spelled in (field.name, *field.metadata.get("aliases", ()))
+        }
         for name, made in COMMANDS.items()
     }
     found = 0
-    for page in PAGES:
+    for page in (README, *PAGES):
         for text in blocks(page, ""):
             for command, rest in re.findall(r"\bfastrank (\w+)(.*)", text.replace("\\\n", " ")):
                 for option in re.findall(r"--([a-z0-9_]+)", rest):
@@ -61,6 +69,32 @@ def test_commands_and_options_exist() -> None:
                     )
                     found += 1
     assert found > 30
+
+
+def test_the_messages_of_troubleshooting_are_the_library_s() -> None:
+    """Each quoted message is a text of the source, its values replaced by an ellipsis."""
+    said = set()
+    for path in sorted((ROOT / "fastrank").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (getattr(part, "value", None) for part in node.values)
+                said.add("".join(part if isinstance(part, str) else "…" for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.add(node.value)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.M)
+    assert len(messages) > 25
+    for message in messages:
+        pattern = ".*".join(map(re.escape, message.split("…")))
+        assert any(re.search(pattern, text) for text in said), message
+
+
+def test_the_page_of_formats_lists_all_with_their_fields() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", page, re.M))
+    assert rows.keys() == {*FORMATS}
+    for name, cell in rows.items():
+        assert set(FORMATS[name].fields) <= set(re.findall(r"`(\w+)`", cell)), name
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def _commit() -> str:
     head = _git("rev-parse", "--short=12", "HEAD")
     if not head:
         return ""
-    written = (":(exclude)bench/results", ":(exclude)README.md")
+    written = (":(exclude)bench/results", ":(exclude)README.md", ":(exclude)docs")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
     return head + ("+" if changed else "")
 

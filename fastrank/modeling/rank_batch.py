@@ -71,7 +71,8 @@ def rank(
         ref_model: or the reference model itself, asked here without gradients; by default the model
             below a PEFT adapter.
         reduction: ``"mean"`` over prompts, ``"sum"``, or ``"none"`` for [G].
-        logits_memory, backend: see `fastrank.linear_ranking_loss`.
+        logits_memory: see `fastrank.linear_ranking_loss`.
+        backend: likewise.
 
     Returns:
         `RankingOutput`; scores in the order of the rows. Only ``loss`` carries gradients.

@@ -1,4 +1,4 @@
-"""The scripts under bench/: README tables, goals and curves."""
+"""The scripts under bench/: tables of README and pages, goals and curves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import curves, goals, tables
-from fastrank.benchmarks.results import WRONG, write_csv
+from fastrank.benchmarks.results import WRONG, Measurement, read_csv, write_csv
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,8 +42,9 @@ def test_tables_are_made_between_their_markers(results):
     assert [line.split(" | ")[0] for line in table] == ["| fastrank", "| quick", "| slow"]
     assert "| slow | 1,250 | 125.00 | 64 | 1e-06 |" in table
     assert "Without a figure: liar (wrong: dhidden is off by 2)." in lines
-    assert "K5-bf16: not measured." in lines
-    assert "Not measured yet." in lines  # the s2 table: no such file
+    # What was not measured is left out: the s2 table has no file.
+    assert page.endswith("between\n<!-- table: s2 -->\n<!-- end -->\n")
+    assert "K5-bf16" not in page and "ot measured" not in page
 
 
 def test_tables_show_no_ratio_when_our_own_result_is_wrong(results):
@@ -78,11 +79,38 @@ def test_wrong_markers_are_errors(page: str, tmp_path):
         tables.fill(page, tmp_path)
 
 
-def test_the_readme_is_up_to_date():
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    if "<!-- table:" not in page:
-        pytest.skip("README.md holds no generated table")
-    assert tables.fill(page) == page
+@pytest.mark.parametrize("file", tables.PAGES, ids=lambda file: file.name)
+def test_the_pages_are_up_to_date(file):
+    page = file.read_text(encoding="utf-8")
+    assert "<!-- table:" in page and tables.fill(page) == page
+
+
+def test_no_page_with_tables_is_forgotten():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    assert [page for page in pages if "<!-- table:" in page.read_text()] == tables.PAGES
+
+
+def test_the_brief_table_has_the_measured_times():
+    rows = [
+        line.split(" | ") for line in tables.make("brief").splitlines() if line.startswith("| ")
+    ]
+    own = {row[0].strip("| "): row for row in rows if row[1] == "fastrank"}
+    recorded = {
+        (row.workload, row.variant): row
+        for suite in ("loss", "step")
+        for row in read_csv(tables.RESULTS / f"{suite}_cpu.csv", Measurement)
+    }
+    assert own.keys() == {"K5", "S2"}
+    for workload, row in own.items():
+        measured = recorded[workload, "fastrank"]
+        assert row[2:4] == [f"{measured.median_ms:,.0f}", "1.00"]
+
+
+def test_a_gpu_s_tables_come_with_their_heading(tmp_path, a_row):
+    assert tables.make("gpu-loss", tmp_path) == ""
+    write_csv([a_row("fastrank", "K3", median_ms=1.0)], tmp_path / "loss_cuda.csv")
+    made = tables.make("gpu-loss", tmp_path)
+    assert made.startswith("## On a GPU: the fused loss\n\n**K3**") and "K1" not in made
 
 
 def test_goals_are_held_against_rows(a_row):

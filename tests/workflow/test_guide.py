@@ -1,4 +1,4 @@
-"""Every command of the README's guide runs as it stands there, in order, at tiny sizes."""
+"""Every command of the guide (docs/workflow.md) runs as it stands there, in order, in small."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from fastrank.cli.main import main
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "workflow.md"
 
 #: Sizes, behind the guide's own options: the last value of an option counts.
 SMALL = {
@@ -25,9 +25,7 @@ ONLINE = ["--online_max_new_tokens", "6"]
 
 def commands() -> list[list[str]]:
     """The guide's command lines, without the program's name and comments."""
-    text = README.read_text(encoding="utf-8")
-    (guide,) = re.findall(r"^## The papers' whole path.*?\n(.*?)^## ", text, re.S | re.M)
-    blocks = re.findall(r"^```\n(.*?)^```", guide, re.S | re.M)
+    blocks = re.findall(r"^```\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.S | re.M)
     lines = [line for block in blocks for line in block.splitlines()]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fastrank ")]
 
