@@ -130,8 +130,7 @@ def print_help(name: str, make: Callable[[], Any], *, everything: bool = False) 
     count = sum(len(rows) for _, rows in page["groups"])
     last = f"{count} options, each with its [default]; --config FILE.yaml sets any of them."
     if not everything:
-        more = f"the {page['hidden']} others too" if page["hidden"] else "them in full"
-        last += f" fastrank {name} --help all lists {more}."
+        last += f" fastrank {name} --help all lists all there are, in full."
     console.print(f"\n{textwrap.fill(last, width)}")
 
 
@@ -152,8 +151,8 @@ def _lines(option: str, default: str, text: str, width: int) -> Text:
 
 def page_of(name: str, command: Any, *, everything: bool) -> dict[str, Any]:
     """The page of a command from the declarations of its options, as JSON has it: its
-    ``description``, ``positional`` option, ``groups`` of rows, and the number of ``hidden``
-    options. A short page has the first sentence of each option's text."""
+    ``description``, ``positional`` option and ``groups`` of rows. A short page has the first
+    sentence of each option's text."""
     rows: dict[str, Row] = {}
     groups: dict[str, list[str]] = {}
     for kind in command.options:
@@ -168,7 +167,6 @@ def page_of(name: str, command: Any, *, everything: bool) -> dict[str, Any]:
         "description": " ".join((command.options[0].__doc__ or "").split()),
         "positional": (command.positional or "").upper(),
         "groups": [[title, [rows[n] for n in names]] for title, names in groups.items()],
-        "hidden": len(rows) - sum(map(len, groups.values())),
     }
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, TypeVar
@@ -47,6 +48,7 @@ from fastrank.modeling.heads import (
 )
 from fastrank.modeling.mesh import check_placement
 from fastrank.modeling.probe import check_causal, check_sharing, probe_head
+from fastrank.modeling.token_statistics import TokenStatistics
 from fastrank.modeling.unwrap import (
     causal_lm,
     evaluation_mode,
@@ -81,6 +83,7 @@ class Prepared:
     last_path: HeadPath | None = None
     result: RankingOutput | ScoreOutput | None = None  # until the model's hooks have run
     keeps_result: bool = False
+    statistics: TokenStatistics | None = None  # while they are asked for
 
 
 def prepare_model(
@@ -172,6 +175,20 @@ def release_model(model: nn.Module) -> None:
 def prepared_state(model: nn.Module) -> Prepared | None:
     """State of a prepared model, wrapped or not; None if it is not prepared."""
     return unwrap(model).__dict__.get(_STATE)
+
+
+@contextmanager
+def token_statistics(model: nn.Module) -> Iterator[TokenStatistics]:
+    """Record the next-token statistics of every pack that a prepared model, wrapped or not,
+    computes meanwhile."""
+    state = prepared_state(model)
+    if state is None:
+        raise ValueError(f"model must be prepared, got {type(unwrap(model)).__name__}")
+    state.statistics = TokenStatistics()
+    try:
+        yield state.statistics
+    finally:
+        state.statistics = None
 
 
 def head_path_of(model: nn.Module) -> HeadPath | None:
@@ -272,6 +289,15 @@ def _pack_forward(
             return _keep(model, state, found)
     else:
         hidden = _pack_hidden(lm, state, pack)
+        head, statistics = state.head, state.statistics
+
+        def record(
+            hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup | None
+        ) -> None:
+            if statistics is not None:
+                scaling: dict[str, Any] = {"softcap": head.softcap, "logit_scale": head.logit_scale}
+                statistics.add(hidden, weight, bias, pack, divided=group is not None, **scaling)
+
         common = {
             "rows": pack.rows,
             "softcap": state.head.softcap,
@@ -284,6 +310,7 @@ def _pack_forward(
                 hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup | None
             ) -> RankingOutput:
                 hidden = hidden.flatten(0, -2)
+                record(hidden, weight, bias, group)
                 rewards = pack.rewards.to(torch.promote_types(hidden.dtype, torch.float32))
                 there = (pack.cu_responses_device, pack.cu_groups_device)
                 how: dict[str, Any] = {"bias": bias, "vocab_group": group, **groups, **common}
@@ -295,8 +322,10 @@ def _pack_forward(
         def read(
             hidden: Tensor, weight: Tensor, bias: Tensor | None, group: ProcessGroup | None
         ) -> Tensor:
+            hidden = hidden.flatten(0, -2)
+            record(hidden, weight, bias, group)
             how: dict[str, Any] = {"bias": bias, "vocab_group": group, **common}
-            return token_logprobs(hidden.flatten(0, -2), weight, pack.labels, **how)
+            return token_logprobs(hidden, weight, pack.labels, **how)
 
         logprobs = call_head(lm, hidden, read)
     scores = sequence_scores(logprobs, pack.cu_responses, normalize=normalize)

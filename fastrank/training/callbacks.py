@@ -28,25 +28,9 @@ from transformers import (
 from fastrank.console import Bar
 from fastrank.errors import InputError
 from fastrank.modeling.prepare import head_path_of
+from fastrank.training.log_keys import LOG_KEYS
 
 METRICS_FILE = "metrics.jsonl"
-
-# log key: (label, format); in the order of the line
-_COLUMNS = {
-    "loss": ("loss", "{:.4f}"),
-    "rank_loss": ("rank", "{:.4f}"),
-    "sft_loss": ("sft", "{:.4f}"),
-    "rewards/accuracies": ("accuracy", "{:.3f}"),
-    "rewards/margins": ("margin", "{:+.3f}"),
-    "rank/kendall_tau": ("tau", "{:+.3f}"),
-    "rank/top1": ("top1", "{:.3f}"),
-    "rank/ndcg": ("ndcg", "{:.3f}"),
-    "live_fraction": ("live", "{:.2f}"),
-    "grad_norm": ("grad", "{:.3g}"),
-    "learning_rate": ("lr", "{:.2e}"),
-    "tokens_per_second": ("tok/s", "{:,.0f}"),
-    "skipped_records": ("skipped", "{:.0f}"),
-}
 
 #: Options that an optimiser's state depends on, so that another's does not fit.
 _OPTIMIZER = frozenset(["optim", "optim_target_modules"])
@@ -58,7 +42,7 @@ def format_line(logs: dict[str, Any], step: int, max_steps: int) -> str | None:
     """One line for a training or evaluation log; None for logs that are neither.
 
     >>> format_line({"loss": 0.25, "rewards/accuracies": 0.8125, "epoch": 1.0}, 20, 300)
-    'step  20/300  loss 0.2500  accuracy 0.812'
+    'step  20/300  loss 0.2500  rewards/accuracies 0.812'
     """
     prefix = next((k[: -len("_rank_loss")] for k in logs if k.endswith("_rank_loss")), None)
     if prefix is not None:
@@ -70,9 +54,9 @@ def format_line(logs: dict[str, Any], step: int, max_steps: int) -> str | None:
     else:
         return None
     shown = [
-        f"{label} {form.format(values[key])}"
-        for key, (label, form) in _COLUMNS.items()
-        if isinstance(values.get(key), (int, float))
+        f"{key.name} {key.form.format(values[key.name])}"
+        for key in LOG_KEYS
+        if key.in_line and isinstance(values.get(key.name), (int, float))
     ]
     return "  ".join([head, *shown])
 

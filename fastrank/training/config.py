@@ -28,6 +28,7 @@ from fastrank.function_loss import FunctionLoss, as_loss
 from fastrank.loss import Loss
 from fastrank.losses import loss_from_name
 from fastrank.options.declare import change, check_least, option, options
+from fastrank.training.log_keys import canonical_name
 
 _NO_FP16 = (
     "not supported (its range loses most of the loss's gradients): leave it out; a GPU without "
@@ -91,6 +92,11 @@ class RankConfig(
     nonfinite: Literal["stop", "skip"] = option(
         "On a loss or gradient that is not finite: stop, or skip the records at fault.",
         default="stop",
+    )
+    eval_token_statistics: bool = option(
+        "Log entropy and mean_token_accuracy of evaluations, at the price of one more pass over "
+        "their logits.",
+        default=False,
     )
     resume_changed: list[str] | None = option(
         "What may differ from the run that wrote the checkpoint, e.g. learning_rate,loss; it then "
@@ -173,6 +179,8 @@ class RankConfig(
         if not isinstance(self.loss, str):
             # A checkpoint pickles these arguments, which a bare function need not survive.
             self.loss, self.loss_kwargs, self.normalize = chosen, None, None
+        if self.metric_for_best_model is not None:
+            self.metric_for_best_model = canonical_name(self.metric_for_best_model)
         _choice("nonfinite", self.nonfinite, ("stop", "skip"))
         _choice("backprop", self.backprop, ("joint", "two_phase"))
         if self.two_phase and self.auto_find_pack_size:

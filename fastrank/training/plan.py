@@ -53,6 +53,7 @@ _WITHOUT_EFFECT = frozenset(
         *("save_strategy", "save_steps", "save_only_model", "save_on_each_node"),
         *("save_total_limit", "enable_jit_checkpoint", "load_best_model_at_end"),
         *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps"),
+        "eval_token_statistics",
         *("per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches"),
         *("eval_use_gather_object", "include_for_metrics", "batch_eval_metrics", "label_names"),
         *("bf16_full_eval", "fp16_full_eval", "resume_from_checkpoint", "resume_changed"),

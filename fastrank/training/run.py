@@ -386,6 +386,7 @@ def _at_start(rows: Sequence[dict[str, Any]], prefix: str) -> dict[str, float] |
 
 
 def _bare(values: dict[str, Any], prefix: str) -> dict[str, float]:
-    """The ranking metrics and losses of one split, without its prefix and without timings."""
-    names = {key.removeprefix(f"{prefix}_"): value for key, value in values.items()}
-    return {k: v for k, v in names.items() if "/" in k or k in ("loss", "rank_loss", "sft_loss")}
+    """The values of one split, without its prefix and without timings."""
+    own = {k.removeprefix(f"{prefix}_"): v for k, v in values.items() if k.startswith(f"{prefix}_")}
+    timings = ("runtime", "per_second", "compilation_time", "model_preparation_time")
+    return {name: value for name, value in own.items() if not name.endswith(timings)}

@@ -57,6 +57,8 @@ class Evaluated(NamedTuple):
     candidates: AllCandidates
     members: Sequence[int]
     """Positions of the groups in the data set."""
+    statistics: tuple[float, float, int] | None = None
+    """Sum of entropies, hits and tokens, see `fastrank.modeling.token_statistics`."""
 
 
 class ScoredGroup(NamedTuple):
@@ -244,7 +246,10 @@ def summarize(evaluated: Iterable[Evaluated], loss: Loss, gather: Gather) -> Eva
     # Positions in the data set; scores, rewards and implicit rewards; whether all is well.
     groups: list[tuple[int, np.ndarray, np.ndarray, np.ndarray | None, bool]] = []
     sums, count = dict.fromkeys(_LOSSES, 0.0), 0
+    statistics: list[tuple[float, float, int]] = []
     for item in evaluated:
+        if item.statistics is not None:
+            statistics.append(item.statistics)
         own = _to_host(item.candidates, item.output.scores.float()).groups(loss)
         good = torch.tensor(
             [are_possible(g.scores if g.implicit is None else g.implicit) for g in own]
@@ -267,7 +272,8 @@ def summarize(evaluated: Iterable[Evaluated], loss: Loss, gather: Gather) -> Eva
             losses = getattr(item.output, name).detach().float().cpu()
             sums[name] += float(losses[keep].sum())
         count += int(good.sum())
-    everyone = gather([{"groups": groups, "sums": sums, "count": count}])
+    mine = {"groups": groups, "sums": sums, "count": count, "statistics": statistics}
+    everyone = gather([mine])
     ordered: list[Any] = sorted(
         itertools.chain.from_iterable(part["groups"] for part in everyone), key=lambda item: item[0]
     )
@@ -284,6 +290,10 @@ def summarize(evaluated: Iterable[Evaluated], loss: Loss, gather: Gather) -> Eva
     total = max(sum(part["count"] for part in everyone), 1)
     values = {name: sum(part["sums"][name] for part in everyone) / total for name in _LOSSES}
     values |= score_metrics(good_groups, full=True)
+    known = [sums for part in everyone for sums in part["statistics"]]
+    if known:
+        entropy, hits, tokens = map(sum, zip(*known, strict=True))
+        values |= {"entropy": entropy / tokens, "mean_token_accuracy": hits / tokens}
     if bad:
         values["skipped_records"] = float(len(bad))
     return Evaluation(
@@ -301,19 +311,18 @@ def score_metrics(groups: Sequence[ScoredGroup], *, full: bool = False) -> dict[
     """Ranking metrics under the names that dashboards know; NaN where no group has a pair, and not
     finite where a score of -inf is part of a mean.
 
-    ``rewards/chosen`` is the model's score of the best candidate, ``rewards/rejected`` the mean of
-    the others', over the groups that have a strict pair. Where a loss uses a reference,
-    ``rewards/*`` are of the implicit rewards, and the scores are ``logps/chosen`` and
-    ``logps/rejected``, as in TRL. ``rank/*`` are of the scores. ``full`` adds NDCG and MRR.
+    ``logps/chosen`` is the model's score of the best candidate, ``logps/rejected`` the mean of the
+    others', over the groups that have a strict pair. ``rewards/*`` are the same, or where a loss
+    uses a reference of the implicit rewards, as in TRL. ``rank/*`` are of the scores. ``full`` adds
+    NDCG and MRR.
     """
     scores, rewards = [g.scores for g in groups], [g.rewards for g in groups]
     ranking = metrics.ranking_metrics(scores, rewards)
     chosen, rejected = _best_and_rest(scores, rewards)
-    values = {}
+    values = {"logps/chosen": chosen, "logps/rejected": rejected}
     accuracy = ranking["pairwise_accuracy"]
     implicit = [g.implicit for g in groups if g.implicit is not None]
     if implicit:
-        values = {"logps/chosen": chosen, "logps/rejected": rejected}
         chosen, rejected = _best_and_rest(implicit, rewards)
         accuracy = metrics.pairwise_accuracy(implicit, rewards)
     values |= {

@@ -45,7 +45,7 @@ from fastrank.hf_private import TrainerHooks
 from fastrank.modeling.cost import PackCost
 from fastrank.modeling.dropout import disable_dropout
 from fastrank.modeling.mesh import is_sharded
-from fastrank.modeling.prepare import prepare_model
+from fastrank.modeling.prepare import prepare_model, token_statistics
 from fastrank.modeling.reference_scores import ReferenceGroups
 from fastrank.training import checkpoint, plan
 from fastrank.training.adapters import adapt
@@ -226,6 +226,7 @@ class RankTrainer(TrainerHooks, Trainer):
         self._window = StepWindow()
         self.model_card()  # a template that cannot be used is known before anything is trained
         self._first_log = True
+        self._uncounted = 0  # tokens of this process that the state does not know
         self._plan: dict[str, Any] = {}
 
     @property
@@ -367,6 +368,7 @@ class RankTrainer(TrainerHooks, Trainer):
             gather=self.engine.gather_all,
         )
         self._plan = self.run_plan()
+        self._uncounted = 0
         self._renewal.changed = frozenset()
         if found is not None:
             self._renewal.changed = self._check_resumed(found)
@@ -553,6 +555,7 @@ class RankTrainer(TrainerHooks, Trainer):
         self._loss_before = self.running_loss.clone()
         self._result = self._step(model, inputs)
         self._window.add_step(time.perf_counter() - started)
+        self._uncounted += inputs.num_tokens
         return self._result.loss
 
     def _step(self, model: nn.Module, batch: StepBatch) -> StepResult:
@@ -612,6 +615,8 @@ class RankTrainer(TrainerHooks, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._window.steps:
             extra = self._window.summary(self.loss, self.engine.gather)
+            self._count_tokens()
+            extra["num_tokens"] = self.state.num_input_tokens_seen
             rest = dict(logs)
             logs.clear()
             logs.update({"loss": rest.pop("loss"), **extra, **rest})
@@ -621,6 +626,13 @@ class RankTrainer(TrainerHooks, Trainer):
                     logger.warning(line)
             self._first_log = False
         super().log(logs, start_time)
+
+    def _count_tokens(self) -> None:
+        """Bring the tokens of all processes up to date in the state, which checkpoints keep. Every
+        process must call it."""
+        if self.args.include_num_input_tokens_seen == "no":  # otherwise counted at every step
+            self.state.num_input_tokens_seen += sum(self.engine.gather([self._uncounted]))
+        self._uncounted = 0
 
     def evaluation_loop(
         self,
@@ -660,7 +672,14 @@ class RankTrainer(TrainerHooks, Trainer):
 
     def _evaluated(self, model: nn.Module, batches: DataLoader) -> Iterator[Evaluated]:
         for batch in batches:
-            found = self.backprop.evaluate(model, batch)
+            if self.args.eval_token_statistics:
+                with token_statistics(model) as statistics:
+                    found = self.backprop.evaluate(model, batch)
+                if found is not None:
+                    sums = statistics.sums(found.output.token_logprobs.numel())
+                    found = found._replace(statistics=sums)
+            else:
+                found = self.backprop.evaluate(model, batch)
             self.control = self.callback_handler.on_prediction_step(
                 self.args, self.state, self.control
             )
@@ -713,6 +732,7 @@ class RankTrainer(TrainerHooks, Trainer):
 
     def stage_checkpoint(self, run_dir: Path, write: Callable[[], None]) -> Path:
         self._refuse_bad_weights()
+        self._count_tokens()
         name = checkpoint.checkpoint_name(self.state.global_step)
 
         def write_staged(staging: Path) -> None:

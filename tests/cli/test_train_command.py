@@ -59,7 +59,13 @@ def test_the_built_in_task_is_learnt(
     assert 0.4 < result["before"]["eval"]["rewards/accuracies"] < 0.6
     assert result["after"]["eval"]["rewards/accuracies"] > 0.75
     assert result["steps"] == 120 and result["output_dir"] == str(run)
-    for text in ("precision: float32", "dropout: ", "loss: RRHF(", "held out", "pairwise accuracy"):
+    for text in (
+        "precision: float32",
+        "dropout: ",
+        "loss: RRHF(",
+        "held out",
+        "rewards/accuracies",
+    ):
         assert text in out
     assert (run / "training.png").read_bytes().startswith(b"\x89PNG")
     rows = read_metrics(run / "metrics.jsonl")

@@ -29,9 +29,9 @@ def test_examples(module: Any) -> None:
 def test_lines() -> None:
     assert format_line({"train_runtime": 3.0, "epoch": 1.0}, 5, 9) is None
     line = format_line({"eval_rank_loss": 0.5, "eval_rewards/accuracies": 0.75}, 7, 100)
-    assert line == "eval at step 7:  rank 0.5000  accuracy 0.750"
+    assert line == "eval at step 7:  rank_loss 0.5000  rewards/accuracies 0.750"
     line = format_line({"loss": 1.0, "skipped_records": 2.0, "tokens_per_second": 12345.6}, 7, 100)
-    assert line == "step   7/100  loss 1.0000  tok/s 12,346  skipped 2"
+    assert line == "step   7/100  loss 1.0000  tokens_per_second 12,346  skipped_records 2"
 
 
 @pytest.mark.parametrize("bar", [True, False])
@@ -122,7 +122,7 @@ def test_the_table_shows_what_is_known() -> None:
     )
     lines = table.splitlines()
     assert lines[2].split() == ["loss", "-", "0.5000", "1.0000", "0.2500"]
-    assert lines[3].split() == ["pairwise", "accuracy", "-", "0.7500", "-", "-"]
+    assert lines[3].split() == ["rewards/accuracies", "-", "0.7500", "-", "-"]
     assert len(lines) == 4
 
 
