@@ -299,7 +299,10 @@ def _open_object(source: Any) -> Source:
         return Source("data set", "table", data=source)
     if isinstance(source, dict):
         splits = one_line(", ".join(map(str, source)) or "none", 80)
-        raise InputError(f"expected rows or one split of a data set, got a dictionary of {splits}")
+        raise InputError(
+            f"expected rows or one split of a data set, got a dictionary of {splits}: choose one, "
+            "or join them (datasets.concatenate_datasets)"
+        )
     if not isinstance(source, Iterable):
         raise InputError(f"expected a path or rows, got {type(source).__name__}")
     return Source("data set", "stream", data=source)

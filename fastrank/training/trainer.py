@@ -95,8 +95,10 @@ class RankTrainer(TrainerHooks, Trainer):
             ``processing_class`` makes tokens of as ``fastrank train`` does: a path, a
             `datasets.Dataset`, an iterable of dictionaries. A `datasets.IterableDataset` is read as
             training goes on, in its own order; it needs ``max_steps``, and a resumed run reads it
-            up to where it was. See `fastrank.load_groups` for other ways of reading.
-        eval_dataset: groups or records held out, or a dictionary of such by name.
+            up to where it was. Every process reads all of it and takes its part of each step. A
+            dictionary of sets is refused. See `fastrank.load_groups` for other ways of reading.
+        eval_dataset: groups or records held out, or a dictionary of such by name, whose metrics
+            are ``eval_NAME_…``.
         processing_class: the tokenizer, saved beside the model; by default that of a model given by
             its name.
         peft_config: a PEFT configuration to wrap the model with.
@@ -369,6 +371,7 @@ class RankTrainer(TrainerHooks, Trainer):
         )
         self._plan = self.run_plan()
         self._uncounted = 0
+        self._check_same_data()
         self._renewal.changed = frozenset()
         if found is not None:
             self._renewal.changed = self._check_resumed(found)
@@ -381,6 +384,17 @@ class RankTrainer(TrainerHooks, Trainer):
             self.backprop.max_tokens = notes.get("max_tokens") or self._fitting_pack_size()
         with explained_loading(found):
             return super().train(None if found is None else str(found), *args, **kwargs)
+
+    def _check_same_data(self) -> None:
+        """Every process plans the whole step and takes its part: of the same groups."""
+        everyone = self.engine.gather_all([self._plan["data"]])
+        for rank, data in enumerate(everyone):
+            if data != everyone[0]:
+                raise InputError(
+                    "train_dataset must be the same on every process, each of which takes its part "
+                    f"of a step, got {everyone[0]} on process 0 and {data} on process {rank}; do "
+                    "not divide it (split_dataset_by_node, shard)"
+                )
 
     def _check_resumed(self, found: Path) -> frozenset[str]:
         """What differs from the run that wrote the checkpoint; says where this one goes on."""

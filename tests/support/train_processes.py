@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import own_losses
 import torch
 import torch.distributed as dist
+from datasets.distributed import split_dataset_by_node
 from faults import TRIGGER, limit_memory, poison, spoil_scores
 from pack_cases import random_groups, tied_groups
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from fastrank.errors import InputError
 from fastrank.function_loss import FunctionLoss
-from fastrank.tasks.menu import tiny_llama
+from fastrank.tasks.menu import menu_records, tiny_llama, word_tokenizer
 from fastrank.training.batching import StepBatch
 from fastrank.training.config import RankConfig
 from fastrank.training.step_metrics import StepWindow
@@ -46,6 +50,8 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "own loss, two phases": (6, 1, {"max_tokens": 20, "backprop": "two_phase", **OWN_RRHF}),
     "shared candidates": (6, 1, {"max_tokens": 1000}),
     "shared candidates, two phases": (6, 1, {"max_tokens": 60, "backprop": "two_phase"}),
+    "stream": (6, 1, {"max_tokens": 75, "save_strategy": "steps", "save_steps": 2}),
+    "stream, divided": (6, 1, {"max_tokens": 75}),
     "fully_shard": (6, 1, {"max_tokens": 75}),
     "two phases, fully_shard": (6, 1, {"max_tokens": 20, "backprop": "two_phase"}),
 }
@@ -65,13 +71,15 @@ def make_trainer(folder: Path, case: str, world_size: int) -> RankTrainer:
         lr_scheduler_type="constant",
         max_grad_norm=1000.0,
         logging_steps=1,
-        save_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
-        **options,
+        **{"save_strategy": "no"} | options,
     )
     assert config.groups_over(config.world_size) == GLOBAL_BATCH
     groups = tied_groups(11, 6, vocab=TRIGGER)
+    if case.startswith("stream"):
+        rows = stream_of_rows(divided="divided" in case)
+        return RankTrainer(tiny_llama(0), config, rows, groups[:7], word_tokenizer())
     if case.startswith("shared"):  # one that costs more than half of its step
         groups[4] = random_groups([(5, [49, 55, 41, 30, 55])], vocab=30, name="large")[0]
     if case == "skip":
@@ -87,6 +95,20 @@ def make_trainer(folder: Path, case: str, world_size: int) -> RankTrainer:
     return trainer
 
 
+def stream_of_rows(divided: bool) -> Any:
+    """17 records that are read as training goes on; or each process's share of them."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for r in menu_records(17):
+            yield {"prompt": r.prompt, "responses": r.responses, "scores": r.scores}
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    if not divided:
+        return stream
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return split_dataset_by_node(stream, rank, world_size)
+
+
 def run_case(folder: Path, case: str, world_size: int) -> dict[str, Any]:
     trainer = make_trainer(folder, case, world_size)
     if "fully_shard" in case and world_size > 1:
@@ -99,7 +121,13 @@ def run_case(folder: Path, case: str, world_size: int) -> dict[str, Any]:
         return step(model, batch, window)
 
     trainer.backprop.step = counted  # type: ignore[method-assign]
-    trainer.train()
+    try:
+        trainer.train()
+    except InputError as error:
+        return {"error": str(error)}
+    if case == "stream" and world_size > 1:
+        trainer = make_trainer(folder, case, world_size)
+        trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
     return {
         "shared": shared,
         "weights": {k: v.detach().clone() for k, v in trainer.model.state_dict().items()},

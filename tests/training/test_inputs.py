@@ -73,6 +73,11 @@ def test_any_records_are_tokenised_as_the_command_line_does(
         pairs, _ = fastrank.load_groups(PAIRS, tokenizer)
         assert tokens(trainer.eval_dataset["pairs"]) == tokens(pairs)
         assert tokens(trainer.eval_dataset["rows"]) == tokens(expected[:2])
+    metrics = trainer.evaluate()
+    for name, count in (("pairs", 4), ("rows", 2)):
+        alone = trainer.evaluate(trainer.eval_dataset[name])
+        assert metrics[f"eval_{name}_loss"] == pytest.approx(alone["eval_loss"])
+        assert len(trainer.predict(trainer.eval_dataset[name]).predictions) == count
     assert "10 read, 10 kept" in capsys.readouterr().out
     assert trainer.model.dtype == torch.float32
 

@@ -10,8 +10,8 @@ import torch
 import train_processes as worker
 from torchrun import filled_once, torchrun
 
-ALONE = ("one pack", "skip", "shared candidates")  # by one process
-SAME = [case for case in worker.CASES if case != "outside"]
+ALONE = ("one pack", "skip", "shared candidates", "stream")  # by one process
+SAME = [case for case in worker.CASES if case not in ("outside", "stream, divided")]
 WORK = {"backprop_fraction", "work_saved"}  # of two phases alone
 LOGGED = ("loss", "rank_loss", "sft_loss", "rewards/accuracies", "rewards/margins", "live_fraction")
 
@@ -39,8 +39,8 @@ def found(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> Any:
     """Results of one process, by case; the same for cases that differ in nothing it sees."""
-    whole, skip, shared = (torch.load(folder / f"{case}.pt") for case in ALONE)
-    by_case = dict.fromkeys(worker.CASES, whole) | {"skip": skip}
+    whole, skip, shared, stream = (torch.load(folder / f"{case}.pt") for case in ALONE)
+    by_case = dict.fromkeys(worker.CASES, whole) | {"skip": skip, "stream": stream}
     return by_case | {case: shared for case in worker.CASES if case.startswith("shared")}
 
 
@@ -97,6 +97,13 @@ def test_the_bad_record_was_skipped_on_both(found: Any) -> None:
     for got in found["skip"]:
         skipped = [row.get("skipped_records", 0.0) for row in got["log"]]
         assert sum(skipped) == worker.STEPS / 2  # once per epoch
+
+
+def test_data_that_differ_between_processes_are_refused(found: Any) -> None:
+    """Each would plan its part of another step."""
+    for got in found["stream, divided"]:
+        assert "train_dataset must be the same on every process" in got["error"]
+        assert "stream" in got["error"] and "\n" not in got["error"]
 
 
 def test_processes_agree_on_the_pack_size_of_the_smaller_device(found: Any) -> None:
