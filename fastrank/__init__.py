@@ -40,7 +40,7 @@ _HOMES = {
     "training.config": ["RankConfig"],
     "training.trainer": ["RankTrainer"],
     "training.two_phase": ["TwoPhaseOutput", "two_phase_backward"],
-    "errors": ["InputError"],
+    "errors": ["InputError", "TrainingInterrupted"],
 }  # fmt: skip
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .data.packing import Pack as Pack
     from .data.packing import pack as pack
     from .errors import InputError as InputError
+    from .errors import TrainingInterrupted as TrainingInterrupted
     from .function_loss import FunctionLoss as FunctionLoss
     from .linear_loss import linear_ranking_loss as linear_ranking_loss
     from .logprobs import flatten as flatten

@@ -7,6 +7,8 @@ and exits with 2, and lets every other exception through as the defect it is.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 #: The name to install: on PyPI, ``fastrank`` is another library.
 DISTRIBUTION = "fastrank-lm"
 
@@ -28,3 +30,21 @@ class InputError(ValueError):
 class TrainingStopped(RuntimeError):
     """An unrecoverable training error: numbers that are not finite, memory or disk that ran out.
     The text is one line that says what happened and what to do; the last checkpoint is good."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM has ended training after a whole step, and a checkpoint of that step holds
+    the run. The text is one line that names both. A program that knows of no interruptions ends
+    here, as it would without the checkpoint.
+
+    Attributes:
+        signum: the signal.
+        checkpoint: the folder to go on from.
+        is_first: whether this is the process that speaks for all of a run.
+    """
+
+    def __init__(self, text: str, *, signum: int, checkpoint: Path, is_first: bool) -> None:
+        super().__init__(text)
+        self.signum = signum
+        self.checkpoint = checkpoint
+        self.is_first = is_first

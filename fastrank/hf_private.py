@@ -132,6 +132,29 @@ class TrainerHooks(abc.ABC, _Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+        self.after_epoch(lambda: self._save_checkpoint(kwargs["model"], kwargs["trial"]))
+
+    @property
+    @abc.abstractmethod
+    def interrupted(self) -> bool:
+        """Whether the run is to end although it has steps to go."""
+
+    @abc.abstractmethod
+    def after_epoch(self, save: Callable[[], None]) -> None:
+        """Called when the loop over an epoch has ended, on every process; ``save`` writes a
+        checkpoint."""
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer loads the best model, and may remove the checkpoint that the run is to go on from.
+        options = ("load_best_model_at_end", "save_total_limit") if self.interrupted else ()
+        kept = {name: getattr(self.args, name) for name in options}
+        try:
+            for name in kept:
+                setattr(self.args, name, None)
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            for name, value in kept.items():
+                setattr(self.args, name, value)
 
     def loads(self, what: str) -> bool:
         """Whether a resumed run takes the state of its "optimizer" or "lr_scheduler" from the

@@ -68,14 +68,17 @@ def _train() -> Command:
         return BUILT_IN_DEFAULTS if given.get("model") is None else {}
 
     def run(options: OnlineTrainOptions, config: RankConfig) -> dict[str, Any] | None:
-        if options.online_every is not None:
-            from fastrank.workflow.online import train_online
+        from fastrank.training.interrupts import exiting_at_second_signal
 
-            result = train_online(options, config)
-        else:
-            from fastrank.training.run import train
+        with exiting_at_second_signal():
+            if options.online_every is not None:
+                from fastrank.workflow.online import train_online
 
-            result = train(options, config)
+                result = train_online(options, config)
+            else:
+                from fastrank.training.run import train
+
+                result = train(options, config)
         return result if config.process_index == 0 else None
 
     return Command((OnlineTrainOptions, RankConfig), run, defaults=defaults)
@@ -101,9 +104,14 @@ def _iterate() -> Command:
     from fastrank.workflow.iterate import IterateOptions, iterate
 
     _silence_transformers()
-    return Command(
-        (IterateOptions, RankConfig), iterate, lambda result: f"model in {result['model']}"
-    )
+
+    def run(options: IterateOptions, config: RankConfig) -> dict[str, Any]:
+        from fastrank.training.interrupts import exiting_at_second_signal
+
+        with exiting_at_second_signal():
+            return iterate(options, config)
+
+    return Command((IterateOptions, RankConfig), run, lambda result: f"model in {result['model']}")
 
 
 def _evaluate() -> Command:

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastrank import __version__
 from fastrank.cli.commands import COMMANDS
 from fastrank.cli.help import print_help, wants_help
 from fastrank.console import close_bars
-from fastrank.errors import InputError, TrainingStopped, install_command
+from fastrank.errors import (
+    InputError,
+    TrainingInterrupted,
+    TrainingStopped,
+    install_command,
+)
 
 #: Packages that come with an extra, for the line that says how to get them.
 _EXTRAS = {
@@ -68,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if extra is None:
             raise
         return _fail(prog, f"needs {package}: {install_command(extra)}")
+    except TrainingInterrupted as stop:
+        if stop.is_first:
+            print(f"{prog}: {stop}; to go on: {_going_on(arguments)}", file=sys.stderr)
+        return 128 + stop.signum
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -84,6 +95,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(prog: str, message: str) -> int:
     print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _going_on(arguments: Sequence[str]) -> str:
+    """The command that goes on with an interrupted run."""
+    rest, name = list(arguments), "--resume_from_checkpoint"
+    if rest[0] == "train":  # the other commands go on by themselves
+        for i in reversed(range(len(rest))):
+            option, given, _ = rest[i].partition("=")
+            if option.replace("-", "_").lstrip("_") == name.lstrip("-"):
+                has_value = not given and not "".join(rest[i + 1 : i + 2]).startswith("-")
+                del rest[i : i + 1 + has_value]
+        rest += [name, "true"]
+    own = Path(sys.argv[0])
+    prog = "python -m fastrank" if own.stem in ("main", "__main__") else own.name
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    launcher = f" (started as before, on {processes} processes)" if processes > 1 else ""
+    return f"{prog} {shlex.join(rest)}{launcher}"
 
 
 def _command(arguments: Sequence[str]) -> str:

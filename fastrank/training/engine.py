@@ -86,13 +86,13 @@ class Engine:
         if self.world_size > 1:
             dist.all_reduce(values, group=self.group)
 
-    def all_true(self, flag: Tensor) -> bool:
-        """Whether a boolean scalar is true on every process of the run."""
+    def least(self, values: Tensor) -> list[int]:
+        """The least of each of some integers over all processes of the run."""
         if self.num_processes > 1:
-            flag = flag.to(torch.int32)
+            values = values.to(torch.int32)
             whole = self.num_processes > self.world_size
-            dist.all_reduce(flag, dist.ReduceOp.MIN, group=None if whole else self.group)
-        return bool(flag)
+            dist.all_reduce(values, dist.ReduceOp.MIN, group=None if whole else self.group)
+        return [int(value) for value in values.tolist()]
 
 
 def _gather(items: list[Any], num_processes: int, group: Any) -> list[Any]:

@@ -42,12 +42,17 @@ class FiniteGuard:
     engine: Engine
     run_dir: Path
 
-    def is_finite(self, loss: Tensor, norm: Any) -> bool:
-        """Whether loss and gradient norm of a step are finite on every process."""
+    def is_finite(self, loss: Tensor, norm: Any, request: int = 0) -> tuple[bool, int]:
+        """Whether loss and gradient norm of a step are finite on every process; and the largest
+        ``request`` of all processes, which travels along."""
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         norm = torch.as_tensor(norm, device=loss.device)
-        return self.engine.all_true(norm.isfinite() & loss.isfinite())
+        finite = (norm.isfinite() & loss.isfinite()).to(torch.int32).reshape(1)
+        if self.engine.num_processes == 1:
+            return bool(finite), request
+        found, least = self.engine.least(torch.cat((finite, finite.new_tensor([-request]))))
+        return bool(found), -least
 
     def bad_weights(self, model: nn.Module) -> list[str]:
         """Names of the weights that are not finite on some process."""

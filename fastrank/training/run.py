@@ -136,8 +136,9 @@ def _train(
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     seconds = time.perf_counter() - started
-    after = {name: _at_end(trainer, groups, name) for name, groups in splits.items()}
-    trainer.save_model()
+    trainer.save_model()  # before the evaluation, which may be interrupted
+    step = _saved_step(trainer)
+    after = {name: _evaluated_at(step, trainer, groups, name) for name, groups in splits.items()}
     result = {
         "output_dir": str(output_dir),
         "loss": config.loss,
@@ -147,7 +148,7 @@ def _train(
         "seconds": round(seconds, 2),
     }
     if config.should_save:
-        result |= _finish(output_dir, job, splits, after, config)
+        result |= _finish(output_dir, job, splits, after, config, step)
         if options.merge_adapter:
             trust = options.trust_remote_code
             merged = export_merged(output_dir, config, job.tokenizer, trust_remote_code=trust)
@@ -157,7 +158,8 @@ def _train(
             say(f"\n{table}")
         say(
             f"{trainer.state.global_step} steps in {seconds:.1f} s; "
-            f"model in {output_dir}, curves in {result['plot']}"
+            f"model{f' of step {step}, the best,' if step < trainer.state.global_step else ''} "
+            f"in {output_dir}, curves in {result['plot']}"
             + (f", merged model in {result['merged']}" if options.merge_adapter else "")
         )
     return result
@@ -353,14 +355,16 @@ def _finish(
     splits: dict[str, Sequence[Group]],
     after: dict[str, dict[str, float]],
     config: RankConfig,
+    step: int,
 ) -> dict[str, Any]:
-    """Curves, table and ``summary.json`` in the output folder."""
+    """Curves, table and ``summary.json`` in the output folder, of the model after a step."""
     rows = read_metrics(output_dir / METRICS_FILE)
     plot = plot_metrics(rows, output_dir / "training.png", f"{config.loss} on {job.source}")
     first = {name: _at_start(rows, name) for name in splits}
     last = {name: _bare(values, name) for name, values in after.items()}
     result: dict[str, Any] = {
         "plot": str(plot),
+        "model_step": step,
         "before": first,
         "after": last,
         "data": [report.as_dict() for report in job.reports],
@@ -372,10 +376,19 @@ def _finish(
     }
 
 
-def _at_end(trainer: RankTrainer, groups: Sequence[Group], prefix: str) -> dict[str, float]:
-    """The evaluation after the last step, which the loop may just have made."""
+def _saved_step(trainer: RankTrainer) -> int:
+    """The step after which the weights were as they are now: the last, or the best one's."""
+    state = trainer.state
+    best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return state.best_global_step or 0 if best else state.global_step
+
+
+def _evaluated_at(
+    step: int, trainer: RankTrainer, groups: Sequence[Group], prefix: str
+) -> dict[str, float]:
+    """The evaluation of the weights of a step, which the loop may have made."""
     for row in reversed(trainer.state.log_history):
-        if row["step"] == trainer.state.global_step and f"{prefix}_rank_loss" in row:
+        if row["step"] == step and f"{prefix}_rank_loss" in row:
             return row
     return trainer.evaluate(groups, metric_key_prefix=prefix)  # type: ignore[arg-type]
 

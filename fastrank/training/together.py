@@ -21,7 +21,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from fastrank.errors import InputError, TrainingStopped
+from fastrank.errors import InputError, TrainingInterrupted, TrainingStopped
 from fastrank.training.engine import all_processes
 
 _PATIENCE = 3.0  # seconds in which a process may end by itself when another one has failed
@@ -46,6 +46,9 @@ def ending_together() -> Iterator[None]:
     link = _Link()
     try:
         yield
+    except TrainingInterrupted:  # in every process
+        link.close(None)
+        raise
     except BaseException as error:
         expected = isinstance(error, (InputError, TrainingStopped))
         # A broken connection of the engine comes before the news of what broke it.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ from fastrank.data.locks import locked_folder
 from fastrank.data.packing import Group
 from fastrank.data.report import Report
 from fastrank.data.streamed_groups import StreamedGroups
-from fastrank.errors import InputError, TrainingStopped
+from fastrank.errors import InputError, TrainingInterrupted, TrainingStopped
 from fastrank.hf_private import TrainerHooks
 from fastrank.modeling.cost import PackCost
 from fastrank.modeling.dropout import disable_dropout
@@ -65,6 +66,7 @@ from fastrank.training.config import RankConfig
 from fastrank.training.engine import AccelerateEngine
 from fastrank.training.guards import FiniteGuard, name_groups
 from fastrank.training.inputs import as_groups, as_model, check_trainable, length_limits
+from fastrank.training.interrupts import Interruption
 from fastrank.training.memory import largest_fitting
 from fastrank.training.model_card import card_text, keep_foreign_card, write_card
 from fastrank.training.references import attach_reference, reference_of
@@ -207,6 +209,8 @@ class RankTrainer(TrainerHooks, Trainer):
         self._renewal = Renewal()
         self.add_callback(self._renewal)
         self.engine = AccelerateEngine(self.accelerator, self.lm)
+        self._interruption = Interruption(alone=self.engine.num_processes == 1)
+        self.add_callback(self._interruption)
         self.groups_per_step = given.groups_over(self.engine.world_size)
         if isinstance(train_dataset, StreamedGroups):
             train_dataset.length = args.max_steps * self.groups_per_step
@@ -230,6 +234,7 @@ class RankTrainer(TrainerHooks, Trainer):
         self._first_log = True
         self._uncounted = 0  # tokens of this process that the state does not know
         self._plan: dict[str, Any] = {}
+        self._saved: tuple[int, int] | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -334,6 +339,9 @@ class RankTrainer(TrainerHooks, Trainer):
         Raises:
             InputError: the checkpoint is damaged, or of a run that differs in more than
                 ``resume_changed`` allows; another run is writing ``output_dir``.
+            TrainingInterrupted: Ctrl-C or SIGTERM came, in the main thread: after a whole step,
+                with a checkpoint of it; another Ctrl-C, a second later, raises
+                ``KeyboardInterrupt`` at once.
         """
         run_dir = Path(self.args.output_dir or ".")
         with self._writing_alone(run_dir) as alone:
@@ -376,14 +384,53 @@ class RankTrainer(TrainerHooks, Trainer):
         if found is not None:
             self._renewal.changed = self._check_resumed(found)
         self._saver.clean(run_dir, alone=alone)
+        self._saved = None
         if self.args.auto_find_pack_size:
             notes = {} if found is None else checkpoint.read_notes(found)
             if "max_tokens" in self._renewal.changed:
                 notes = {}
             # A resumed run takes the size it had: the same packs give the same bits.
             self.backprop.max_tokens = notes.get("max_tokens") or self._fitting_pack_size()
-        with explained_loading(found):
-            return super().train(None if found is None else str(found), *args, **kwargs)
+        with (
+            explained_loading(found),
+            self._interruption.watching(says=self.is_world_process_zero()),
+        ):
+            result = super().train(None if found is None else str(found), *args, **kwargs)
+        if self.interrupted:
+            raise self._interrupted_error(run_dir)
+        return result
+
+    @property
+    def interrupted(self) -> bool:
+        return bool(self._interruption.agreed)
+
+    def after_epoch(self, save: Callable[[], None]) -> None:
+        request = torch.tensor([-self._interruption.requested], device=self.args.device)
+        (least,) = self.engine.least(request)
+        self._interruption.agreed = -least
+        if not self.interrupted:
+            return
+        if self._saved != self._progress():
+            only_model, self.args.save_only_model = self.args.save_only_model, False
+            self.control.should_training_stop = False  # as it would be without the signal
+            save()
+            self.args.save_only_model = only_model
+        self.control.should_training_stop = True
+
+    def _progress(self) -> tuple[int, int]:
+        """Steps done, and rows logged: what a checkpoint of the same state shares."""
+        return self.state.global_step, len(self.state.log_history)
+
+    def _interrupted_error(self, run_dir: Path) -> TrainingInterrupted:
+        step, signum = self.state.global_step, self._interruption.agreed
+        saved = run_dir / checkpoint.checkpoint_name(step)
+        return TrainingInterrupted(
+            f"interrupted ({signal.Signals(signum).name}) after step {step} of "
+            f"{self.state.max_steps}, which {saved} holds",
+            signum=signum,
+            checkpoint=saved,
+            is_first=self.is_world_process_zero(),
+        )
 
     def _check_same_data(self) -> None:
         """Every process plans the whole step and takes its part: of the same groups."""
@@ -578,7 +625,10 @@ class RankTrainer(TrainerHooks, Trainer):
         return self.backprop.step(model, batch, self._window)
 
     def before_optimizer_step(self, model: nn.Module, norm: Any) -> Any:
-        if not self._guard.is_finite(self._result.loss, norm):
+        finite, self._interruption.agreed = self._guard.is_finite(
+            self._result.loss, norm, self._interruption.requested
+        )
+        if not finite:
             norm = self._stop_or_skip(model)
         for part in self._result.computed:
             self._window.add(part, self._batch.num_groups)
@@ -609,7 +659,7 @@ class RankTrainer(TrainerHooks, Trainer):
             self._batch = self._cutter()(groups, kept)
             self._result = self._step(model, self._batch)
             norm = self.clip_gradients(model)
-            finite = self._guard.is_finite(self._result.loss, norm)
+            finite, _ = self._guard.is_finite(self._result.loss, norm)
         if not finite:
             self._window.skipped += len(kept)
             model.zero_grad()  # an optimiser leaves weights without a gradient as they are
@@ -765,6 +815,7 @@ class RankTrainer(TrainerHooks, Trainer):
             checkpoint.publish(staged, run_dir, self._plan, notes)
 
         self._saver.save(name, run_dir, write_staged, publish)
+        self._saved = None if self.args.save_only_model else self._progress()
         if self.args.should_save:
             checkpoint.rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()

@@ -15,6 +15,8 @@ from fastrank.tasks.menu import menu_records, menu_task
 from fastrank.training.callbacks import read_metrics
 from fastrank.training.config import RankConfig
 from fastrank.training.run import built_in_job
+from fastrank.training.splits import choose_groups
+from fastrank.training.trainer import RankTrainer
 
 QUICK = ["--disable_tqdm", "true", "--logging_steps", "2", "--save_strategy", "no"]
 
@@ -76,6 +78,36 @@ def test_the_built_in_task_is_learnt(
     summary = json.loads((run / "summary.json").read_text())
     assert summary["after"] == result["after"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing beside the output folder
+
+
+def test_table_and_summary_are_of_the_best_model_where_that_is_saved(
+    tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", "--output_dir", str(run), "--max_steps", "6", "--eval_groups", "8"]
+    arguments += ["--load_best_model_at_end", "true", "--metric_for_best_model", "loss"]
+    arguments += ["--greater_is_better", "true"]  # so that it is the first
+    for what in ("eval", "save"):
+        arguments += [f"--{what}_strategy", "steps", f"--{what}_steps", "2"]
+    assert main([*arguments, "--logging_steps", "2", "--disable_tqdm", "true"]) == 0
+    said = capsys.readouterr().out
+    assert "6 steps in " in said and f"; model of step 2, the best, in {run}" in said
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["model_step"] == 2
+    config = RankConfig(output_dir=str(tmp_path / "again"), use_cpu=True, report_to="none")
+    job = built_in_job(config)
+    saved = RankTrainer(AutoModelForCausalLM.from_pretrained(run), config, job.train)
+    splits = {"eval": job.heldout, "train_split": choose_groups(job.train, 8, seed=config.seed)}
+    for name, groups in splits.items():
+        found = saved.evaluate(groups, metric_key_prefix=name)
+        for key in ("rank_loss", "sft_loss", "rewards/accuracies"):
+            assert summary["after"][name][key] == pytest.approx(found[f"{name}_{key}"]), (name, key)
+    last = [row for row in read_metrics(run / "metrics.jsonl") if row.get("step") == 6]
+    assert any(
+        row["eval_rank_loss"] != pytest.approx(summary["after"]["eval"]["rank_loss"])
+        for row in last
+        if "eval_rank_loss" in row
+    )
 
 
 def test_the_built_in_task_takes_one_thread_whatever_is_set(

@@ -1,4 +1,6 @@
-"""Kills training runs at random moments and resumes them: ``kill_training.py FOLDER SEED KILLS``.
+"""Ends training runs at random moments and resumes them: ``kill_training.py DIR SEED COUNT HOW``.
+
+HOW is ``kill``, ``once`` (Ctrl-C) or ``twice``.
 
 Each run is a forked child of a process that has imported everything and computed nothing, so
 that a start costs a fraction of a second and the kills fall into training and saving, not into
@@ -21,6 +23,7 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 from fastrank.cli.main import main
+from fastrank.training import interrupts
 from fastrank.training import run as _run  # noqa: F401
 
 STEPS = 12
@@ -48,6 +51,8 @@ def start(output_dir: Path) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         torch.set_num_threads(1)
+        interrupts._TOGETHER = 0.0  # the second Ctrl-C follows at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main(options(output_dir))
     finally:
         os._exit(code)
@@ -57,20 +62,30 @@ def finish(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def kill_after(child: int, seconds: float) -> tuple[bool, int]:
-    """Whether the child was still at work, and its exit code."""
+def has_ended(child: int, seconds: float) -> int | None:
+    """The exit code of a child that ends within some seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return False, os.waitstatus_to_exitcode(status)
+            return os.waitstatus_to_exitcode(status)
         time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
+    return None
+
+
+def end_after(child: int, moments: list[float], number: int) -> tuple[bool, int]:
+    """Send a signal after each of some times; whether all were sent, and the exit code."""
+    for moment in moments:
+        code = has_ended(child, moment)
+        if code is not None:
+            return False, code
+        os.kill(child, number)
     return True, finish(child)
 
 
-def experiment(folder: Path, seed: int, kills: int) -> None:
+def experiment(folder: Path, seed: int, kills: int, how: str) -> None:
     generator = random.Random(seed)
+    number_sent = signal.SIGKILL if how == "kill" else signal.SIGINT
     begun = time.monotonic()
     codes = [finish(start(folder / "whole"))]
     duration = time.monotonic() - begun
@@ -80,7 +95,9 @@ def experiment(folder: Path, seed: int, kills: int) -> None:
         number += 1
         for _ in range(KILLS_A_RUN):
             moment = generator.uniform(0, duration)
-            killed, code = kill_after(start(run), moment)
+            # A second Ctrl-C comes while the step is finished and saved, often too late.
+            more = [generator.uniform(0, 0.03)] if how == "twice" else []
+            killed, code = end_after(start(run), [moment, *more], number_sent)
             if killed:
                 done += 1
                 moments.append(round(moment / duration, 3))
@@ -92,4 +109,4 @@ def experiment(folder: Path, seed: int, kills: int) -> None:
 
 
 if __name__ == "__main__":
-    experiment(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    experiment(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

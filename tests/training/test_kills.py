@@ -1,4 +1,5 @@
-"""SIGKILL at random moments: every run resumes to the same weights and losses, bit for bit."""
+"""SIGKILL and Ctrl-C at random moments: every run resumes to the same weights and losses, bit for
+bit."""
 
 from __future__ import annotations
 
@@ -42,10 +43,18 @@ def _assert_same_run(run: Path, whole: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_twenty_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "codes"),
+    [
+        ("kill", {0, -signal.SIGKILL}),
+        ("once", {0, 128 + signal.SIGINT}),
+        ("twice", {0, 128 + signal.SIGINT}),
+    ],
+)
+def test_twenty_ends(how: str, codes: set[int], tmp_path: Path) -> None:
     script = str(Path(kill_training.__file__))
     done = subprocess.run(
-        [sys.executable, script, str(tmp_path), "1", "20"],
+        [sys.executable, script, str(tmp_path), "1", "20", how],
         env=environment(),
         capture_output=True,
         text=True,
@@ -55,22 +64,25 @@ def test_twenty_kills(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["kills"] >= 20
-    assert set(result["codes"]) == {0, -signal.SIGKILL}
+    assert set(result["codes"]) == codes
     whole = tmp_path / "whole"
     steps = [row["step"] for row in _rows(whole) if "grad_norm" in row]
     assert steps == list(range(1, kill_training.STEPS + 1))
     for number in range(result["runs"]):
         _assert_same_run(tmp_path / f"run-{number}", whole)
+        assert "Traceback" not in (tmp_path / f"run-{number}.log").read_text()
     print(f"kills at {result['at']} of the run, {result['in_a_save']} during a save")
 
 
-def _kill_at(arguments: list[str], metrics: Path, step: int, delay: float) -> None:
-    """Start two processes; kill them and their launcher ``delay`` seconds after a step's log."""
+def _end_at(arguments: list[str], metrics: Path, step: int, delay: float, how: int) -> str:
+    """Start two processes and send them and their launcher a signal ``delay`` seconds after a
+    step's log; what they said."""
     process = subprocess.Popen(
         command(2, *arguments),
         env=environment(),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
     )
     try:
@@ -81,13 +93,16 @@ def _kill_at(arguments: list[str], metrics: Path, step: int, delay: float) -> No
             time.sleep(0.005)
         time.sleep(delay)
         assert process.poll() is None, "ended before the kill"
+        os.killpg(process.pid, how)
+        return process.communicate(timeout=60)[1]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def test_three_kills_of_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_three_ends_of_two_processes(how: signal.Signals, tmp_path: Path) -> None:
     def arguments(run: Path) -> list[str]:
         return ["-m", "fastrank.cli.main", *kill_training.options(run)]
 
@@ -96,6 +111,9 @@ def test_three_kills_of_two_processes(tmp_path: Path) -> None:
     generator = random.Random(4)
     for first in (1, 4, 7):  # steps of 12
         step = generator.randint(first, first + 2)
-        _kill_at(arguments(run), run / "metrics.jsonl", step, generator.uniform(0, 0.2))
+        said = _end_at(arguments(run), run / "metrics.jsonl", step, generator.uniform(0, 0.2), how)
+        if how != signal.SIGKILL:
+            assert said.count(f"interrupted ({how.name}) after step") == 1
+            assert said.count("on 2 processes)") == 1
     torchrun(2, *arguments(run))
     _assert_same_run(run, whole)
