@@ -1,8 +1,8 @@
 """From a padded batch, as a training script has it, to a pack.
 
 One candidate per row, prompt and response, labels -100 outside of the response. Candidates of one
-prompt become a group with a shared prompt where they can; rows that a group cannot express (prompts
-that differ, labels with gaps) stay one row each, with the same result.
+prompt become a group with a shared prompt; where their rows do not even begin alike, or the model
+cannot share, they stay one row each, with the same result.
 """
 
 from __future__ import annotations
@@ -60,22 +60,23 @@ class PaddedRows:
         return self._padded_pack()
 
     def _groups(self) -> list[Group] | None:
-        """None if a prompt's candidates differ before their first label, or labels have gaps."""
+        """Groups with the tokens that a prompt's rows begin with as the prompt, and what follows
+        them without a label as context; None if some do not begin alike."""
         groups, first = [], 0
         for rewards in self.rewards:
-            rows = range(first, first + len(rewards))
+            rows = slice(first, first + len(rewards))
             first = rows.stop
-            start = int(self.places[rows[0]][0])
-            prompt = self.sequences[rows[0]][:start]
-            for row in rows:
-                sequence, places = self.sequences[row], self.places[row]
-                if int(places[0]) != start or len(places) != len(sequence) - start:
-                    return None
-                if not torch.equal(sequence[:start], prompt):
-                    return None
-            groups.append(
-                Group(prompt, tuple(self.sequences[row][start:] for row in rows), rewards)
-            )
+            sequences, places = self.sequences[rows], self.places[rows]
+            start = min(int(own[0]) for own in places)
+            begins = torch.stack([sequence[:start] for sequence in sequences])
+            start = int((begins == begins[0]).all(0).cumprod(0).sum())
+            if not start:
+                return None
+            ranked = [torch.zeros(len(x) - start, dtype=torch.bool) for x in sequences]
+            for mask, own in zip(ranked, places, strict=True):
+                mask[own - start] = True
+            responses = tuple(sequence[start:] for sequence in sequences)
+            groups.append(Group(sequences[0][:start], responses, rewards, ranked=tuple(ranked)))
         return groups
 
     def _padded_pack(self) -> Pack:

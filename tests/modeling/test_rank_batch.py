@@ -38,14 +38,14 @@ MODELS = {
 }
 
 
-def padded(side: str = "right", *, gap: bool = False, own_prompts: bool = False) -> dict:
-    """A batch of `SHAPES`; with a gap in a row's labels, or candidates of two prompts."""
+def padded(side: str = "right", *, gap: bool = False, differ_at: int | None = None) -> dict:
+    """A batch of `SHAPES`; with a gap in a row's labels, or one prompt that differs there."""
     ids, labels = [], []
     for number, group in enumerate(random_groups(SHAPES)):
         for i, response in enumerate(group.response_ids):
             prompt = group.prompt_ids.clone()
-            if own_prompts and number == 3 and i == 2:
-                prompt[0] = (prompt[0] + 1) % 60
+            if differ_at is not None and number == 3 and i == 2:
+                prompt[differ_at] = (prompt[differ_at] + 1) % 60
             ids.append(torch.cat((prompt, response)))
             labels.append(torch.cat((torch.full_like(prompt, -100), response)))
             if gap and number == 3 and i == 1:
@@ -115,9 +115,9 @@ def test_loss_scores_and_every_gradient_equal_the_plain_loop(kind) -> None:
     assert state.shared_prompts == (kind not in ("mamba", "gpt2, attention dropout"))
 
 
-@pytest.mark.parametrize("rows", ["gap", "own_prompts"])
-def test_rows_that_share_no_prompt_or_have_gaps(rows) -> None:
-    model, batch = MODELS["gpt2, tied"](), padded("left", **{rows: True})
+@pytest.mark.parametrize("rows", [{"gap": True}, {"differ_at": 0}, {"differ_at": 2}], ids=str)
+def test_rows_that_share_no_whole_prompt_or_have_gaps(rows) -> None:
+    model, batch = MODELS["gpt2, tied"](), padded("left", **rows)
     want_scores = plain_scores(model, batch, "sum")
     want = plain_loss(fastrank.RRHF(), want_scores)
     want.backward()
@@ -137,7 +137,11 @@ def test_prompts_are_shared_where_it_pays() -> None:
     call = {"rewards": REWARDS, "loss": fastrank.RRHF()}
     fastrank.rank(model, **batch, **call)
     assert lengths[-1] == (1, sum(prompt + sum(own) for prompt, own in SHAPES))
-    fastrank.rank(model, **padded(own_prompts=True), **call)
+    fastrank.rank(model, **padded(gap=True), **call)
+    assert lengths[-1] == lengths[-2]
+    fastrank.rank(model, **padded(differ_at=1), **call)  # three of four tokens are no longer shared
+    assert lengths[-1] == (1, lengths[-2][1] + 3 * 3)
+    fastrank.rank(model, **padded(differ_at=0), **call)
     assert lengths[-1] == (sum(SIZES), 16)
     handle.remove()
 
