@@ -31,6 +31,8 @@ class InspectOptions(
     """Report on a record file: its contents, what is dropped and why; with a tokenizer, lengths
     and what padding, packing and sharing prompts would cost."""
 
+    written = ("plot",)
+
     data: str = change(
         "Records: JSONL, JSON or Parquet file, folder, or Hub data set.", required=True
     )

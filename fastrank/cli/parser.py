@@ -18,11 +18,11 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from pathlib import Path
 from typing import Any, Literal, NoReturn, Union
 
 from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
+from fastrank.cli.yaml_file import read_yaml
 from fastrank.errors import InputError
 
 
@@ -147,13 +147,15 @@ class CommandParser(HfArgumentParser):
     def read_config(self, path: str) -> dict[str, Any]:
         """The options that a YAML file names, converted as on the command line."""
         values: dict[str, Any] = {}
-        for key, value in _load_yaml(path).items():
-            name = str(key).replace("-", "_")
+        for key, value in read_yaml(path).items():
+            name = key.replace("-", "_")
             name = self._aliases.get(name, name)
             if name not in self._names:
                 near = difflib.get_close_matches(name, self._names, 1)
                 hint = f", did you mean {near[0]}?" if near else f" (see {self.prog} --help)"
-                raise InputError(f"{path}: unknown option {str(key)[:60]}{hint}")
+                raise InputError(f"{path}: unknown option {key[:60]}{hint}")
+            if name in values:
+                raise InputError(f"{path}: {name} is there twice")
             if value is None or value == []:
                 values[name] = value
                 continue
@@ -229,7 +231,7 @@ def _choice(members: tuple[Any, ...]) -> Callable[[str], Any]:
         for converter in converters:
             try:
                 return converter(text)
-            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            except (ValueError, TypeError, RecursionError, argparse.ArgumentTypeError) as error:
                 problem = error
         expected = " or ".join(_name(member) for member in members)
         reason = f" ({problem})" if isinstance(problem, json.JSONDecodeError) else ""
@@ -298,45 +300,13 @@ _NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 
 def _as_arguments(name: str, value: Any) -> list[str]:
     if isinstance(value, list):
-        return [f"--{name}={_as_text(item)}" for item in value]
-    return [f"--{name}={_as_text(value)}"]
+        return [f"--{name}={_as_text(name, item)}" for item in value]
+    return [f"--{name}={_as_text(name, value)}"]
 
 
-def _as_text(value: Any) -> str:
+def _as_text(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
     if isinstance(value, dict):
         return json.dumps(value)
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
-
-
-def _load_yaml(path: str) -> dict[Any, Any]:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Safe YAML 1.2 scalars: 1e-3 is a number, and ``save_strategy: no`` is not false."""
-
-    boolean = "tag:yaml.org,2002:bool"
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != boolean]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    Loader.add_implicit_resolver(boolean, re.compile(r"^(true|false)$", re.I), list("tTfF"))
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
-    try:
-        value = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), Loader)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start + 1})") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: malformed YAML: {' '.join(str(error).split())}") from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a mapping of options, got {type(value).__name__}")
-    return value
+    raise InputError(f"{name} must be a list of values, got {json.dumps(value)[:60]} in it")

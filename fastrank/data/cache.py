@@ -58,6 +58,7 @@ from fastrank.data.report import Report
 from fastrank.data.tokenize import Encoded, TokenizeOptions, encode_rows
 from fastrank.data.turns import SEVERAL
 from fastrank.errors import InputError
+from fastrank.options.paths import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +86,7 @@ def default_cache_dir() -> Path:
     ``~/.cache/fastrank``."""
     for variable in ("HF_HOME", "XDG_CACHE_HOME"):
         if os.environ.get(variable):
-            return Path(os.environ[variable]).expanduser() / "fastrank"
+            return local_path(os.environ[variable]) / "fastrank"
     return Path.home() / ".cache" / "fastrank"
 
 
@@ -122,7 +123,7 @@ def cached_groups(
         InputError: the source cannot be used, leaves nothing or changes while it is read; the cache
             cannot be written; a process was killed. Nothing is left in the cache then.
     """
-    root = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    root = default_cache_dir() if cache_dir is None else local_path(cache_dir)
     identity = source.identity()
     if identity is None:
         raise InputError(f"{source.name}: rows of an iterable cannot be told again, so not cached")

@@ -28,8 +28,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from fastrank.data.hub import use_hub
 from fastrank.data.parquet import UnreadableError, parquet_lines
 from fastrank.errors import InputError
+from fastrank.options.paths import local_path
 
 Row = dict[str, Any]
 #: A row as it comes: the bytes of a JSON object, or the object.
@@ -197,7 +199,7 @@ def open_source(source: Any) -> Source:
     if not isinstance(source, (str, Path)):
         return _open_object(source)
     name = str(source)
-    local = Path(name).expanduser()
+    local = local_path(name)
     try:
         if local.is_file():
             return _open_file(local, name)
@@ -208,10 +210,11 @@ def open_source(source: Any) -> Source:
     if glob.has_magic(name):
         return _open_pattern(name)
     base, config, split = _split_name(name)
-    if Path(base).expanduser().is_dir():
-        return _open_folder(Path(base).expanduser(), name, config, split)
+    if local_path(base).is_dir():
+        return _open_folder(local_path(base), name, config, split)
     if looks_like_path(base) or not _HUB_NAME.match(name):
         raise InputError(f"{one_line(name)}: no such file")
+    use_hub()
     return Source(name, "table", data=_load(name, base, config, split=split))
 
 
@@ -334,7 +337,7 @@ def matching_files(pattern: str) -> list[str]:
     """The files that a pattern matches, sorted; none for a text that is no pattern."""
     if not glob.has_magic(pattern):
         return []
-    found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+    found = glob.glob(str(local_path(pattern)), recursive=True)
     return sorted(file for file in found if Path(file).is_file())
 
 

@@ -21,7 +21,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastrank.data.fields import (
@@ -33,6 +32,7 @@ from fastrank.data.fields import (
     as_turns,
 )
 from fastrank.errors import InputError
+from fastrank.options.paths import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -388,7 +388,7 @@ def set_chat_template(
 def _template(name: str) -> str:
     if name in STYLES:
         return STYLES[name]
-    path = Path(name).expanduser()
+    path = local_path(name)
     if not path.is_file():
         known = ", ".join(STYLES)
         raise InputError(f"chat_template must be a file or one of {known}, got '{name}'")

@@ -20,6 +20,7 @@ from typing import Any
 from fastrank.data.fields import Prompt
 from fastrank.data.files import one_line
 from fastrank.errors import InputError
+from fastrank.options.paths import local_path
 
 
 def is_function(text: str) -> bool:
@@ -39,7 +40,7 @@ def load_named(text: str, what: str) -> Any:
         file, name = name, ""
     if not name.isidentifier():
         raise InputError(f"{what} must be FILE.py:function, got '{one_line(text, 80)}'")
-    path = Path(file).expanduser()
+    path = local_path(file)
     if not path.is_file():
         raise InputError(f"{file}: no such {what} file")
     found = getattr(_load(path, what), name, None)
@@ -69,7 +70,7 @@ class RewardFunction:
 
     def __init__(self, reward: str) -> None:
         file, _, name = reward.rpartition(":")
-        self.path = Path(file).expanduser()
+        self.path = local_path(file)
         function = load_named(reward, "reward")
         self.name = f"{self.path.name}:{name}"
         if not callable(function):

@@ -9,22 +9,31 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastrank.errors import InputError
+from fastrank.options.paths import absolute_path, file_kind
 
 
 def check_output(path: str | Path, what: str = "output") -> Path:
     """The path of a file to be written, checked before any work is done for it.
 
+    A link is followed: the file that it leads to is written.
+
     Raises:
-        InputError: it is a folder, or its own folder is not there or may not be written.
+        InputError: it is a folder, a device, a pipe or a socket, or its own folder is not there or
+            may not be written.
     """
-    target = Path(path).expanduser()
-    folder = target.parent
-    if target.is_dir():
-        raise InputError(f"{what} {path}: expected a file, got a folder")
-    if not folder.is_dir():
-        raise InputError(f"{what} {path}: the folder {folder} does not exist")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{what} {path}: the folder {folder} cannot be written")
+    target = absolute_path(path)
+    try:
+        target = target.resolve()
+        kind = file_kind(target)
+        if kind not in (None, "a file"):
+            raise InputError(f"{what} {path}: expected a file, got {kind}")
+        if not target.parent.is_dir():
+            raise InputError(f"{what} {path}: its folder does not exist")
+    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+        reason = getattr(error, "strerror", None) or "links in a circle"
+        raise InputError(f"{what} {str(path)[:200]}: {reason}") from error
+    if not os.access(target.parent, os.W_OK):
+        raise InputError(f"{what} {path}: its folder cannot be written")
     return target
 
 
@@ -34,8 +43,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The file is flushed to the disk before the rename, so that an interruption leaves the old file
     or the new one. It gets the permissions that a newly created file would have.
+
+    Raises:
+        InputError: as of `check_output`.
     """
-    target = Path(path).expanduser()
+    target = check_output(path)
     handle, name = tempfile.mkstemp(
         prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent
     )

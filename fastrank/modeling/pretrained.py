@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrank.data.files import content_hash, looks_like_path, one_line
+from fastrank.data.hub import in_cache, use_hub
 from fastrank.data.render import set_chat_template
 from fastrank.errors import InputError
+from fastrank.options.paths import local_path
 
 if TYPE_CHECKING:
     import torch
@@ -83,12 +85,13 @@ def check_model_path(path: str | Path, needed: str = "config.json") -> str:
     For the folder of an adapter, the path of its base model.
 
     Raises:
-        InputError: it is a file, a folder without the needed file, or a path that does not exist.
+        InputError: it is a file, a folder without the needed file, a path that does not exist, or
+            a Hub name when neither the Hub nor its cache has it.
     """
     if needed == "config.json" and is_adapter(path):
         return check_model_path(adapter_base(path))
     name = str(path)
-    local = Path(name).expanduser()
+    local = local_path(name)
     if not name:
         raise InputError("the model path is empty")
     try:
@@ -102,12 +105,17 @@ def check_model_path(path: str | Path, needed: str = "config.json") -> str:
         raise InputError(f"{one_line(name)}: {error.strerror}") from error
     if looks_like_path(name) or any(c.isspace() or c in ":\0" for c in name):
         raise InputError(f"{one_line(name)}: no such model folder")
+    if not use_hub() and not in_cache(name, needed):
+        raise InputError(
+            f"{one_line(name)}: no such model folder, and it is not in the cache of the Hub, which "
+            "cannot be reached"
+        )
     return name
 
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a path is a folder with an adapter but no model."""
-    local = Path(path).expanduser()
+    local = local_path(path)
     return (local / ADAPTER_CONFIG).is_file() and not (local / "config.json").is_file()
 
 
@@ -117,7 +125,7 @@ def adapter_base(path: str | Path) -> str:
     Raises:
         InputError: it names none, names another adapter, or has no weights in safetensors.
     """
-    folder = Path(path).expanduser()
+    folder = local_path(path)
     try:
         settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -139,7 +147,7 @@ def model_identity(path: str | Path) -> str:
     Of weight files beyond 64 MiB only evenly spaced blocks are read: training changes every tensor,
     and with it every block.
     """
-    local = Path(path).expanduser()
+    local = local_path(path)
     digest = hashlib.blake2b(digest_size=16)
     if not local.is_dir():
         digest.update(str(path).encode())
@@ -293,7 +301,7 @@ def _with_adapter(base: PreTrainedModel, path: str | Path, what: str) -> PreTrai
         # Weights that the adapter's folder lacks would keep their initial values.
         warnings.filterwarnings("error", message=".*missing adapter keys")
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
-        return merge_adapter(PeftModel.from_pretrained(base, Path(path).expanduser())).eval()
+        return merge_adapter(PeftModel.from_pretrained(base, local_path(path))).eval()
 
 
 @contextmanager
@@ -327,7 +335,7 @@ def tokenizer_context(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> i
 
     from fastrank.modeling.context import context_length
 
-    name = str(Path(adapter_base(path) if is_adapter(path) else path).expanduser())
+    name = str(local_path(adapter_base(path) if is_adapter(path) else path))
     if not Path(name).is_dir() or (Path(name) / "config.json").is_file():
         try:
             return context_length(AutoConfig.from_pretrained(name))

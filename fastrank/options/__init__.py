@@ -360,6 +360,8 @@ class RewardModelOptions(RewardSourceOptions):
 class OutputOptions(Options):
     """Output."""
 
+    written = ("output",)
+
     output: str | None = option("JSONL file to write.", default=None)
 
 

@@ -23,11 +23,13 @@ The first line of the docstring of the class that declares an option names its g
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fastrank.errors import InputError
+from fastrank.options.paths import absolute_path
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
@@ -109,13 +111,40 @@ def options(cls: Class) -> Class:
 class Options:
     """Base class of every class of options."""
 
+    written: ClassVar[tuple[str, ...]] = ()
+    """The options that a class declares and that are paths of files or folders to write."""
+
     def __post_init__(self) -> None:
         """Check the values; a subclass calls its base class's checks as well."""
+        check_values(self)
 
 
 def values_of(given: Any, kind: type) -> dict[str, Any]:
     """The values of those options of ``given`` that ``kind`` has, by name."""
     return {field.name: getattr(given, field.name) for field in dataclasses.fields(kind)}
+
+
+def check_values(given: Any) -> None:
+    """Check what holds for every option: a number is finite and fits into 64 bits; paths that are
+    written become absolute.
+
+    Raises:
+        InputError: a number is not, or a path cannot be one.
+    """
+    for field in dataclasses.fields(given):
+        value = getattr(given, field.name, None)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{field.name} must be a finite number, got {value}")
+        if isinstance(value, int) and not -_MOST <= value <= _MOST:
+            raise InputError(f"{field.name} must be a number of 64 bits, got {str(value)[:40]}")
+    for name in {name for cls in type(given).__mro__ for name in vars(cls).get("written", ())}:
+        value = getattr(given, name)
+        if value is not None:
+            setattr(given, name, str(absolute_path(value)))
+
+
+#: Larger whole numbers are errors of other kinds wherever they meet a tensor or a file.
+_MOST = (1 << 63) - 1
 
 
 def check_least(given: object, prefix: str = "", **least: int) -> None:

@@ -41,6 +41,7 @@ from fastrank.data.manifest import (
     written_files,
 )
 from fastrank.errors import InputError, TrainingStopped
+from fastrank.options.paths import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ def last_good(run_dir: str | Path) -> str:
 
 
 def wants_resume(value: str | bool | None) -> bool:
-    """Whether ``--resume_from_checkpoint`` asks for a checkpoint: the latest, or a named one."""
+    """Whether ``--resume_from_checkpoint`` asks for a checkpoint: the latest (for "auto", if there
+    is one), or a named one."""
     return str(value).strip().lower() not in ("none", "false", "no", "")
 
 
@@ -96,9 +98,10 @@ def resolve_resume(
     checksums: bool = True,
     gather: Callable[[list[Any]], list[Any]] = list,
 ) -> Path | None:
-    """The checkpoint that ``--resume_from_checkpoint`` means: none, the latest (true), or a folder.
+    """The checkpoint that ``--resume_from_checkpoint`` means: none, the latest (true), the latest
+    if there is one (auto), or a folder.
 
-    With ``true`` and no checkpoint yet the result is None: a run that is restarted after every
+    With ``auto`` and no checkpoint yet the result is None: a run that is restarted after every
     failure has to start the first time, too. The folders of several processes may be on different
     disks: all of them go on from the latest step that each has.
 
@@ -108,13 +111,14 @@ def resolve_resume(
             must call it.
 
     Raises:
-        InputError: the named folder is no undamaged checkpoint, or some processes have checkpoints
-            and others not the same ones.
+        InputError: there is no undamaged checkpoint where one is asked for, or some processes have
+            checkpoints and others not the same ones.
     """
     if not wants_resume(value):
         return None
-    latest = str(value).strip().lower() in ("true", "yes", "latest")
-    paths = find_checkpoints(run_dir) if latest else [Path(str(value)).expanduser()]
+    word = str(value).strip().lower()
+    latest = word in ("true", "yes", "latest", "auto")
+    paths = find_checkpoints(run_dir) if latest else [local_path(str(value))]
     host = socket.gethostname()
     own = {path.name: _refusal(path, checksums=False) for path in paths}
     views: list[tuple[str, dict[str, str | None]]] = gather([(host, own)])
@@ -143,13 +147,18 @@ def resolve_resume(
             break
         problem = own[path.name] or "other processes do not have it undamaged"
         logger.warning("%s is skipped: %s", path, problem.removeprefix("cannot be used: "))
+    if chosen is None and word != "auto":
+        raise InputError(
+            f"resume_from_checkpoint: {os.fspath(run_dir)} holds no "
+            f"{'undamaged ' if paths else ''}checkpoint to go on from; auto would begin a new run"
+        )
     return chosen
 
 
 def _refusal(path: Path, *, checksums: bool = True) -> str | None:
     """Why a folder cannot be resumed from, to follow its name; None if it can."""
     if not path.is_dir():
-        return "is no folder; expected a checkpoint or true"
+        return "is no folder; expected a checkpoint, true or auto"
     problem = damage(path, checksums=checksums)
     return None if problem is None else f"cannot be used: {problem}"
 

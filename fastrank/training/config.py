@@ -22,12 +22,20 @@ from fastrank import options as shared
 from fastrank.arguments import HeadPathName
 from fastrank.attention.backends import BACKENDS
 from fastrank.data.columns import GroupSizes
+from fastrank.data.files import one_line
 from fastrank.data.user_functions import is_function, load_named
 from fastrank.errors import InputError
 from fastrank.function_loss import FunctionLoss, as_loss
 from fastrank.loss import Loss
 from fastrank.losses import loss_from_name
-from fastrank.options.declare import change, check_least, option, options
+from fastrank.options.declare import change, check_least, check_values, option, options
+from fastrank.training.early_checks import (
+    check_deepspeed,
+    check_evaluation,
+    check_numbers,
+    check_optimizer,
+    check_trackers,
+)
 from fastrank.training.log_keys import canonical_name
 
 _NO_FP16 = (
@@ -63,6 +71,8 @@ class RankConfig(
     Raises:
         InputError: an option that is wrong by itself or against another.
     """
+
+    written = ("output_dir",)
 
     groups_per_step: int | None = option(
         "Prompts per step over all processes, in place of per_device_train_batch_size and "
@@ -123,7 +133,7 @@ class RankConfig(
     output_dir: str | None = change("Folder of the run (default: runs/train).", default=None)
     num_train_epochs: float = change("Passes over the training data.")
     max_steps: int = change("Steps in all, instead of epochs (-1: as many as these have).")
-    resume_from_checkpoint: str | None = change("Checkpoint to go on from; true: the latest.")
+    resume_from_checkpoint: str | None = change("Go on from: a folder, true, or auto (if any).")
     per_device_train_batch_size: int = change(
         "Prompts (with all their candidates) per step and process.", default=4
     )
@@ -151,7 +161,10 @@ class RankConfig(
     def __post_init__(self) -> None:
         if self.output_dir is None:
             self.output_dir = os.path.join("runs", "train")
+        check_values(self)
         self._check_options()
+        check_numbers(self)
+        check_deepspeed(self)
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if several and not torch.accelerator.is_available():
             # Otherwise every process trains an own copy into the same folder.
@@ -159,8 +172,13 @@ class RankConfig(
         self._choose_precision()
         try:
             super().__post_init__()
-        except ValueError as error:
-            raise InputError(" ".join(str(error).split())) from error
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:  # transformers checks by errors of many types
+            raise InputError(one_line(error, 400) or type(error).__name__) from error
+        check_trackers(self.report_to)  # type: ignore[arg-type]  # a list by now
+        check_evaluation(self)
+        check_optimizer(self)
         if self.n_gpu > 1:
             raise InputError(
                 f"{self.n_gpu} GPUs are visible to one process, expected one GPU per process: "

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fastrank.data.columns import GroupSizes
 from fastrank.data.group import Group
 from fastrank.data.load import fit_context, load_groups
 from fastrank.data.report import Report
@@ -120,6 +122,22 @@ def as_groups(
     if not quiet:
         print(report.as_text(), flush=True)
     return groups
+
+
+def check_lengths(groups: Sequence[Group], sizes: GroupSizes, config: RankConfig) -> None:
+    """Refuse groups beyond the limits that a run asks for: only what is made of records here is cut
+    to them."""
+    for name, lengths in (
+        ("max_prompt_length", sizes.num_prompt_tokens),
+        ("max_length", sizes.longest_sequence),
+        ("max_response_length", sizes.longest_sequence - sizes.num_prompt_tokens),
+    ):
+        limit = getattr(config, name)
+        for i in () if limit is None else np.flatnonzero(lengths > limit)[:1]:
+            raise InputError(
+                f"{groups[i].name or f'group {i}'}: {name}={limit} is for records, ready groups "
+                f"are not cut to it, got {lengths[i]} tokens"
+            )
 
 
 def _are_groups(data: Any) -> bool:

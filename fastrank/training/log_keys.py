@@ -38,7 +38,7 @@ LOG_KEYS = (
         "over prompts; a tie counts one half",
         "both",
         _LINE,
-        ("accuracy", "pairwise_accuracy"),
+        ("accuracy", "pairwise_accuracy", "ranking_accuracy"),
     ),
     LogKey(
         "rewards/margins", "{:+.3f}", "`rewards/chosen - rewards/rejected`", "both", _LINE,
@@ -100,8 +100,11 @@ LOG_KEYS = (
     LogKey("online/kl", "{:.3f}", "mean log-ratio to the reference", "online"),
     LogKey("online/perplexity", "{:.3g}", "under the reference", "online"),
 )  # fmt: skip
+#: Values that only ``eval_token_statistics`` gives.
+TOKEN_STATISTICS = ("entropy", "mean_token_accuracy")
 BY_NAME = {key.name: key for key in LOG_KEYS}
-_CANONICAL = {alias: key.name for key in LOG_KEYS for alias in key.aliases}
+#: Other spellings, and the names that they stand for.
+ALIASES = {alias: key.name for key in LOG_KEYS for alias in key.aliases}
 
 
 def canonical_name(name: str) -> str:
@@ -111,7 +114,7 @@ def canonical_name(name: str) -> str:
     ('eval_rewards/accuracies', 'rank/kendall_tau', 'eval_own')
     """
     prefix, bare = ("eval_", name[5:]) if name.startswith("eval_") else ("", name)
-    return prefix + _CANONICAL.get(bare, bare)
+    return prefix + ALIASES.get(bare, bare)
 
 
 def as_markdown() -> str:

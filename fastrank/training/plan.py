@@ -30,6 +30,7 @@ from fastrank.data.user_functions import is_function
 from fastrank.errors import InputError
 from fastrank.hf_private import portable_settings
 from fastrank.modeling.reference_scores import ReferenceGroups
+from fastrank.options.paths import local_path
 from fastrank.training.checkpoint import read_manifest
 from fastrank.training.config import RankConfig
 
@@ -106,7 +107,7 @@ def _loss_plan(loss: Any) -> dict[str, Any]:
     if not isinstance(loss, str):
         return {"loss": re.sub(r" at 0x[0-9a-f]+", "", repr(loss)), "loss_file": None}
     file = loss.rpartition(":")[0] if is_function(loss) else None
-    return {"loss": loss, "loss_file": file and content_hash(Path(file).expanduser())[:_DIGITS]}
+    return {"loss": loss, "loss_file": file and content_hash(local_path(file))[:_DIGITS]}
 
 
 def groups_plan(groups: Sequence[Group]) -> str:

@@ -42,6 +42,7 @@ from fastrank.training.adapters import export_merged, lora_config, quantization,
 from fastrank.training.callbacks import METRICS_FILE, MetricsFile, read_metrics
 from fastrank.training.checkpoint import find_checkpoints, resolve_resume, wants_resume
 from fastrank.training.config import RankConfig
+from fastrank.training.early_checks import check_best_metric
 from fastrank.training.engine import all_processes
 from fastrank.training.inputs import length_limits
 from fastrank.training.plan import changed_names, check_resumed, option_plan
@@ -104,6 +105,7 @@ def _train(
     """`train`, in a folder that no other run writes."""
     _check_earlier_run(output_dir, config, options.overwrite_output_dir)
     _check_resume(config, output_dir)
+    check_best_metric(config)
     adapter = lora_config(options)
     if job is None:
         job = _load(options, config)

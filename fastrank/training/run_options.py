@@ -89,6 +89,8 @@ class HubDataOptions(Options):
 class CacheOptions(Options):
     """Tokenised data."""
 
+    written = ("cache_dir",)
+
     cache_dir: str | None = option(
         "Folder for tokenised data of any size, for later starts (default: data from 8 MiB on, in "
         "$HF_HOME/fastrank or ~/.cache/fastrank).",
@@ -140,7 +142,7 @@ class TrainOptions(
     def __post_init__(self) -> None:
         self._check_source()
         super().__post_init__()
-        check_least(self, tp_size=1)
+        check_least(self, tp_size=1, eval_groups=0, dataset_num_proc=1)
         self._name_splits()
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError(

@@ -63,9 +63,16 @@ from fastrank.training.batching import (
 from fastrank.training.callbacks import RankProgress, Renewal
 from fastrank.training.checkpoint import Saver, explained_loading
 from fastrank.training.config import RankConfig
+from fastrank.training.early_checks import check_best_metric, uses_evaluation
 from fastrank.training.engine import AccelerateEngine
 from fastrank.training.guards import FiniteGuard, name_groups
-from fastrank.training.inputs import as_groups, as_model, check_trainable, length_limits
+from fastrank.training.inputs import (
+    as_groups,
+    as_model,
+    check_lengths,
+    check_trainable,
+    length_limits,
+)
 from fastrank.training.interrupts import Interruption
 from fastrank.training.memory import largest_fitting
 from fastrank.training.model_card import card_text, keep_foreign_card, write_card
@@ -150,6 +157,7 @@ class RankTrainer(TrainerHooks, Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        _refuse_overridden(type(self))
         # Trainer's loop must see one batch per step; groups_per_step keeps how many groups that is.
         given = args if args is not None else RankConfig()
         if not isinstance(given, RankConfig):
@@ -160,7 +168,12 @@ class RankTrainer(TrainerHooks, Trainer):
         args = copy.copy(given)
         self.groups_per_step = given.groups_over(given.world_size)
         args.gradient_accumulation_steps = 1
+        if compute_metrics is None:
+            check_best_metric(given)
         if eval_dataset is None:
+            option = uses_evaluation(args)
+            if option is not None:
+                raise InputError(f"{option} needs evaluations, got no eval_dataset")
             args.eval_strategy = "no"
         self.loss = args.ranking_loss
         self.reports: list[Report] = []
@@ -311,7 +324,9 @@ class RankTrainer(TrainerHooks, Trainer):
         if not len(groups):
             raise InputError(f"{name} must hold at least one group, got none")
         vocab_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        sizes = args.tokens_at_once(group_sizes(groups))
+        lengths = group_sizes(groups)
+        check_lengths(groups, lengths, args)
+        sizes = args.tokens_at_once(lengths)
         for i in np.flatnonzero(sizes > args.max_tokens)[:1]:
             raise InputError(too_large(groups[i], int(sizes[i]), args.max_tokens))
         largest = largest_ids(groups)
@@ -334,11 +349,11 @@ class RankTrainer(TrainerHooks, Trainer):
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """As ``Trainer.train``; ``True`` or ``"true"`` resumes from the latest undamaged
-        checkpoint, or starts anew if there is none yet.
+        checkpoint, ``"auto"`` too, or starts anew if there is none yet.
 
         Raises:
-            InputError: the checkpoint is damaged, or of a run that differs in more than
-                ``resume_changed`` allows; another run is writing ``output_dir``.
+            InputError: there is no checkpoint, it is damaged, or of a run that differs in more
+                than ``resume_changed`` allows; another run is writing ``output_dir``.
             TrainingInterrupted: Ctrl-C or SIGTERM came, in the main thread: after a whole step,
                 with a checkpoint of it; another Ctrl-C, a second later, raises
                 ``KeyboardInterrupt`` at once.
@@ -872,6 +887,23 @@ class RankTrainer(TrainerHooks, Trainer):
         bad = self._guard.bad_weights(self.lm)
         if bad:
             raise TrainingStopped(self._guard.weights_message(bad, self.state.global_step))
+
+
+#: Methods of ``Trainer`` that are not called here, and what to do in place of overriding them.
+_NOT_CALLED = {
+    "compute_loss": "give a loss of your own to RankConfig(loss=...)",
+    "prediction_step": "override evaluation_loop",
+    "_prepare_inputs": "override training_step",
+    "_get_train_sampler": "override get_train_dataloader",
+    "_get_eval_sampler": "override get_eval_dataloader",
+}
+
+
+def _refuse_overridden(kind: type) -> None:
+    """Refuse a subclass with a method that would never be called."""
+    for name, way in _NOT_CALLED.items():
+        if getattr(kind, name) is not getattr(Trainer, name):
+            raise InputError(f"{kind.__name__}.{name} would never be called by RankTrainer: {way}")
 
 
 def _switch(optimizer: Any, mode: str) -> None:

@@ -29,6 +29,7 @@ from fastrank.data.readers import ParsedRow
 from fastrank.data.records import Record
 from fastrank.errors import InputError
 from fastrank.options import TemplateOptions
+from fastrank.options.paths import local_path
 
 #: A row with one of these and no responses is a prompt to sample for.
 _PROMPT_KEYS = ("prompt", "query", "instruction")
@@ -258,7 +259,7 @@ def as_line(row: Row) -> str:
 
 def check_distinct(source: str, option: str, output: str) -> None:
     """Refuse an output that is the input: an interrupted run could not be taken up again."""
-    first, second = Path(source).expanduser(), Path(output).expanduser()
+    first, second = local_path(source), local_path(output)
     if first.exists() and second.exists() and first.samefile(second):
         raise InputError(f"--output must be another file than {option}, got {output} for both")
 
@@ -272,7 +273,7 @@ def template_identity(given: TemplateOptions) -> list[Any]:
 def file_identity(path: str) -> str:
     """Hash of a file's content, or of all files that a pattern matches; of a folder or a Hub name,
     the name."""
-    local = Path(path).expanduser()
+    local = local_path(path)
     if local.is_file():
         return content_hash(local)
     matched = matching_files(path)

@@ -87,8 +87,10 @@ def iterate(options: IterateOptions, config: RankConfig) -> dict[str, Any]:
         TrainingStopped: training cannot go on.
     """
     from fastrank.modeling.pretrained import check_model_path
+    from fastrank.training.early_checks import check_best_metric
     from fastrank.training.run import output_folder
 
+    check_best_metric(config)
     if config.world_size > 1:
         raise InputError(
             "fastrank iterate runs in one process; for several, call sample, reward and train by "
@@ -214,7 +216,7 @@ def _train(
 
     config = copy.copy(config)
     config.output_dir = str(output)
-    config.resume_from_checkpoint = "true"  # from the latest checkpoint, or from the beginning
+    config.resume_from_checkpoint = "auto"  # from the latest checkpoint, or from the beginning
     training = TrainOptions(
         model=model,
         data=str(data),

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from fastrank.data.locks import locked
 from fastrank.errors import InputError
+from fastrank.options.paths import local_path
 
 #: Seconds between two flushes to the disk. A killed process loses nothing either way; a machine
 #: that loses power loses at most this much work.
@@ -46,7 +47,7 @@ class Journal:
         discard: bool = False,
         lenient: tuple[str, ...] = (),
     ) -> None:
-        target = Path(output).expanduser()
+        target = local_path(output)
         self.path = target.with_name(target.name + ".partial")
         self.finished: dict[str, Any] = {}
         with ExitStack() as stack:

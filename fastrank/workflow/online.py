@@ -24,6 +24,7 @@ from fastrank.options import LoadOptions, ReadOptions, TemplateOptions
 from fastrank.options.declare import values_of
 from fastrank.training.callbacks import METRICS_FILE, read_metrics
 from fastrank.training.config import RankConfig
+from fastrank.training.early_checks import check_best_metric
 from fastrank.training.inputs import length_limits
 from fastrank.training.run import Job, output_folder, train
 from fastrank.training.run_report import ONLINE_PANELS, plot_metrics
@@ -50,6 +51,7 @@ def train_online(options: OnlineTrainOptions, config: RankConfig) -> dict[str, A
 
 def _train_online(options: OnlineTrainOptions, config: RankConfig) -> dict[str, Any]:
     loading = LoadOptions(device=str(config.device), trust_remote_code=options.trust_remote_code)
+    check_best_metric(config)
     check_reward(str(options.reward), options.reward_kind, loading)
     if options.reference_model is not None:
         check_model_path(options.reference_model)

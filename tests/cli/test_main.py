@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -68,7 +69,7 @@ WRONG_COMMANDS: dict[str, tuple[list[str], str]] = {
     "choice": (["inspect", "good.jsonl", "--normalize_rewards", "z"], "invalid choice: 'z'"),
     "limits alone": (["inspect", "good.jsonl", "--max_length", "9"], "need --tokenizer"),
     "negative": (["inspect", "good.jsonl", "--max_tokens", "-1"], "must be at least 2, got -1"),
-    "no folder": (["inspect", "good.jsonl", "--plot", "no/p.png"], "folder no does not exist"),
+    "no folder": (["inspect", "good.jsonl", "--plot", "no/p.png"], "its folder does not exist"),
     "plot folder": (["inspect", "good.jsonl", "--plot", "."], "expected a file, got a folder"),
     "no config": (["inspect", "good.jsonl", "--config", "c.yaml"], "c.yaml: cannot be read"),
     "config key": (["inspect", "good.jsonl", "--config", "bad.yaml"], "did you mean max_tokens"),
@@ -79,7 +80,7 @@ WRONG_COMMANDS: dict[str, tuple[list[str], str]] = {
     "tokenizer": (["inspect", "good.jsonl", "--tokenizer", "."], "it has no tokenizer_config"),
     "output": (
         ["score", "--data", "good.jsonl", "--model", ".", "--output", "x/y.jsonl"],
-        "folder x does not exist",
+        "its folder does not exist",
     ),
     "sizes": (["doctor", "--tokens", "0"], "--tokens must be at least 1, got 0"),
     "missing data": (["inspect", "nope.jsonl"], "nope.jsonl: no such file"),
@@ -200,15 +201,15 @@ def test_results(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     """As text, or as JSON, which has no NaN; a result that failed is exit code 1."""
     _command(
         monkeypatch,
-        lambda options: {"got": [options, options.value]},
+        lambda options: {"got": [options, options.value if options.value != 4 else math.nan]},
         text=lambda result: f"{result['got'][1]}",
         defaults=lambda given: {"value": 3.0},
         failed=lambda result: result["got"][1] > 5,
     )
     assert main(["made-up"]) == 0 and main(["made-up", "--value", "7"]) == 1
     assert capsys.readouterr().out == "3.0\n7.0\n"
-    assert main(["made-up", "--value", "nan", "--json"]) == 0
-    assert capsys.readouterr().out == '{"got": [{"json": true, "value": null}, null]}\n'
+    assert main(["made-up", "--value", "4", "--json"]) == 0
+    assert capsys.readouterr().out == '{"got": [{"json": true, "value": 4.0}, null]}\n'
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), ModuleNotFoundError("x", name="unheard")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from dataclasses import dataclass, field
 from enum import Enum
@@ -155,6 +156,12 @@ def test_the_command_line_wins_over_yaml(tmp_path: Path) -> None:
     assert options == Options("f", model=["c"], beta=1.0, shared_prompts=True)
 
 
+#: Nine values, each nine times the one before: a billion.
+_ALIASES = "loss_kwargs: {a: &a1 [1, 1]" + "".join(
+    f", a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(2, 11)
+) + "}\n"  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -162,7 +169,23 @@ def test_the_command_line_wins_over_yaml(tmp_path: Path) -> None:
         ("beta: much\n", "config.yaml: argument --beta: expected a number, got 'much'"),
         ("beta: [1\n", "config.yaml: malformed YAML"),
         ("- a\n- b\n", "config.yaml: expected a mapping of options, got list"),
-        ("!!python/object/apply:os.system ['true']\n", "config.yaml: malformed YAML"),
+        ("!!python/object/apply:os.system ['true']\n", "expected a mapping of options, got list"),
+        ("model: !!python/object/apply:os.system [x]\n", "line 1: tag:yaml.org,2002:python/object"),
+        ("beta: !number 3\n", "line 1: !number is no kind of value"),
+        ("beta: !!binary Mw==\n", "is no kind of value"),
+        ("beta: 2020-99-99\n", "expected a number, got '2020-99-99'"),
+        ("top_k: 1:30\n", "expected a whole number, got '1:30'"),  # 90 in YAML 1.1
+        ("data: a\ndata: b\n", "line 2: data is there twice"),
+        ("loss-kwargs: {}\nloss_kwargs: {}\n", "loss_kwargs is there twice"),
+        ("[a]: b\n", "line 1: a name must be a text"),
+        ("model: [a, ~]\n", "model must be a list of values, got null in it"),
+        ("model: [a, [b]]\n", 'model must be a list of values, got ["b"] in it'),
+        ("loss_kwargs: &a {x: *a}\n", "line 1: deeper nesting than options can have"),
+        ("model: &a [*a]\n", "line 1: deeper nesting than options can have"),
+        (f"model: {'[' * 5000}\n", "malformed YAML: nested too deeply"),
+        (f"model: {'[' * 100}{']' * 100}\n", "deeper nesting than options can have"),
+        (_ALIASES, "more values than options can have"),
+        (f"data: {'x' * 300_000}\n", "larger than 256 KiB, no file of options"),
         ("loss_kwargs: 3\n", "expected a JSON object, got '3'"),
     ],
 )
@@ -176,6 +199,29 @@ def test_yaml_that_cannot_be_read(tmp_path: Path) -> None:
     message = refused("--config", str(tmp_path / "c.yaml"))
     assert "not UTF-8 text" in message or "malformed YAML" in message
     assert run("f", "--config", _yaml(tmp_path, "")) == Options("f")
+
+
+def test_yaml_scalars_are_the_texts_they_are(tmp_path: Path) -> None:
+    """No octal numbers, dates or sexagesimal times, as on the command line."""
+    config = _yaml(tmp_path, "data: 2020-01-01\nmodel: [010, 1:30, no, '~']\nreport_to: on\n")
+    options = run("--config", config)
+    assert options.data == "2020-01-01" and options.model == ["010", "1:30", "no", "~"]
+    assert options.report_to == "on"
+    typed = _yaml(tmp_path, "loss_kwargs: {a: 1, b: 1e-3, c: True, d: ~, e: no, f: '1', g: .nan}")
+    assert run("f", "--config", typed).loss_kwargs == {
+        **{"a": 1, "b": 0.001, "c": True, "d": None, "e": "no", "f": "1", "g": ".nan"}
+    }
+
+
+def test_yaml_is_a_file_and_no_device_or_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # opened, it would wait for a writer
+    assert "expected a YAML file, got a pipe" in refused("f", "--config", str(tmp_path / "pipe"))
+    assert "got a device" in refused("f", "--config", "/dev/zero")
+    assert "expected a YAML file, got a folder" in refused("f", "--config", str(tmp_path))
+
+
+def test_json_that_nests_too_deeply_is_one_line() -> None:
+    assert "expected a JSON object" in refused("f", "--loss_kwargs", '{"a":' + "[" * 50_000)
 
 
 # Every TrainingArguments option, by the type of its field. A field that needs a particular text:

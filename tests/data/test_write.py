@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,43 @@ def test_check_output(tmp_path: Path) -> None:
         check_output(tmp_path / "no" / "new.txt")
     with pytest.raises(InputError, match="got a folder"):
         check_output(tmp_path)
+    with pytest.raises(InputError, match="no user nosuchuser"):
+        check_output("~nosuchuser/new.txt")
+    with pytest.raises(InputError, match="File name too long"):
+        check_output(tmp_path / ("n" * 300))
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(InputError, match="circle|levels of symbolic links"):
+        check_output(tmp_path / "circle")
+
+
+def test_only_files_are_replaced(tmp_path: Path) -> None:
+    """Not a pipe, a socket or a device: as root, a rename would replace even /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    kinds = {"pipe": "a pipe", "link": "a pipe"}
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(tmp_path / "socket"))
+    kinds["socket"] = "a socket"
+    if os.geteuid() == 0:
+        try:
+            os.mknod(tmp_path / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+            kinds["null"] = "a device"
+        except PermissionError:  # a container without the right to make one
+            pass
+    for name, kind in kinds.items():
+        before = (tmp_path / name).lstat()
+        for write in (check_output, lambda path: atomic_path(path).__enter__()):
+            with pytest.raises(InputError, match=f"{name}: expected a file, got {kind}"):
+                write(tmp_path / name)
+        after = (tmp_path / name).lstat()
+        assert (after.st_mode, after.st_ino, after.st_rdev) == (
+            *(before.st_mode, before.st_ino, before.st_rdev),
+        )
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("older")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with atomic_path(tmp_path / "link") as temporary:
+        temporary.write_text("newer")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "newer"

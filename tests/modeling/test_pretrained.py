@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
+from fastrank.data.hub import use_hub
 from fastrank.errors import InputError
 from fastrank.modeling.pretrained import (
     check_model_path,
@@ -78,6 +79,38 @@ def test_missing_paths(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     assert "no such model folder" in _refused(load, name)
+
+
+def test_a_name_without_a_network_is_looked_for_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One request, no repetitions, then the cache of the Hub alone."""
+    asked: list[str] = []
+
+    class Session:
+        def head(self, url: str, **options: object) -> None:
+            asked.append(url)
+            raise ConnectionError("no network")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    use_hub.cache_clear()
+    try:
+        for load in (check_model_path, load_model, load_tokenizer):
+            message = _refused(load, "nobody/nothing")
+            assert "it is not in the cache of the Hub, which cannot be reached" in message
+        assert len(asked) == 1
+        snapshot = tmp_path / "models--nobody--nothing" / "snapshots" / "abc"
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("abc")
+        assert check_model_path("nobody/nothing") == "nobody/nothing"
+        assert len(asked) == 1
+    finally:
+        use_hub.cache_clear()
 
 
 def test_other_things_than_model_folders(tmp_path: Path, copy: Path) -> None:

@@ -36,7 +36,7 @@ def options(output_dir: Path) -> list[str]:
         *("train", "--output_dir", str(output_dir), "--max_steps", str(STEPS)),
         *("--logging_steps", "1", "--save_steps", "1", "--save_total_limit", "2"),
         *("--eval_strategy", "no", "--eval_groups", "8", "--per_device_train_batch_size", "8"),
-        *("--disable_tqdm", "true", "--resume_from_checkpoint", "true"),
+        *("--disable_tqdm", "true", "--resume_from_checkpoint", "auto"),
     ]
 
 

@@ -37,7 +37,7 @@ def train(folder: Path, steps: int, **options: Any) -> dict[str, Any]:
         **options,
     )
     trainer = RankTrainer(make_model(tied=True), config, close_groups())
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint="auto")
     return {
         "weights": whole_weights(trainer),
         "log": [row for row in trainer.state.log_history if "grad_norm" in row],

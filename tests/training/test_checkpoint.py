@@ -85,9 +85,12 @@ def test_what_resume_from_checkpoint_means(tmp_path: Path) -> None:
         assert checkpoint.resolve_resume(nothing, tmp_path) is None
     for latest in (True, "true", "True", "latest", "yes"):
         assert checkpoint.resolve_resume(latest, tmp_path) == path
-        assert checkpoint.resolve_resume(latest, tmp_path / "new") is None
+        with pytest.raises(InputError, match="new holds no checkpoint to go on from; auto would"):
+            checkpoint.resolve_resume(latest, tmp_path / "new")
+    assert checkpoint.resolve_resume("auto", tmp_path) == path
+    assert checkpoint.resolve_resume("auto", tmp_path / "new") is None
     assert checkpoint.resolve_resume(str(path), tmp_path / "new") == path
-    with pytest.raises(InputError, match="is no folder; expected a checkpoint or true"):
+    with pytest.raises(InputError, match="is no folder; expected a checkpoint, true or auto"):
         checkpoint.resolve_resume(str(tmp_path / "checkpoint-5"), tmp_path)
 
 
@@ -136,7 +139,7 @@ def test_resuming_is_exact(
 ) -> None:
     """Stopped before, at and after the end of an epoch of 6 steps, with AdamW and its schedule."""
 
-    def run(name: str, resume: bool, *callbacks: TrainerCallback) -> Any:
+    def run(name: str, resume: bool | str, *callbacks: TrainerCallback) -> Any:
         out = tmp_path / name
         trainer = make_trainer(
             menu_groups,
@@ -153,7 +156,7 @@ def test_resuming_is_exact(
     whole = run("whole", False)
     for stop in stops:
         with pytest.raises(_Stop):
-            run("cut", True, _StopAt(stop))  # at first there is nothing to resume from: it begins
+            run("cut", "auto", _StopAt(stop))  # at first there is nothing to resume from: it begins
     resumed = run("cut", True)
     assert resumed.state.global_step == whole.state.global_step
     assert_same_weights(resumed, whole)

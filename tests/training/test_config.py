@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from fastrank.errors import InputError
 from fastrank.losses import PRO, RRHF
 from fastrank.training.config import RankConfig
+from fastrank.training.early_checks import check_best_metric
 
 
 def _config(**options: object) -> RankConfig:
-    return RankConfig(output_dir="unused", **options)  # type: ignore[arg-type]
+    return RankConfig(**({"output_dir": "unused"} | options))  # type: ignore[arg-type]
 
 
 def test_defaults_that_differ_from_transformers() -> None:
@@ -63,12 +66,78 @@ def test_groups_per_step_counts_accumulation() -> None:
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"lr_scheduler_type": "lineal"}, "lineal is not a valid SchedulerType"),
         ({"attention": "flash"}, "attention must be one of"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number, got nan"),
+        ({"learning_rate": -1e-3}, "learning_rate must be at least 0, got -0.001"),
+        ({"weight_decay": float("inf")}, "weight_decay must be a finite number, got inf"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0, got -1.0"),
+        ({"adam_beta1": 1.5}, "optim=adamw.* Invalid beta parameter at index 0: 1.5"),
+        ({"optim": "adamw_bnb_8bit"}, "optim=adamw_bnb_8bit .* need to install `bitsandbytes`"),
+        ({"optim": "galore_adamw"}, "optim=galore_adamw .* need to install `galore_torch`"),
+        ({"optim": "adam"}, "adam is not a valid OptimizerNames"),
+        ({"lr_scheduler_kwargs": {"x": 1}}, "lr_scheduler_type=linear .*keyword argument 'x'"),
+        ({"num_train_epochs": -1.0}, "num_train_epochs must be at least 0, got -1.0"),
+        ({"max_steps": 0}, "max_steps must be at least 1, or -1 for num_train_epochs, got 0"),
+        ({"max_steps": 10**30}, "max_steps must be a number of 64 bits, got 1000"),
+        ({"save_steps": 0}, "save_steps must be above 0 for save_strategy=steps, got 0"),
+        ({"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
+        ({"data_seed": 2**32}, "data_seed must be from 0 to 4294967295, got 4294967296"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers must be at least 0, got -1"),
+        ({"report_to": "tensorbord"}, "report_to: tensorbord is not supported, only"),
+        ({"deepspeed": "zero.json"}, "deepspeed needs another package: pip install deepspeed"),
+        ({"save_strategy": "best"}, "save_strategy=best needs metric_for_best_model"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"},
+            "load_best_model_at_end needs evaluations, got eval_strategy=no",
+        ),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "no"},
+            "lr_scheduler_type reduce_lr_on_plateau requires an eval strategy",
+        ),
+        ({"output_dir": "~nosuchuser/run"}, "no user nosuchuser"),
+        ({"output_dir": "run\0"}, "a path cannot hold a NUL character"),
     ],
 )
-def test_wrong_options_get_one_line(options: dict[str, object], message: str) -> None:
+def test_wrong_options_get_one_line(
+    options: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "deepspeed" in options:
+        monkeypatch.setattr("transformers.integrations.is_deepspeed_available", lambda: False)
     with pytest.raises(InputError, match=message) as caught:
         _config(**options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = "transformers.integrations.get_available_reporting_integrations"
+    monkeypatch.setattr(found, lambda: ["wandb"])
+    assert _config(report_to="wandb").report_to == ["wandb"]
+    with pytest.raises(InputError, match="report_to=tensorboard needs another package: pip"):
+        _config(report_to=["wandb", "tensorboard"])
+
+
+def test_the_best_model_by_its_names() -> None:
+    for name, key in {
+        **{"eval_loss": "eval_loss", "ranking_accuracy": "rewards/accuracies"},
+        **{"tau": "rank/kendall_tau", "val_rank/mrr": "val_rank/mrr"},
+    }.items():
+        config = _config(metric_for_best_model=name)
+        assert config.metric_for_best_model == key
+        check_best_metric(config)
+        assert config.greater_is_better is not key.endswith("loss")
+    check_best_metric(_config(metric_for_best_model="entropy", eval_token_statistics=True))
+    for name, message in (
+        ("acuracy", r"'acuracy', did you mean rewards/accuracies\?"),
+        ("grad_norm", "must be one of loss, rank_loss, sft_loss, rewards/accuracies, "),
+        ("entropy", "must be one of loss"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_best_metric(_config(metric_for_best_model=name))
+
+
+def test_the_output_folder_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that changes its folder later goes on writing where it began."""
+    monkeypatch.chdir(tmp_path)
+    assert _config(output_dir="run").output_dir == str(tmp_path / "run")
 
 
 def test_the_precision_is_chosen_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

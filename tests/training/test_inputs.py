@@ -55,6 +55,44 @@ def stream(rows: list[dict[str, Any]], passes: list[int] | None = None) -> Any:
     return datasets.IterableDataset.from_generator(generate)
 
 
+def test_ready_groups_are_not_cut_in_silence(
+    make_trainer: Any, menu_groups: list[fastrank.Group]
+) -> None:
+    prompt = max(len(group.prompt_ids) for group in menu_groups)
+    response = max(len(ids) for group in menu_groups for ids in group.response_ids)
+    assert make_trainer(menu_groups, max_prompt_length=prompt, max_response_length=response)
+    for name, limit in (
+        ("max_prompt_length", prompt - 1),
+        ("max_response_length", response - 1),
+        ("max_length", prompt),
+    ):
+        with pytest.raises(InputError, match=rf"{name}={limit} is for records, ready groups are"):
+            make_trainer(menu_groups, **{name: limit})
+
+
+@pytest.mark.parametrize(
+    "name", ["compute_loss", "prediction_step", "_prepare_inputs", "_get_train_sampler"]
+)
+def test_a_method_that_would_never_be_called_is_refused(
+    name: str, menu_groups: list[fastrank.Group], tmp_path: Path
+) -> None:
+    own = type("Own", (fastrank.RankTrainer,), {name: lambda self, *args, **kwargs: 0.0})
+    with pytest.raises(InputError, match=rf"Own\.{name} would never be called by RankTrainer: "):
+        own("./absent", config(tmp_path), menu_groups)
+
+
+def test_the_best_model_needs_held_out_groups(
+    make_trainer: Any, menu_groups: list[fastrank.Group]
+) -> None:
+    best = {"save_strategy": "best", "metric_for_best_model": "accuracy"}
+    with pytest.raises(InputError, match="save_strategy=best needs evaluations, got no eval_data"):
+        make_trainer(menu_groups, **best)
+    assert make_trainer(menu_groups, menu_groups[:4], **best)
+    best["metric_for_best_model"] = "acuracy"
+    with pytest.raises(InputError, match="did you mean rewards/accuracies"):
+        make_trainer(menu_groups, menu_groups[:4], **best)
+
+
 def test_any_records_are_tokenised_as_the_command_line_does(
     policy_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,7 +37,6 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"adam_epsilon": 1e-6}, "adam_epsilon=1e-08, got 1e-06"),
     ({"optim": "sgd"}, "optim=adamw_torch"),
     ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type=linear, got cosine"),
-    ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs"),
     ({"warmup_steps": 1}, "warmup_steps=0, got 1"),
     ({"max_grad_norm": 0.5}, "max_grad_norm=1.0, got 0.5"),
     ({"max_steps": 4}, "max_steps=2, got 4"),

@@ -59,7 +59,7 @@ def test_the_command_goes_on_from_tensor_parallelism(tmp_path: Path) -> None:
             **{"model": tmp_path / "model", "data": data, "output_dir": tmp_path / run},
             **{"max_steps": steps, "save_steps": 1, "logging_steps": 1, "groups_per_step": 8},
             **{"lr_scheduler_type": "constant", "learning_rate": 1e-3, "eval_strategy": "no"},
-            **{"eval_groups": 4, "resume_from_checkpoint": "true", "disable_tqdm": "true"},
+            **{"eval_groups": 4, "resume_from_checkpoint": "auto", "disable_tqdm": "true"},
         }
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return ["train", *words, *more]

@@ -97,7 +97,7 @@ def _resolved(value: object, folders: list[Path], checksums: list[bool]) -> list
         return gather
 
     def resolve(rank: int) -> None:
-        named = value if isinstance(value, bool) else str(folders[rank] / str(value))
+        named = value if value in (True, "auto") else str(folders[rank] / str(value))
         try:
             results[rank] = checkpoint.resolve_resume(
                 named, folders[rank], checksums=checksums[rank], gather=gatherer(rank)
@@ -128,7 +128,8 @@ def _spoil(file: Path) -> None:
 def test_processes_agree_on_a_checkpoint(tmp_path: Path) -> None:
     one, other = folders = [tmp_path / "one", tmp_path / "other"]
     first = [True, False]
-    assert _resolved(True, folders, first) == [None, None]
+    assert _resolved("auto", folders, first) == [None, None]
+    assert all("one holds no checkpoint" in e for e in _resolved(True, [one, one], first))
     _publish(one, 2, 4, 10)
     for wanted in (True, "checkpoint-4"):
         for error in _resolved(wanted, folders, first):

@@ -7,7 +7,7 @@
 # One launcher on each machine of a SLURM job; options of sbatch go before the file:
 #
 #   sbatch --nodes 4 "$(python -m fastrank.training.configs slurm)" train --model MODEL --data FILE \
-#     --output_dir SHARED/run --resume_from_checkpoint true
+#     --output_dir SHARED/run --resume_from_checkpoint auto
 #
 # ENGINE and PROCESSES as for nodes.sh. A requeued job goes on from its latest checkpoint.
 set -euo pipefail
