@@ -250,6 +250,11 @@ def ranked_tokens(
     return ranked
 
 
+def bare_id(token: int) -> int:
+    """The token of a `marked` id."""
+    return token if token >= 0 else ~token
+
+
 def marked(ids: Sequence[int], ranked: Sequence[bool]) -> list[int]:
     """Token ids in which one that is not ranked is written as its complement ``~id``.
 

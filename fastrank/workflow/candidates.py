@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from fastrank.data.fields import Ends
+from fastrank.data.fields import Ends, Said, is_blank
+from fastrank.data.files import value_checksum
 from fastrank.data.packing import Group
 from fastrank.data.report import Report
 from fastrank.data.tokenize import TokenizeOptions, as_group, encode_record, truncate
@@ -46,22 +47,22 @@ def add_responses(
         as_chat: the prompt was given to the policies as a message.
     """
     is_chat = as_chat or not isinstance(item.prompt, str)
-    texts: list[str] = []
+    said: list[Said] = []
     scores: list[float | None] = []
     sources: list[str] = []
     ended: Ends = []
     seen: set[str] = set()
     counts.empty += item.num_blank
 
-    def add(text: str, score: float | None, source: str, whole: bool | None) -> bool:
-        bare = text.strip()
-        if not bare:
+    def add(response: Said, score: float | None, source: str, whole: bool | None) -> bool:
+        bare = response.strip() if isinstance(response, str) else value_checksum(response)
+        if is_blank(response):
             counts.empty += 1
         elif bare in seen:
             counts.duplicates += 1
         else:
             seen.add(bare)
-            texts.append(text)
+            said.append(response)
             scores.append(score)
             sources.append(source)
             ended.append(whole)
@@ -74,8 +75,8 @@ def add_responses(
     for source, responses in drawn:
         for text, whole in responses:
             counts.new += add(text.strip() if is_chat else text, None, source, whole)
-    counts.sizes[len(texts)] = counts.sizes.get(len(texts), 0) + 1
-    return replace(item, responses=texts, scores=scores, sources=sources, ended=ended, num_blank=0)
+    counts.sizes[len(said)] = counts.sizes.get(len(said), 0) + 1
+    return replace(item, responses=said, scores=scores, sources=sources, ended=ended, num_blank=0)
 
 
 def group_of_item(
@@ -93,7 +94,7 @@ def group_of_item(
         None if there is no response, no prompt token, or the chat template refuses.
     """
     pairs = enumerate(zip(item.responses, item.ended, strict=True))
-    item = item.take([i for i, (text, whole) in pairs if whole is not False or text.strip()])
+    item = item.take([i for i, (said, whole) in pairs if whole is not False or not is_blank(said)])
     if not item.responses:
         return None
     record = item.as_record()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastrank import options as shared
 from fastrank.console import Bar
+from fastrank.data.fields import is_blank
 from fastrank.data.write import atomic_path, check_output
 from fastrank.errors import InputError
 from fastrank.options.declare import change, option, options, values_of
@@ -104,7 +105,7 @@ def _fresh(options: EvaluateOptions) -> dict[str, Any]:
         "prompts": len(items),
         "responses": samples.num_responses,
         "tokens_per_response": samples.num_tokens / max(samples.num_responses, 1),
-        "empty_responses": sum(not r.strip() for item in samples.items for r in item.responses),
+        "empty_responses": sum(is_blank(r) for item in samples.items for r in item.responses),
     }
     if options.reward is not None:
         rewards, notes = _rewards(options, samples)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrank.data import fields, formats
-from fastrank.data.fields import Ends, Prompt
+from fastrank.data.fields import Ends, Prompt, Said
 from fastrank.data.files import (
     Place,
     Row,
@@ -37,8 +37,6 @@ _PROMPT_KEYS = ("prompt", "query", "instruction")
 #: What a canonical record says itself, and what would contradict it.
 _OWN = {"prompt", "responses", "scores", "ranks", "sources", "ended"}
 
-SEVERAL = "candidates of several turns, which train, score and inspect read"
-
 #: The source of a response that was in the file and does not say where it came from.
 FROM_DATA = "data"
 
@@ -54,7 +52,7 @@ class PromptItem:
     Attributes:
         place: where the row stands, for messages.
         prompt: text, or chat messages.
-        responses: those in the file that are not blank.
+        responses: those in the file that are not blank: texts, or messages where they say more.
         scores: one per response; None where the file gives none.
         sources: what made each response: a model's path, or "data".
         ended: whether each response came to its end; False for one cut at a limit, None where the
@@ -66,7 +64,7 @@ class PromptItem:
 
     place: Place
     prompt: Prompt
-    responses: list[str]
+    responses: Sequence[Said]
     scores: Scores
     sources: list[str]
     ended: Ends
@@ -91,21 +89,39 @@ class PromptItem:
 
     def as_record(self) -> Record:
         """The record that training would read; no score counts as 0."""
+        whole = any(not isinstance(response, str) for response in self.responses)
         return Record(
             self.prompt,
-            list(self.responses),
+            [fields.said_text(response) for response in self.responses],
             [0.0 if score is None else score for score in self.scores],
             self.place.line,
+            positions=tuple(range(len(self.responses))),
+            turns=tuple(self.responses) if whole else (),
             tools=self.tools,
             ended=tuple(whole is not False for whole in self.ended),
         )
+
+    def texts(self, why: str) -> list[str]:
+        """The responses, where a text is all that can be read; ``why`` says of whom.
+
+        Raises:
+            InputError: one is a message that says more, or several.
+        """
+        for number, response in enumerate(self.responses, start=1):
+            if not isinstance(response, str):
+                what = "messages of several turns"
+                if isinstance(response, dict):
+                    keys = ", ".join(key for key in response if key not in ("role", "content"))
+                    what = f"a message with {keys}"
+                raise InputError(f"{self.place}: response {number} is {what}, and {why}")
+        return [response for response in self.responses if isinstance(response, str)]
 
     def as_row(self) -> Row:
         """The canonical record."""
         row = {
             **self.extra,
             "prompt": self.prompt,
-            "responses": self.responses,
+            "responses": list(self.responses),
             "scores": self.scores,
             "sources": self.sources,
         }
@@ -185,12 +201,9 @@ def _item(place: Place, row: Row, name: str | None) -> PromptItem | None:
     else:
         found = formats.parse(name, row, place)
         used = {*formats.FORMATS[name].fields, *_score_fields(name)}
-    refused = found.refused
-    if any(isinstance(response, list) for response in found.responses):
-        refused = SEVERAL
-    if refused is not None:
-        _say_once(f"{place}: left out: {refused}")
-    if found.prompt is None or refused is not None:
+    if found.refused is not None:
+        _say_once(f"{place}: left out: {found.refused}")
+    if found.prompt is None or found.refused is not None:
         return None
     used |= {"system"}  # a message of the prompt by now
     extra = {key: value for key, value in row.items() if key not in used | _OWN}
@@ -232,10 +245,7 @@ def _build(
     for response, score, source, whole in zip(
         found.responses, found.scores, origin, ended, strict=True
     ):
-        if isinstance(response, dict):
-            keys = ", ".join(key for key in response if key not in ("role", "content"))
-            raise InputError(f"{place}: a response is a message with {keys}, expected a text alone")
-        if isinstance(response, str) and response.strip():
+        if response and not fields.is_blank(response):
             texts.append(response)
             scores.append(score if has_scores else None)  # an order alone is no reward
             origins.append(source)
@@ -243,7 +253,7 @@ def _build(
     blank = len(found.responses) - len(texts)
     named: dict[str, list[str]] = {}
     for name, response in zip(found.names, found.responses, strict=False):
-        if response is not None:
+        if response:
             named.setdefault(name, []).append(fields.said_text(response).strip())
     return PromptItem(place, found.prompt, texts, scores, origins, ends, blank, extra, named)
 

@@ -31,7 +31,7 @@ from fastrank.training.run_report import ONLINE_PANELS, plot_metrics
 from fastrank.training.together import ending_together
 from fastrank.workflow.items import read_items
 from fastrank.workflow.online_options import OnlineTrainOptions
-from fastrank.workflow.online_round import RoundMaker
+from fastrank.workflow.online_round import TEXTS_ALONE, RoundMaker
 from fastrank.workflow.online_trainer import OnlineTrainer
 from fastrank.workflow.policy import encode_prompts
 from fastrank.workflow.reward import check_reward, load_reward
@@ -83,6 +83,8 @@ def _load(
     items = list(
         read_items(str(options.online_prompts), format=options.format, columns=options.columns)
     )
+    for item in items:
+        item.texts(TEXTS_ALONE)
     tokenizer = load_tokenizer(
         path,
         trust_remote_code=trust,

@@ -40,6 +40,9 @@ from fastrank.workflow.online_options import OnlineTrainOptions
 from fastrank.workflow.policy import EncodedPrompts
 from fastrank.workflow.reward import Scorer, check_finite
 
+#: Of stored candidates.
+TEXTS_ALONE = "online training takes texts alone as stored candidates: leave it out"
+
 #: The source of a response that the model drew in this round.
 FRESH = "online"
 
@@ -160,7 +163,7 @@ class RoundMaker:
             )
             both = replace(
                 fresh,
-                responses=fresh.responses + stored.responses,
+                responses=[*fresh.responses, *stored.responses],
                 scores=fresh.scores + stored.scores,
                 sources=fresh.sources + stored.sources,
                 ended=fresh.ended + stored.ended,
@@ -197,7 +200,7 @@ class RoundMaker:
             found.append(
                 RoundCandidates(
                     index=batch.members[i],
-                    responses=list(items[i].responses),
+                    responses=items[i].texts(TEXTS_ALONE),
                     ended=[whole is not False for whole in items[i].ended],
                     fresh=[source == FRESH for source in items[i].sources],
                     rewards=rewards[i],

@@ -184,7 +184,7 @@ def bleu(samples: Samples, references: Sequence[Sequence[str]]) -> float:
 
     hypotheses, beside = [], []
     for item, own in zip(samples.items, references, strict=True):
-        for response in item.responses if own else ():
+        for response in item.texts("BLEU compares texts") if own else ():
             hypotheses.append(response)
             beside.append(own)
     if not hypotheses:

@@ -182,12 +182,18 @@ def check_reward(reward: str, kind: str, loading: shared.LoadOptions) -> None:
         reward_kind(reward, loading)
 
 
+_TEXTS_ALONE = (
+    "a reward function is given texts alone: leave the record out, give the text, or have a model "
+    "reward it (--reward MODEL)"
+)
+
+
 def _function_scorer(function: RewardFunction) -> Scorer:
     def score(items: Sequence[PromptItem]) -> list[Scores]:
         return [
             [
                 function(item.prompt, response, f"{item.place}: response {number}")
-                for number, response in enumerate(item.responses, start=1)
+                for number, response in enumerate(item.texts(_TEXTS_ALONE), start=1)
             ]
             for item in items
         ]

@@ -21,10 +21,12 @@ from fastrank.data.render import PLAIN, render_plain
 from fastrank.data.report import Report
 from fastrank.data.tokenize import (
     TokenizeOptions,
+    as_group,
+    cut_record,
     encode_record,
-    tokenize_record,
     truncate,
 )
+from fastrank.data.turns import bare_id
 from fastrank.errors import InputError
 from fastrank.modeling.context import context_length
 from fastrank.modeling.prepare import prepare_model
@@ -120,7 +122,11 @@ class ClassifierReward:
             limits: dict[str, Any] = {"truncation": self.context is not None}
             if self.context is not None:
                 limits["max_length"] = self.context
-            rows = [tokenizer(prompt, response, **limits) for response in item.responses]
+            rows = [
+                # A pair of texts has no place for calls, reasoning and turns.
+                tokenizer(prompt, said, **limits) if isinstance(said, str) else {}
+                for said in item.responses
+            ]
             return [{name: list(values) for name, values in row.items()} for row in rows]
         record = item.as_record()
         encoded = encode_record(record, tokenizer, self.report, as_chat=self.as_chat)
@@ -128,7 +134,7 @@ class ClassifierReward:
             return [{} for _ in item.responses]
         limit = TokenizeOptions(max_length=self.context)
         prompt_ids, responses = truncate(encoded, tokenizer, limit, Report(), record.line)
-        return [{"input_ids": [*prompt_ids, *response]} for response in responses]
+        return [{"input_ids": [*prompt_ids, *map(bare_id, response)]} for response in responses]
 
     def _forward(self, rows: list[dict[str, list[int]]]) -> Tensor:
         longest = max(len(row["input_ids"]) for row in rows)
@@ -168,22 +174,27 @@ class LogprobReward:
     def __call__(self, items: Sequence[PromptItem]) -> list[Scores]:
         """Rewards of every item's responses."""
         groups: list[Group] = []
-        members: list[int] = []
+        members: list[tuple[int, tuple[int, ...]]] = []
         rewards: list[Scores] = [[None] * len(item.responses) for item in items]
         for i, item in enumerate(items):
             if not item.responses:
                 continue
-            group = tokenize_record(item.as_record(), self.tokenizer, self.options, self.report)
-            if group is not None:
-                groups.append(group)
-                members.append(i)
+            record = item.as_record()
+            encoded = encode_record(
+                record, self.tokenizer, self.report, as_chat=self.options.as_chat
+            )
+            cut = encoded and cut_record(record, encoded, self.tokenizer, self.options, self.report)
+            if cut is not None:
+                groups.append(as_group(*cut, item.place.name))
+                members.append((i, cut[0].positions))
         if not groups:
             return rewards
         tokens = enough_tokens(groups, _PACK_TOKENS)
         with refusals_of(self.path):
             found = score(self.model, groups, max_tokens=tokens)
-        for i, values in zip(members, found, strict=True):
-            rewards[i] = values.tolist()
+        for (i, positions), values in zip(members, found, strict=True):
+            for position, value in zip(positions, values.tolist(), strict=True):
+                rewards[i][position] = value
         return rewards
 
 

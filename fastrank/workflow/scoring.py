@@ -193,7 +193,8 @@ def _write(file: TextIO, record: Record, values: Tensor) -> None:
     """The record as it was read, with ``model_scores`` beside its candidates (null: dropped)."""
     row = record.source
     if row is None:
-        row = {"prompt": record.prompt, "responses": record.responses, "scores": record.scores}
+        said = list(record.turns or record.responses)
+        row = {"prompt": record.prompt, "responses": said, "scores": record.scores}
         if record.ended:
             row["ended"] = end_names(record.ended)
         aligned: list[float | None] = values.tolist()

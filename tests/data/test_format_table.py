@@ -18,7 +18,7 @@ from fastrank.data.readers import PARTED_EARLY
 from fastrank.data.records import read_records
 from fastrank.data.report import NO_PROMPT, NO_SCORE, Report
 from fastrank.errors import InputError
-from fastrank.workflow.items import SEVERAL, file_identity, read_items
+from fastrank.workflow.items import file_identity, read_items
 
 HI = [{"role": "user", "content": "hi"}]
 BACK = [*HI, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "more"}]
@@ -291,7 +291,7 @@ def test_table(name: str, tmp_path: Path) -> None:
     items = [item for item in read_items(path, **case.options) if item.prompt is not None]
     assert [(item.prompt, item.responses) for item in items if len(item.responses) > 1][
         -len(found) :
-    ] == [(r.prompt, r.responses) for r in found if not r.is_masked]
+    ] == [(r.prompt, list(r.turns or r.responses)) for r in found]
 
 
 def test_every_format_is_in_the_table_and_in_the_help() -> None:
@@ -304,10 +304,10 @@ def test_what_is_left_out_of_a_workflow_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in CASES["one odd conversation"].rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in CASES["HH, parted early"].rows))
     with caplog.at_level(logging.WARNING):
         assert len(list(read_items(path))) == len(list(read_items(path))) == 1
-    assert [r.getMessage() for r in caplog.records] == [f"{path}, line 1: left out: {SEVERAL}"]
+    assert [r.getMessage() for r in caplog.records] == [f"{path}, line 1: left out: {PARTED_EARLY}"]
 
 
 # ---- kinds of files ---------------------------------------------------------------------------

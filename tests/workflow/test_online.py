@@ -374,3 +374,14 @@ def test_online_options_need_online_training(policy_path, inputs, capsys):
         assert "belongs to online training" in capsys.readouterr().err
     assert main(["train", "--model", str(policy_path), "--online_every", "3"]) == 2
     assert "--online_every needs --online_prompts" in capsys.readouterr().err
+
+
+def test_stored_candidates_that_are_messages_are_one_line(
+    policy_path, inputs, write_rows, tmp_path, capsys
+):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    data = write_rows([{"prompt": "q", "responses": ["a", call]}])
+    assert train(inputs, tmp_path / "run", policy_path, "--online_prompts", str(data)) == 2
+    error = capsys.readouterr().err
+    assert "response 2 is a message with tool_calls, and online training takes texts" in error
+    assert error.count("\n") == 1

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from chat_templates import CALLS
+from chat_templates import answer as said
 from killing import run_until_lines
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import fastrank
+from fastrank.data.load import load_groups
 from fastrank.data.records import read_records
 from fastrank.data.render import PLAIN
 from fastrank.errors import InputError
@@ -294,3 +298,76 @@ def test_what_a_reward_model_was_given_is_said(policy_path, write_rows, tmp_path
     assert score(data, tmp_path / "f.jsonl", f"{tmp_path}/f.py:f")["read_as"] == {}
     with pytest.raises(InputError, match="--chat_template is of reward models, got a function"):
         score(data, tmp_path / "g.jsonl", f"{tmp_path}/f.py:f", chat_template="chatml")
+
+
+WHY = {"role": "user", "content": "why"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+WHOLE = [
+    {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "responses": [[said("a"), WHY, said("b c")], said("d"), [CALL, WHY, said("e")], " "],
+    },
+    {"prompt": "yo", "responses": [[said("x"), WHY, said("y")], "z"]},
+    {"prompt": "no", "responses": ["l ", "m"]},
+]
+
+
+def test_models_read_whole_messages_and_turns_as_training_does(
+    policy_path, write_rows, read_rows, tmp_path
+):
+    template = tmp_path / "calls.jinja"
+    template.write_text(CALLS)
+    data = write_rows(WHOLE)
+    tokenizer = AutoTokenizer.from_pretrained(policy_path)
+    tokenizer.chat_template = CALLS
+    groups, _ = load_groups(data, tokenizer, format="unscored")
+    assert [group.ranked is not None for group in groups] == [True, True, False]
+    model = AutoModelForCausalLM.from_pretrained(policy_path, dtype=torch.float32).eval()
+    output = tmp_path / "out.jsonl"
+    assert score(data, output, str(policy_path), chat_template=str(template))["unscored"] == 0
+    rows = read_rows(output)
+    for row, own in zip(rows, fastrank.score(model, groups), strict=True):
+        assert row["scores"] == pytest.approx(own.tolist(), abs=1e-5)
+    # What is written back is what was read, and the same to train on.
+    assert rows[0]["responses"] == [WHOLE[0]["responses"][0], "d", WHOLE[0]["responses"][2]]
+    again, _ = load_groups(output, tokenizer)
+    for one, other in zip(groups, again, strict=True):
+        assert all(map(torch.equal, one.marked, other.marked))
+
+    path = tiny_models.save_classifier(tmp_path / "rm")
+    score(data, output, str(path), chat_template=str(template))
+    judge = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    for row, group in zip(read_rows(output), groups, strict=True):
+        for given, ids in zip(row["scores"], group.response_ids, strict=True):
+            with torch.no_grad():
+                expected = float(judge(torch.cat([group.prompt_ids, ids])[None]).logits)
+            assert given == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_function_is_given_texts_alone(functions, write_rows, tmp_path):
+    output = tmp_path / "out.jsonl"
+    for row, what in (
+        (WHOLE[1], "response 1 is messages of several turns, and a reward function"),
+        (WHOLE[0] | {"responses": ["a", CALL]}, "response 2 is a message with tool_calls, and"),
+    ):
+        data = write_rows([WHOLE[2], row])
+        with pytest.raises(InputError, match=f"line 2: {what}.*--reward MODEL") as error:
+            score(data, output, f"{functions}:length")
+        assert "\n" not in str(error.value) and not output.exists()
+        for left in tmp_path.glob("*out*partial*"):
+            left.unlink()
+
+
+def test_a_reward_stands_beside_its_response_where_another_has_nothing_left(
+    policy_path, write_rows, read_rows, tmp_path
+):
+    template = tmp_path / "calls.jinja"
+    template.write_text(CALLS)
+    long = {"role": "user", "content": "long " * 40}
+    row = {"prompt": "hi", "responses": [[long, said("a")], [said("b"), WHY, said("c")], "d"]}
+    result = score(
+        write_rows([row]), tmp_path / "out.jsonl", str(policy_path), chat_template=str(template)
+    )
+    (row,) = read_rows(tmp_path / "out.jsonl")
+    assert result["unscored"] == 1
+    assert row["scores"][0] is None and None not in row["scores"][1:]

@@ -94,6 +94,21 @@ def test_several_policies_and_the_files_own_responses_are_mixed(
         assert of_first == own
 
 
+def test_whole_messages_and_turns_of_the_file_stay_as_they_are(
+    policy_path, write_rows, read_rows, tmp_path
+):
+    turn = {"role": "assistant", "content": "a", "reasoning_content": "r"}
+    talk = [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, turn]
+    rows = [{"prompt": "q", "responses": [talk, turn, "d", talk, turn], "scores": [3, 2, 1, 0, 0]}]
+    output = tmp_path / "out.jsonl"
+    result = draw([policy_path], write_rows(rows), output)
+    (row,) = read_rows(output)
+    assert row["prompt"] == [{"role": "user", "content": "q"}]
+    assert row["responses"][:3] == [talk, turn, "d"] and row["scores"][:3] == [3, 2, 1]
+    assert result["duplicates"] == 2 and result["responses_new"] >= 1
+    assert all(isinstance(response, str) for response in row["responses"][3:])
+
+
 def test_an_output_can_be_sampled_for_again(policy_path, write_rows, read_rows, tmp_path):
     first, second = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
     draw(policy_path, write_rows(PROMPTS), first)
