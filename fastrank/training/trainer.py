@@ -469,10 +469,12 @@ class RankTrainer(TrainerHooks, Trainer):
             )
         allowed = plan.changed_names(self.args.resume_changed)
         changed = plan.check_resumed(found, self._plan, allowed, known=self._plan)
-        if changed and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        sharded = self.is_fsdp_enabled and not self.writes_whole_state
+        if changed and (self.is_deepspeed_enabled or sharded):
+            engine = "FSDP with a sharded state" if sharded else "DeepSpeed"
             raise InputError(
-                f"--resume_changed {','.join(sorted(changed))}: not possible under FSDP or "
-                "DeepSpeed, which load the optimizer's state themselves"
+                f"--resume_changed {','.join(sorted(changed))}: not possible under {engine}, which "
+                f"loads the optimizer's state itself; begin a new run with --model {found}"
             )
         if self.is_world_process_zero():
             rest = f", with another {', '.join(sorted(changed))}" if changed else ""

@@ -66,12 +66,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, file: Path) -> None:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load a checkpoint's weights into a model, sharded in any way.
+    """Load a checkpoint's weights and persistent buffers into a model, sharded in any way. Buffers
+    that the files do not have stay as they are: some models leave theirs out.
 
     Raises:
-        InputError: a weight is missing, or has another shape.
+        InputError: a weight is missing, or something has another shape.
     """
-    names = list(dict(model.named_parameters(remove_duplicate=False)))
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     with ExitStack() as stack:
         places = _places(stack, folder) if dist.get_rank() == 0 else {}
         shapes = _from_first(
@@ -80,20 +81,20 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             else None
         )
         loaded: set[Tensor] = set()
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name not in shapes or parameter in loaded:
+        for name, own in state.items():
+            if name not in shapes or own in loaded:
                 continue
-            if shapes[name] != tuple(parameter.shape):
+            if shapes[name] != tuple(own.shape):
                 raise InputError(
-                    f"{folder}: {name} must have shape {tuple(parameter.shape)}, got {shapes[name]}"
+                    f"{folder}: {name} must have shape {tuple(own.shape)}, got {shapes[name]}"
                 )
             value = places[name].get_tensor(name) if places else None
             with torch.no_grad():
-                parameter.copy_(_spread(value, parameter))
-            loaded.add(parameter)
+                own.copy_(_spread(value, own))
+            loaded.add(own)
     missing = [name for name, p in model.named_parameters() if p not in loaded]
     if missing:
-        raise InputError(f"{folder} has no weights for {missing[0]} (of {len(names)} in the model)")
+        raise InputError(f"{folder} has no weights for {missing[0]} (of {len(state)} in the model)")
 
 
 def _places(stack: ExitStack, folder: Path) -> dict[str, Any]:

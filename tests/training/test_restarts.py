@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import restarts
 import torch
 from torchrun import torchrun
+from transformers import AutoModelForCausalLM
 
 from fastrank.cli.main import main
 from fastrank.data.group import Group
@@ -20,25 +22,95 @@ from fastrank.tasks.menu import menu_records, menu_task
 from fastrank.training.callbacks import read_metrics
 from fastrank.training.trainer import RankTrainer
 
+without_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
 
-@pytest.mark.slow
-def test_losses_and_weights_do_not_depend_on_engines_and_processes(tmp_path: Path) -> None:
-    """DDP on two processes, FSDP2 on two, one process, FSDP2 on four: every one goes on from
-    the checkpoint of the one before. Tied weights, which whole files hold once."""
-    for engine, processes, last in restarts.STAGES:
-        script = str(Path(restarts.__file__))
-        torchrun(processes, script, str(tmp_path), engine, str(last))
-    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-8"]
-    got = torch.load(tmp_path / "8.pt", weights_only=True)
-    torch.set_num_threads(1)
-    want = restarts.train(tmp_path / "whole", restarts.STAGES[-1][2], use_cpu=True)
-    assert [row["step"] for row in got["log"]] == list(range(1, 9))
+
+def _run(out: Path, processes: int, *stages: dict[str, Any]) -> list[Any]:
+    """What the stages found, one after the other."""
+    texts = [json.dumps({"name": f"{i}"} | stage) for i, stage in enumerate(stages)]
+    torchrun(processes, str(Path(restarts.__file__)), str(out), *texts)
+    return [torch.load(out / f"{i}.pt", weights_only=True) for i in range(len(stages))]
+
+
+def _assert_same_run(got: Any, want: Any) -> None:
+    assert [row["step"] for row in got["log"]] == list(range(1, len(want["log"]) + 1))
+    assert got["steps"] == want["steps"] == [len(want["log"])] * 2
     for key in ("loss", "rank_loss", "grad_norm", "learning_rate"):
         values = [row[key] for row in got["log"]]
         expected = [row[key] for row in want["log"]]
         assert values == pytest.approx(expected, rel=1e-4, abs=1e-6), key
     for key, weight in want["weights"].items():
         assert float((got["weights"][key] - weight).abs().max()) < 5e-6, key
+
+
+@pytest.mark.slow
+def test_losses_and_weights_do_not_depend_on_engines_and_processes(tmp_path: Path) -> None:
+    """DDP on two processes, FSDP2 on two, one process, FSDP2 on four: every one goes on from
+    the checkpoint of the one before. Tied weights, which whole files hold once, and a buffer."""
+    for engine, processes, last in [("ddp", 2, 2), ("fsdp2", 2, 4), ("ddp", 1, 6), ("fsdp2", 4, 8)]:
+        (got,) = _run(tmp_path, processes, {"folder": "run", "engine": engine, "last": last})
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-8"]
+    torch.set_num_threads(1)
+    _assert_same_run(got, restarts.train(tmp_path / "whole", 8, use_cpu=True))
+
+
+@pytest.mark.slow
+def test_options_changed_under_fsdp2_take_effect_as_in_one_process(tmp_path: Path) -> None:
+    changed = {"learning_rate": 3e-3, "weight_decay": 0.3, "adam_beta1": 0.5, "loss": "listnet"}
+    allowed = [*changed, "optim"]
+    stages = [
+        {"last": 2},
+        {"last": 4, **changed},
+        {"last": 4, **changed, "resume_changed": list(changed)},
+        {"last": 6, "optim": "sgd", **changed, "resume_changed": allowed},
+    ]
+    got = _run(tmp_path, 2, *({"folder": "run", "engine": "fsdp2"} | stage for stage in stages))
+    assert "--resume_changed" in got[1] and "learning_rate=0.001, got 0.003" in got[1]
+    torch.set_num_threads(1)
+    for number in (0, 2, 3):
+        _assert_same_run(
+            got[number], restarts.train(tmp_path / "one", use_cpu=True, **stages[number])
+        )
+
+
+@pytest.mark.slow
+@without_deepspeed
+def test_zero_goes_on_bit_for_bit_and_nothing_else_reads_its_state(tmp_path: Path) -> None:
+    kinds = {2: "DeepSpeed ZeRO-2 on 2 process(es)", 3: "DeepSpeed ZeRO-3 on 2 process(es)"}
+    got = _run(
+        tmp_path,
+        2,
+        *(
+            {"folder": folder, "engine": f"zero{stage}", "last": last}
+            for stage in kinds
+            for folder, last in ((f"whole{stage}", 4), (f"cut{stage}", 2), (f"cut{stage}", 4))
+        ),
+        {"folder": "cut2", "engine": "zero3", "last": 5},
+        {"folder": "cut3", "engine": "zero2", "last": 5},
+        {"folder": "cut2", "engine": "fsdp2", "last": 5},
+        {"folder": "cut3", "engine": "zero3", "last": 5, "learning_rate": 1.0,
+         "resume_changed": ["learning_rate"]},
+    )  # fmt: skip
+    for whole, cut in ((got[0], got[2]), (got[3], got[5])):
+        assert len(cut["log"]) == 4
+        for row, expected in zip(cut["log"], whole["log"], strict=True):
+            assert row | {"tokens_per_second": 0} == expected | {"tokens_per_second": 0}
+        assert cut["steps"] == whole["steps"] == [4, 4]
+        for key, weight in whole["weights"].items():
+            assert torch.equal(cut["weights"][key], weight), key
+    others = ((2, kinds[3]), (3, kinds[2]), (2, "whole tensors"))
+    for refusal, (written, here) in zip(got[6:9], others, strict=True):
+        assert f"holds its state as {kinds[written]}, which this run ({here})" in refusal
+        assert f"--model {tmp_path}/cut{written}" in refusal and "\n" not in refusal
+    assert "--resume_changed learning_rate: not possible under DeepSpeed" in got[9]
+    # Its weights are whole: a new run begins with them.
+    for stage, found in ((2, got[2]), (3, got[5])):
+        (folder,) = (tmp_path / f"cut{stage}").glob("checkpoint-*")
+        loaded = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+        for key, weight in found["weights"].items():
+            assert torch.equal(loaded[key], weight), key
 
 
 @pytest.mark.slow
