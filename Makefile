@@ -2,13 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# More options of `make train`.
+ARGS ?=
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 .PHONY: train test test-slow test-exhaustive bench compare check format clean
 
 train: $(VENV)/.train  ## a small model learns to rank on the built-in task
-	$(BIN)/fastrank train --output_dir runs/built-in --overwrite_output_dir
+	$(BIN)/fastrank train --output_dir runs/built-in --overwrite_output_dir $(ARGS)
 
 test: $(VENV)/.dev check  ## formatting, types, and every test that is neither slow nor for a GPU
 	$(PYTEST)
