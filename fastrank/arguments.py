@@ -18,6 +18,10 @@ Normalize = Pooling | float
 """How token log-probabilities become a score: their mean, their sum, or for a number α their sum
 over ``|y|^α``."""
 
+LARGEST = 1e15
+"""Of numbers among the options: products and squares of them still are float32. The least positive
+one is its inverse."""
+
 _INDEX_DTYPES = (torch.int32, torch.int64)
 
 
@@ -63,6 +67,19 @@ def check_choice(name: str, value: object, choices: object) -> None:
     if value not in get_args(choices):
         expected = ", ".join(repr(choice) for choice in get_args(choices))
         raise ValueError(f"{name} must be one of {expected}, got {value!r}")
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a plain number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: object, *, least: int = 1) -> None:
+    """``value`` must be an integer of at least ``least``, else TypeError or ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def check_normalize(name: str, value: object) -> None:

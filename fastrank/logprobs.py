@@ -16,7 +16,14 @@ import fastrank_kernels
 from fastrank_kernels import Backend, Projection, agree_on_shard
 from fastrank_kernels.host_memory import send
 
-from .arguments import Normalize, check_normalize, check_tensor, length_exponent
+from .arguments import (
+    LARGEST,
+    Normalize,
+    check_normalize,
+    check_tensor,
+    is_number,
+    length_exponent,
+)
 
 
 def token_logprobs(
@@ -169,9 +176,16 @@ def checked_projection(
         check_tensor("rows", rows, (labels.shape[0],), kind="int64", device=device)
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],), device=device)
-    if softcap is not None and not softcap > 0:
+    # Compared, not looked at by math: a compiler may hold such a number for dynamic.
+    if softcap is not None and not (is_number(softcap) and softcap > 0):
         raise ValueError(f"softcap must be positive or None, got {softcap!r}")
-    if logits_memory is not None and logits_memory <= 0:
+    if softcap is not None and not 1 / LARGEST <= softcap <= LARGEST:
+        raise ValueError(
+            f"softcap must lie from {1 / LARGEST:g} to {LARGEST:g}, or be None, got {softcap!r}"
+        )
+    if not (is_number(logit_scale) and -LARGEST <= logit_scale <= LARGEST):
+        raise ValueError(f"logit_scale must lie within ±{LARGEST:g}, got {logit_scale!r}")
+    if logits_memory is not None and (isinstance(logits_memory, float) or logits_memory <= 0):
         raise ValueError(f"logits_memory must be a positive number of bytes, got {logits_memory}")
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend must be 'torch', 'triton' or None, got {backend!r}")

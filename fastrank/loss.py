@@ -12,7 +12,7 @@ import torch
 
 from fastrank_kernels import Form, RankSpec
 
-from .arguments import Normalize, Pooling, check_normalize, length_exponent
+from .arguments import LARGEST, Normalize, Pooling, check_normalize, length_exponent
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -137,11 +137,14 @@ def _check(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
         return  # an option of somebody's own loss
     whole = name == "top_k"
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value)):
+    if not number or isinstance(value, float) and not math.isfinite(value):
         noun = "an integer" if whole else "a finite number"
         raise ValueError(f"{owner}: {name} must be {noun}, got {value!r}")
     if name in _POSITIVE and value <= 0:
         raise ValueError(f"{owner}: {name} must be positive, got {value!r}")
+    if abs(value) > LARGEST or name in _POSITIVE and value < 1 / LARGEST:
+        bounds = f"from {1 / LARGEST:g} to {LARGEST:g}" if name in _POSITIVE else f"±{LARGEST:g}"
+        raise ValueError(f"{owner}: {name} must lie within {bounds}, got {value!r}")
     if name in _NOT_NEGATIVE and value < 0:
         raise ValueError(f"{owner}: {name} must not be negative, got {value!r}")
     if name == "label_smoothing" and not 0 <= value < 0.5:

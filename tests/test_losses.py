@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 
 import pytest
+import torch
 
 import fastrank
 from fastrank.losses import LOSSES
@@ -73,3 +76,36 @@ def test_losses_are_frozen_hashable_and_found_by_name(name) -> None:
 def test_bad_options_are_refused_by_name(call, text) -> None:
     with pytest.raises(ValueError, match=text):
         call()
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_every_number_that_is_taken_gives_numbers(name) -> None:
+    """Options at their bounds and beyond, rewards at theirs: finite in float32, or refused."""
+    cls = LOSSES[name]
+    rewards = torch.tensor([0.1, 0.9, 0.5])
+
+    def check(loss, rewards) -> None:
+        for values in ([-1.0, -3.0, -2.0], [-300.0, -0.1, -40.0]):
+            scores = torch.tensor(values, requires_grad=True)
+            value = fastrank.ranking_loss(scores, rewards, loss=loss)
+            value.backward()
+            assert value.isfinite() and scores.grad.isfinite().all(), (loss, rewards, values)
+
+    for field in dataclasses.fields(cls):
+        if not isinstance(field.default, float):
+            continue
+        for number in (-1e15, -1.0, 0.0, 1e-15, 0.3, 1e15):
+            with contextlib.suppress(ValueError):
+                check(cls(**{field.name: number}), rewards)
+        for number in (1e16, -1e16, 1e39, 1e308, 10**400, -math.inf, math.inf, math.nan, "1"):
+            with pytest.raises(ValueError, match=f"{cls.__name__}: {field.name} must "):
+                cls(**{field.name: number})
+        if field.name in ("beta", "eta", "temperature"):
+            for number in (1e-16, 1e-40, 5e-324):
+                with pytest.raises(ValueError, match=f"{field.name} must lie within from 1e-15"):
+                    cls(**{field.name: number})
+    for given in ([1e15, -1e15, 0.0], [1e-38, 0.0, -1e-38], [1e-45, 0.0, 1e15]):
+        check(cls(), torch.tensor(given))
+    for given in ([3e38, -3e38, 0.0], [0.0, 1e20, 1.0], [0.0, -2e16, 1.0]):
+        with pytest.raises(ValueError, match="rewards must lie within ±1e[+]16, got"):
+            check(cls(), torch.tensor(given))

@@ -13,6 +13,7 @@ backward. Every other call of the model, generation included, uses the implement
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,12 +36,23 @@ _REFUSED_ARGUMENTS = ("position_bias", "head_mask", "cache")
 
 
 class PackContext:
-    """One forward over one pack, as the mask function hands it to the layers."""
+    """One forward over one pack, as the mask function hands it to the layers; of the thread that
+    makes it."""
 
     def __init__(self, segments: SegmentTable, backend: AttentionName) -> None:
         self.segments = segments
         self.backend = backend
         self.calls = 0
+        self._thread = None if torch.compiler.is_compiling() else threading.get_ident()
+
+    def check_thread(self) -> None:
+        """Raise RuntimeError in another thread, whose call of the model would take this pack for
+        its own."""
+        if not torch.compiler.is_compiling() and self._thread not in (None, threading.get_ident()):
+            raise RuntimeError(
+                "the model is computing a pack in another thread: call it from one thread at a "
+                "time, or let every thread have a copy"
+            )
 
 
 class AttentionLayout(Opaque):
@@ -69,7 +81,12 @@ def shared_prompt_attention(
 ) -> Iterator[PackContext]:
     """Let the models with these configs attend along the sequences of ``segments``."""
     context = PackContext(segments, backend)
-    previous = [(attention_implementation(c), c.__dict__.get(_PACK)) for c in configs]
+    if not torch.compiler.is_compiling():
+        # In one move, so that of two threads that come together one is told.
+        configs[0].__dict__.setdefault(_PACK, context).check_thread()
+    held = [c.__dict__.get(_PACK) for c in configs]
+    packs = [None if pack is context else pack for pack in held]
+    previous = [(attention_implementation(c), pack) for c, pack in zip(configs, packs, strict=True)]
     try:
         for config in configs:
             set_attention_implementation(config, IMPLEMENTATION)
@@ -98,6 +115,7 @@ def layout_mask(
             f"attention implementation {IMPLEMENTATION!r} serves packs only: call the model that "
             "prepare_model returned with pack=..."
         )
+    context.check_thread()
     device = torch.device("cpu")
     if attention_mask is not None and getattr(config, "attention_chunk_size", None) is not None:
         device = attention_mask.device  # such masks hold tensors

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrank.arguments import check_count
 from fastrank.data.bins import best_fit
 from fastrank.data.packing import Group, Pack, pack
 
@@ -139,6 +140,7 @@ def split_groups(
     """Groups of the live candidates, cut where they do not fit into one pack; arguments and errors
     as for `candidate_packs`. Without shared prompts every candidate is a part: nothing is shared,
     and rows of like length can go together."""
+    check_count("max_tokens", max_tokens)
     parts: list[Part] = []
     first = 0
     for index, group in enumerate(groups):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrank.data.fields import LARGEST_REWARD
 from fastrank.data.records import narrowed
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ class Group:
 
     Raises:
         ValueError: an empty prompt (no row would predict the first response token) or response, one
-            without a ranked token, a negative token, a reward that is not finite, lengths that
-            disagree.
-        TypeError: token ids that are no integers.
+            without a ranked token, a negative token, a reward that is not finite or beyond 1e15,
+            lengths that disagree.
+        TypeError: token ids that are no integers, a text among them.
     """
 
     prompt_ids: Tensor
@@ -62,7 +63,7 @@ class Group:
         set_field(self, "prompt_ids", _token_ids(self.prompt_ids, f"{where}: prompt_ids"))
         responses = tuple(
             _token_ids(ids, f"{where}: response_ids[{i}]")
-            for i, ids in enumerate(self.response_ids)
+            for i, ids in enumerate(_sequences(self.response_ids, f"{where}: response_ids"))
         )
         if not responses:
             raise ValueError(f"{where}: response_ids must hold at least one response, got none")
@@ -154,8 +155,41 @@ class Group:
         return len(self.prompt_ids) + max(len(ids) for ids in self.response_ids)
 
 
+def check_groups(groups: Any) -> list[Group]:
+    """The groups as a list.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    if isinstance(groups, Group) or not isinstance(groups, Iterable):
+        raise TypeError(f"groups must be a sequence of Groups, got {type(groups).__name__}")
+    found = list(groups)
+    for i, group in enumerate(found):
+        if not isinstance(group, Group):
+            raise TypeError(
+                f"groups[{i}] must be a Group (fastrank.load_groups makes them of records), got "
+                f"{type(group).__name__}"
+            )
+    return found
+
+
+def _sequences(values: Any, what: str) -> Iterable[Any]:
+    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
+        raise TypeError(f"{what} must be sequences of token ids, got {type(values).__name__}")
+    return values
+
+
 def _token_ids(ids: Any, what: str) -> Tensor:
-    tensor = ids if isinstance(ids, Tensor) else torch.from_numpy(np.array(ids))
+    if isinstance(ids, Tensor):
+        tensor = ids
+    else:
+        if isinstance(ids, (str, bytes)):
+            raise TypeError(f"{what} must be token ids, got a text: tokenise it first")
+        try:
+            tensor = torch.from_numpy(np.array(ids))
+        except (TypeError, ValueError) as error:
+            kind = type(ids).__name__
+            raise TypeError(f"{what} must be integers that int64 holds, got {kind}") from error
     if tensor.ndim != 1 or not tensor.numel():
         raise ValueError(
             f"{what} must be a sequence of at least one token, got shape {tuple(tensor.shape)}"
@@ -198,6 +232,8 @@ def per_response(values: Any, num_candidates: int, what: str, *, ordered: bool =
         except (TypeError, ValueError) as error:
             raise TypeError(f"{what} must be numbers, got {values!r}") from error
     values = values.detach().cpu()
+    if ordered and not bool((values.abs() <= LARGEST_REWARD).all()) and values.isfinite().all():
+        raise ValueError(f"{what} must lie within ±{LARGEST_REWARD:g}, got {values.tolist()}")
     if ordered and values.dtype in _WIDE and values.ndim == 1 and bool(values.isfinite().all()):
         values = torch.tensor(narrowed(values.double().tolist()), dtype=torch.float64)
     values = values.to(kind)
@@ -206,8 +242,9 @@ def per_response(values: Any, num_candidates: int, what: str, *, ordered: bool =
             f"{what} must have one value for each of {num_candidates} responses, "
             f"got shape {tuple(values.shape)}"
         )
-    if not all(map(math.isfinite, values.tolist())):  # of so few numbers, faster than torch's
-        raise ValueError(f"{what} must be finite, got {values.tolist()}")
+    numbers = values.tolist()
+    if not all(map(math.isfinite, numbers)):  # of so few numbers, faster than torch's
+        raise ValueError(f"{what} must be finite, got {numbers}")
     return values
 
 

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrank.arguments import check_count
 from fastrank.attention.segments import SegmentTable
 from fastrank.data.bins import best_fit, fill_padded
-from fastrank.data.group import Group
+from fastrank.data.group import Group, check_groups
 from fastrank.outputs import Opaque
 from fastrank_kernels.host_memory import send
 
@@ -144,12 +145,12 @@ def pack(
         vocab_size: if given, every token id must lie below it.
 
     Raises:
+        TypeError: something else than groups, or ``max_tokens`` is no integer.
         ValueError: a group larger than the budget or a token outside the vocabulary, by its name;
             reference scores in some groups and not in others.
     """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    groups = list(groups)
+    check_count("max_tokens", max_tokens)
+    groups = check_groups(groups)
     if shared_prompts == "auto":
         fits = all(group.num_candidates * group.longest_sequence <= max_tokens for group in groups)
         shared_prompts = not fits or sharing_pays(groups)[0]

@@ -20,7 +20,7 @@ import numpy as np
 
 from fastrank.data import fields, formats
 from fastrank.data import report as reports
-from fastrank.data.fields import LARGEST, Prompt, Said
+from fastrank.data.fields import Prompt, Said
 from fastrank.data.files import Place, RawRow, Row, Source, open_source, parse_row, slices
 from fastrank.data.readers import ParsedRow, weights
 from fastrank.data.report import Report
@@ -330,7 +330,8 @@ def narrowed(scores: Sequence[float]) -> list[float]:
         return list(scores)
     low = min(scores)
     shifted = [score - low for score in scores]
-    return _kept_apart(shifted if max(shifted) <= LARGEST else scores, scores, np.float32)
+    holds = max(shifted) <= np.finfo(np.float32).max
+    return _kept_apart(shifted if holds else scores, scores, np.float32)
 
 
 def _kept_apart(values: Sequence[float], scores: Sequence[float], kind: Any) -> list[float]:

@@ -219,15 +219,24 @@ def install_forward(module: nn.Module) -> None:
 def remove_forwards(model: nn.Module) -> None:
     """Undo `install_forward` for every module of a model."""
     for module in model.modules():
-        if _is_installed(module):
-            del module.forward
-            own = vars(module).pop(_OWN_FORWARD, None)
-            if own is not None:
-                module.forward = own
+        without_forward(vars(module))
+
+
+def without_forward(attributes: dict[str, Any]) -> None:
+    """Undo `install_forward` in a copy of a module's attributes."""
+    if _has_forward(attributes):
+        del attributes["forward"]
+        own = attributes.pop(_OWN_FORWARD, None)
+        if own is not None:
+            attributes["forward"] = own
 
 
 def _is_installed(module: nn.Module) -> bool:
-    return getattr(vars(module).get("forward"), "__func__", None) is _head_forward
+    return _has_forward(vars(module))
+
+
+def _has_forward(attributes: dict[str, Any]) -> bool:
+    return getattr(attributes.get("forward"), "__func__", None) is _head_forward
 
 
 def _head_forward(self: nn.Linear, input: Tensor, compute: Compute[Any] | None = None) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ from fastrank.modeling.heads import (
     logits_fallback,
     remove_forwards,
     uncast,
+    without_forward,
 )
 from fastrank.modeling.mesh import check_placement
 from fastrank.modeling.probe import check_causal, check_sharing, probe_head
@@ -67,6 +69,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 OutputT = TypeVar("OutputT", RankingOutput, ScoreOutput)
 
 _STATE = "_fastrank"
+_REDUCE = "__reduce_ex__"  # which pickle and copy ask an instance for
 
 
 @dataclass(eq=False)
@@ -148,6 +151,7 @@ def prepare_model(
         head_path=head_path,
     )
     model.__dict__[_STATE] = state
+    model.__dict__[_REDUCE] = functools.partial(_reduced, model)
     model.forward = MethodType(_forward_of(type(model)), model)
     try:
         if is_materialized(lm):
@@ -164,12 +168,62 @@ def release_model(model: nn.Module) -> None:
     state = model.__dict__.pop(_STATE, None)
     if state is None:
         return
+    del model.__dict__[_REDUCE]
     for handle in state.handles:
         handle.remove()
     remove_forwards(model)
     del model.forward
     if state.inner_forward is not None:
         model.forward = state.inner_forward
+
+
+def _reduced(model: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """What pickle and ``copy.deepcopy`` make a prepared model again of: the model as it was before,
+    over the same weights, and the arguments of `prepare_model`."""
+    del protocol
+    state: Prepared = model.__dict__[_STATE]
+    arguments = (state.attention, state.shared_prompts, state.head_path)
+    hooks = {(id(found), handle.id) for handle in state.handles for found in _hooks_of(handle)}
+    made: dict[int, nn.Module] = {}
+
+    def bare(module: nn.Module) -> nn.Module:
+        """A copy of the module and those in it without what was added; the rest is shared."""
+        if id(module) not in made:
+            copied = made[id(module)] = type(module).__new__(type(module))
+            own = {name: value for name, value in vars(module).items() if name != _REDUCE}
+            for name, value in own.items():
+                if isinstance(value, OrderedDict):
+                    own[name] = OrderedDict(
+                        (key, item) for key, item in value.items() if (id(value), key) not in hooks
+                    )
+            without_forward(own)
+            own["_modules"] = {
+                name: None if inner is None else bare(inner)
+                for name, inner in module._modules.items()
+            }
+            vars(copied).update(own)
+        return made[id(module)]
+
+    plain = bare(model)
+    del plain.__dict__[_STATE], plain.__dict__["forward"]
+    if state.inner_forward is not None:
+        plain.__dict__["forward"] = state.inner_forward
+    return _prepared_again, (plain, *arguments)
+
+
+def _hooks_of(handle: Any) -> list[Any]:
+    """The dictionaries that a hook's handle removes it from."""
+    extra = handle.extra_dict_ref
+    references = (handle.hooks_dict_ref, *((extra,) if callable(extra) else extra))
+    return [found for reference in references if (found := reference()) is not None]
+
+
+def _prepared_again(
+    model: nn.Module, attention: AttentionName, shared_prompts: bool, head_path: HeadPathName
+) -> nn.Module:
+    return prepare_model(
+        model, attention=attention, shared_prompts=shared_prompts, head_path=head_path
+    )
 
 
 def prepared_state(model: nn.Module) -> Prepared | None:
@@ -257,6 +311,8 @@ def _pack_forward(
     normalize: Normalize,
     options: dict[str, Any],
 ) -> RankingOutput | ScoreOutput:
+    if not isinstance(pack, Pack):
+        raise TypeError(f"pack must be one of fastrank.pack(...), got {type(pack).__name__}")
     state: Prepared = model.__dict__[_STATE]
     lm = causal_lm(model)
     if pack.shared_prompts and not state.shared_prompts:

@@ -11,6 +11,7 @@ from fastrank.arguments import Normalize
 from fastrank.attention.gate import refusal
 from fastrank.data.candidate_packs import split_groups
 from fastrank.data.columns import group_sizes
+from fastrank.data.group import check_groups
 from fastrank.data.packing import Group, pack
 from fastrank.modeling.prepare import prepare_model, prepared_state, release_model
 from fastrank.modeling.unwrap import causal_lm, evaluation_mode, unwrap, vocab_size
@@ -50,6 +51,7 @@ def score(
             return score(model, groups, max_tokens=max_tokens, normalize=normalize)
         finally:
             release_model(model)
+    groups = check_groups(groups)
     parts = split_groups(groups, max_tokens=max_tokens, shared_prompts=state.shared_prompts)
     packs = pack(
         [part.group for part in parts],

@@ -28,12 +28,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastrank.arguments import check_count
 from fastrank.data.candidate_packs import (
     CandidatePack,
     Candidates,
     candidate_packs,
     filler_pack,
 )
+from fastrank.data.group import check_groups
 from fastrank.data.packing import Group, Pack
 from fastrank.errors import InputError
 from fastrank.function_loss import as_loss
@@ -119,6 +121,7 @@ def two_phase_backward(
 
     Raises:
         InputError: the model has a dropout, router jitter or other randomness, by name.
+        TypeError: something else than groups, or a number of them that is no integer.
         ValueError: the model is not prepared, or a candidate does not fit into a pack.
     """
     phases = Phases(
@@ -130,7 +133,10 @@ def two_phase_backward(
         backend=backend,
         engine=engine,
     )
-    if num_groups is None:
+    groups = check_groups(groups)
+    if num_groups is not None:
+        check_count("num_groups", num_groups, least=0)
+    else:
         num_groups = sum(phases.engine.gather_count(len(groups), phases.device))
     with phases.engine.step(model), reuse_head_cast():
         scored = phases.score(groups)

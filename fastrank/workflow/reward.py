@@ -17,7 +17,7 @@ from typing import Any
 
 from fastrank import options as shared
 from fastrank.console import Bar
-from fastrank.data.fields import LARGEST
+from fastrank.data.fields import LARGEST_REWARD
 from fastrank.data.user_functions import RewardFunction, is_function
 from fastrank.data.write import atomic_path, check_output
 from fastrank.errors import InputError
@@ -217,13 +217,13 @@ def _score_missing(
 
 
 def check_finite(item: PromptItem, scores: Sequence[float | None], name: str) -> None:
-    """Raise `InputError`, naming record and response, for a reward that is NaN, infinite or beyond
-    float32, which no command would read again."""
+    """Raise `InputError`, naming record and response, for a reward that is NaN, infinite or too
+    large for a command to read it again."""
     for number, value in enumerate(scores, start=1):
-        if value is not None and not abs(value) <= LARGEST:
+        if value is not None and not abs(value) <= LARGEST_REWARD:
             raise InputError(
                 f"{item.place}: response {number}: {name} gave {value}, expected a finite number "
-                "that float32 can hold"
+                f"within ±{LARGEST_REWARD:g}"
             )
 
 

@@ -157,6 +157,8 @@ def test_packs_of_real_lengths_are_full(oasst_path):
         (([1], [[2], [3]], [0.0]), r"rewards must have one value for each of 2 responses"),
         (([1], [[2], [3]], [0.0, float("nan")]), "rewards must be finite"),
         (([1], [[2], [3]], [0.0, float("inf")]), "rewards must be finite"),
+        (([1], [[2], [3]], [0.0, -3e38]), r"rewards must lie within ±1e\+15, got"),
+        (([1], [[2], [3]], torch.tensor([1e300, 0.0]).double()), "rewards must "),
         (([[1]], [[2]], [0.0]), "prompt_ids must be a sequence"),
     ],
 )
@@ -165,9 +167,59 @@ def test_bad_groups_name_what_is_wrong(arguments, message):
         Group(*arguments, name="x:3")
 
 
-def test_tokens_must_be_integers():
-    with pytest.raises(TypeError, match="prompt_ids must be integers"):
-        Group([1.5], [[2]], [0.0])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1.5], [[2]], [0.0]), "prompt_ids must be integers"),
+        (("text", [[2]], [0.0]), "prompt_ids must be token ids, got a text: tokenise it first"),
+        (([1], ["text"], [0.0]), r"response_ids\[0\] must be token ids, got a text: tokenise"),
+        (([1], "text", [0.0]), "response_ids must be sequences of token ids, got str"),
+        (([1], None, [0.0]), "response_ids must be sequences of token ids, got NoneType"),
+        ((None, [[2]], [0.0]), "prompt_ids must be integers that int64 holds, got NoneType"),
+        (([[1], [2, 3]], [[2]], [0.0]), "prompt_ids must be integers that int64 holds, got list"),
+        (([1, 2**70], [[2]], [0.0]), "prompt_ids must be integers that int64 holds, got list"),
+        (([1], [[2]], "high"), "rewards must be numbers, got 'high'"),
+    ],
+)
+def test_tokens_must_be_integers(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        Group(*arguments)
+
+
+def test_whatever_takes_groups_says_that_it_got_none():
+    from fastrank import RRHF, prepare_model, score, two_phase_backward
+    from fastrank.tasks.menu import tiny_llama
+
+    model, group = prepare_model(tiny_llama(0)), Group([1], [[2], [3]], [0.0, 1.0])
+    (chosen,) = pack([group], max_tokens=9)
+    takers = {
+        "pack": lambda groups, **size: pack(groups, **{"max_tokens": 9, **size}),
+        "score": lambda groups, **size: score(model, groups, **size),
+        "backward": lambda groups, **size: two_phase_backward(
+            model, groups, loss=RRHF(), **{"max_tokens": 9, **size}
+        ),
+    }
+    for call in takers.values():
+        for wrong, name in ((group, "Group"), (None, "NoneType"), (3, "int")):
+            with pytest.raises(TypeError, match=f"groups must be a sequence of Groups, got {name}"):
+                call(wrong)
+        with pytest.raises(TypeError, match=r"groups\[1\] must be a Group \(.*\), got dict"):
+            call([group, {"prompt": "a", "responses": ["b"], "scores": [1.0]}])
+        for size in ("9", 9.5, None, True):
+            with pytest.raises(TypeError, match="max_tokens must be an integer, got"):
+                call([group], max_tokens=size)
+        with pytest.raises(ValueError, match="max_tokens must be at least 1, got -1"):
+            call([group], max_tokens=-1)
+    for number, error in ((-1, ValueError), (1.5, TypeError), ("2", TypeError)):
+        with pytest.raises(error, match="num_groups must be "):
+            takers["backward"]([group], num_groups=number)
+    for wrong, name in (([chosen], "list"), (group, "Group"), ("text", "str")):
+        with pytest.raises(
+            TypeError, match=rf"pack must be one of fastrank.pack\(...\), got {name}"
+        ):
+            model(pack=wrong)
+    with pytest.raises(TypeError, match="loss must be a fastrank loss such as .* got str"):
+        model(pack=chosen, loss="rrhf")
 
 
 def test_reference_scores_are_checked():

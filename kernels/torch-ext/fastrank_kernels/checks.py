@@ -10,6 +10,9 @@ import math
 
 from torch import Tensor
 
+#: Largest reward. Squares of differences of such ones, summed over a group, still are float32.
+LARGEST_REWARD = 1e16
+
 
 def check_offsets(name: str, offsets: Tensor, total: int, what: str, *, allow_empty: bool) -> None:
     """``offsets`` must rise from 0 to ``total``, strictly unless ``allow_empty``.
@@ -50,17 +53,21 @@ def check_range(name: str, values: Tensor, stop: int, what: str) -> None:
     )
 
 
-def check_finite(name: str, values: Tensor) -> None:
-    """``values`` must be finite: NaN is neither above nor below any other and would silently drop
-    out of a ranking, and differences of infinite ones are NaN.
+def check_rewards(values: Tensor) -> None:
+    """Rewards must be finite and at most `LARGEST_REWARD`: NaN is neither above nor below any other
+    and would silently drop out of a ranking, and differences of infinite ones are NaN, as is what
+    becomes of sums and squares of very large ones in float32.
 
     Raises:
         ValueError: one is; its position is named.
     """
-    # One pass for what is all but always so.
-    if math.isfinite(values.sum()):
+    if not values.numel():
         return
-    wrong = ~values.isfinite()
-    if bool(wrong.any()):
-        at = int(wrong.nonzero()[0])
-        raise ValueError(f"{name} must be finite, got {float(values[at])} at index {at}")
+    low, high = values.aminmax()  # NaN if there is one
+    if -LARGEST_REWARD <= float(low) and float(high) <= LARGEST_REWARD:
+        return
+    values = values.reshape(-1)
+    at = int((~(values.abs() <= LARGEST_REWARD)).nonzero()[0])
+    value = float(values[at])
+    kind = f"lie within ±{LARGEST_REWARD:g}" if math.isfinite(value) else "be finite"
+    raise ValueError(f"rewards must {kind}, got {value} at index {at}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import dropping, linear
-from .checks import check_finite, check_offsets, check_range
+from .checks import check_offsets, check_range, check_rewards
 from .dispatch import backend_module
 from .gradients import Gradients
 from .host_memory import send
@@ -42,7 +42,7 @@ def compute_rank_scores(
     if cu_groups is not None and cu_groups.device.type == "cpu":
         check_offsets("cu_groups", cu_groups, scores.shape[0], "scores", allow_empty=True)
     if rewards.device.type == "cpu":
-        check_finite("rewards", rewards if valid is None else rewards[valid])
+        check_rewards(rewards if valid is None else rewards[valid])
     module = backend_module(backend, scores.device, scores.dtype)
     found: tuple[Tensor, Tensor] = module.rank_scores(scores, rewards, cu_groups, valid, spec)
     return found
@@ -314,7 +314,7 @@ def _check_groups(
         check_offsets("cu_responses", cu_responses, tokens.shape[0], what, allow_empty=False)
         check_offsets("cu_groups", cu_groups, rewards.shape[0], "rewards", allow_empty=True)
     if validate or rewards.device.type == "cpu":
-        check_finite("rewards", rewards)
+        check_rewards(rewards)
 
 
 def _check_rows(call: Projection) -> None:
