@@ -74,9 +74,12 @@ def test_twenty_ends(how: str, codes: set[int], tmp_path: Path) -> None:
     print(f"kills at {result['at']} of the run, {result['in_a_save']} during a save")
 
 
-def _end_at(arguments: list[str], metrics: Path, step: int, delay: float, how: int) -> str:
-    """Start two processes and send them and their launcher a signal ``delay`` seconds after a
-    step's log; what they said."""
+def _end_after(arguments: list[str], run: Path, steps: int, delay: float, how: int) -> str:
+    """Start two processes and send them and their launcher a signal, ``delay`` seconds after so
+    many steps more than a run has; what they said."""
+    before = max((int(path.name.rpartition("-")[2]) for path in find_checkpoints(run)), default=0)
+    metrics = run / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)  # a run writes it anew when it begins to train
     process = subprocess.Popen(
         command(2, *arguments),
         env=environment(),
@@ -87,12 +90,12 @@ def _end_at(arguments: list[str], metrics: Path, step: int, delay: float, how: i
     )
     try:
         end = time.monotonic() + 240
-        while not any(row["step"] >= step for row in read_metrics(metrics)):
-            assert process.poll() is None, f"ended with {process.returncode} before step {step}"
-            assert time.monotonic() < end, f"did not come to step {step}"
+        while not any(row["step"] >= before + steps for row in read_metrics(metrics)):
+            assert process.poll() is None, f"ended with {process.returncode} after step {before}"
+            assert time.monotonic() < end, f"did not come {steps} steps beyond {before}"
             time.sleep(0.005)
         time.sleep(delay)
-        assert process.poll() is None, "ended before the kill"
+        assert process.poll() is None, "ended before the signal"
         os.killpg(process.pid, how)
         return process.communicate(timeout=60)[1]
     finally:
@@ -109,11 +112,10 @@ def test_three_ends_of_two_processes(how: signal.Signals, tmp_path: Path) -> Non
     whole, run = tmp_path / "whole", tmp_path / "run"
     torchrun(2, *arguments(whole))
     generator = random.Random(4)
-    for first in (1, 4, 7):  # steps of 12
-        step = generator.randint(first, first + 2)
-        said = _end_at(arguments(run), run / "metrics.jsonl", step, generator.uniform(0, 0.2), how)
+    for _ in range(3):  # of 12 steps
+        said = _end_after(arguments(run), run, 1, generator.uniform(0, 0.05), how)
         if how != signal.SIGKILL:
-            assert said.count(f"interrupted ({how.name}) after step") == 1
+            assert said.count(f"interrupted ({how.name}) after step") == 1, said
             assert said.count("on 2 processes)") == 1
     torchrun(2, *arguments(run))
     _assert_same_run(run, whole)
