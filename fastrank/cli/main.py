@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return _INTERRUPTED
+    except SystemExit as stop:  # of a program that the command runs: nothing here calls it
+        return _fail(prog, f"ended by sys.exit({stop.code!r}) before it was done")
     except BrokenPipeError:  # the reader of our output has gone; leave Python nothing to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE

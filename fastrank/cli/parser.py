@@ -157,6 +157,9 @@ class CommandParser(HfArgumentParser):
             if name in values:
                 raise InputError(f"{path}: {name} is there twice")
             if value is None or value == []:
+                if (types.NoneType if value is None else list) not in _kinds(self._hints[name]):
+                    got = "null" if value is None else "an empty list"
+                    raise InputError(f"{path}: {name} needs a value, got {got}")
                 values[name] = value
                 continue
             try:
@@ -194,6 +197,15 @@ def _is_negation(action: argparse.Action) -> bool:
         and isinstance(action.const, bool)
         and action.nargs == 0
     )
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The types of a hint without their arguments: of ``list[str] | None``, list and NoneType."""
+    union = typing.get_origin(hint) in (Union, types.UnionType)
+    return [
+        typing.get_origin(member) or member
+        for member in (typing.get_args(hint) if union else (hint,))
+    ]
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

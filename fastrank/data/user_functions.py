@@ -8,12 +8,14 @@ tensors, see `fastrank.FunctionLoss`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import math
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,8 @@ def load_named(text: str, what: str) -> Any:
 
     @functools.wraps(found)
     def explained(*args: Any, **kwargs: Any) -> Any:
-        try:
+        with _user_code(path, f"{path.name}:{name}"):
             return found(*args, **kwargs)
-        except Exception as error:  # the function is the user's: anything may come out of it
-            line = _line_in(path, error)
-            said = f"{type(error).__name__}: {one_line(error)}" if str(error) else repr(error)
-            raise InputError(f"{path.name}:{name} raised {said}{line}") from error
 
     return explained
 
@@ -103,15 +101,49 @@ def _load(path: Path, what: str) -> Any:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     sys.modules[spec.name] = module
-    try:
+    with _user_code(path, str(path)):
         spec.loader.exec_module(module)
-    except Exception as error:  # the file is the user's: anything may come out of it
-        line = _line_in(path, error)
-        raise InputError(f"{path}: {type(error).__name__}: {one_line(error)}{line}") from error
     return module
 
 
-def _line_in(path: Path, error: Exception) -> str:
+@contextlib.contextmanager
+def _user_code(path: Path, name: str) -> Iterator[None]:
+    """Context of the user's own program: it prints to stderr, so that a result on stdout stays
+    whole, and must leave the process and its working folder as they are.
+
+    Raises:
+        InputError: it raised something, tried to end the process, or changed the folder; Ctrl-C
+            alone stays what it is.
+    """
+    folder = os.getcwd()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except KeyboardInterrupt:
+        raise
+    except SystemExit as stop:
+        raise InputError(
+            f"{name} called sys.exit({stop.code!r}){_line_in(path, stop)}, expected it to return"
+        ) from stop
+    except BaseException as error:  # anything may come out of it
+        said = f"{type(error).__name__}: {one_line(error)}" if str(error) else repr(error)
+        raise InputError(f"{name} raised {said}{_line_in(path, error)}") from error
+    finally:
+        after = _working_folder()
+        if after != folder:
+            os.chdir(folder)
+    if after != folder:
+        raise InputError(f"{name} changed the working folder to {after}, expected it to stay")
+
+
+def _working_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
+
+
+def _line_in(path: Path, error: BaseException) -> str:
     """Where in the user's file it happened."""
     here = str(path.resolve())
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

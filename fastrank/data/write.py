@@ -12,14 +12,15 @@ from fastrank.errors import InputError
 from fastrank.options.paths import absolute_path, file_kind
 
 
-def check_output(path: str | Path, what: str = "output") -> Path:
+def check_output(path: str | Path, what: str = "output", *, replace: bool = True) -> Path:
     """The path of a file to be written, checked before any work is done for it.
 
-    A link is followed: the file that it leads to is written.
+    A link is followed: the file that it leads to is written. ``replace``: whether there may be a
+    file already.
 
     Raises:
-        InputError: it is a folder, a device, a pipe or a socket, or its own folder is not there or
-            may not be written.
+        InputError: there is a file that may not be replaced; it is a folder, a device, a pipe or a
+            socket, or its own folder is not there or may not be written.
     """
     target = absolute_path(path)
     try:
@@ -27,6 +28,10 @@ def check_output(path: str | Path, what: str = "output") -> Path:
         kind = file_kind(target)
         if kind not in (None, "a file"):
             raise InputError(f"{what} {path}: expected a file, got {kind}")
+        if kind is not None and not replace:
+            raise InputError(
+                f"{what} {path} is there already: pass --overwrite to replace it, or another path"
+            )
         if not target.parent.is_dir():
             raise InputError(f"{what} {path}: its folder does not exist")
     except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle

@@ -366,6 +366,13 @@ class OutputOptions(Options):
 
 
 @options
+class OverwriteOptions(OutputOptions):
+    """Output."""
+
+    overwrite: bool = option("Replace a file that is there already.", default=False)
+
+
+@options
 class JsonOptions(Options):
     """Result."""
 
@@ -373,7 +380,7 @@ class JsonOptions(Options):
 
 
 @options
-class ResumableOptions(OutputOptions, FormatOptions, LoadOptions, JsonOptions):
+class ResumableOptions(OverwriteOptions, FormatOptions, LoadOptions, JsonOptions):
     """Files and model of a command that goes on where an interrupted run was."""
 
     output: str = change(required=True)

@@ -32,7 +32,7 @@ class EvaluateOptions(
     shared.RewardModelOptions,
     shared.DataOptions,
     shared.ReadOptions,
-    shared.OutputOptions,
+    shared.OverwriteOptions,
     shared.DecodingOptions,
     shared.LoadOptions,
     shared.JsonOptions,
@@ -83,7 +83,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if options.reward is not None:
         check_reward(options.reward, options.reward_kind, options)
     if options.output is not None:
-        check_output(options.output, "--output")
+        check_output(options.output, "--output", replace=options.overwrite)
         check_distinct(str(options.prompts), "--prompts", options.output)
     began = time.perf_counter()
     result: dict[str, Any] = {"model": options.model}

@@ -181,6 +181,7 @@ def _round(
         rewarding = RewardOptions(
             data=str(samples),
             output=str(ranked),
+            overwrite=True,  # without the result below, the step did not end
             as_chat=options.as_chat,
             **reward,
             **inference,

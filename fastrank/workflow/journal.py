@@ -26,6 +26,11 @@ from fastrank.options.paths import local_path
 _SYNC_EVERY = 1.0
 
 
+def journal_path(output: Path) -> Path:
+    """The file beside ``output`` with the units of a run that was stopped."""
+    return output.with_name(output.name + ".partial")
+
+
 class Journal:
     """The finished units of one run, by key; a context manager that ends when the output is there.
 
@@ -48,7 +53,7 @@ class Journal:
         lenient: tuple[str, ...] = (),
     ) -> None:
         target = local_path(output)
-        self.path = target.with_name(target.name + ".partial")
+        self.path = journal_path(target)
         self.finished: dict[str, Any] = {}
         with ExitStack() as stack:
             lock = target.with_name(f".{target.name}.lock")

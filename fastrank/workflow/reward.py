@@ -31,7 +31,7 @@ from fastrank.workflow.items import (
     read_items,
     template_identity,
 )
-from fastrank.workflow.journal import Journal
+from fastrank.workflow.journal import Journal, journal_path
 
 #: Rewards of the responses of every item; None for a response that cannot be scored.
 Scorer = Callable[[Sequence[PromptItem]], list[Scores]]
@@ -65,6 +65,8 @@ def reward_file(options: RewardOptions) -> dict[str, Any]:
 
     target = check_output(options.output, "--output")
     check_distinct(options.data, "--data", options.output)
+    if not journal_path(target).exists():  # of this output's own run
+        check_output(target, "--output", replace=options.overwrite)
     function = is_function(options.reward)
     identity = file_identity if function else model_identity
     reward = options.reward.rpartition(":")[0] if function else options.reward

@@ -26,7 +26,7 @@ from fastrank.workflow.items import (
     read_items,
     template_identity,
 )
-from fastrank.workflow.journal import Journal
+from fastrank.workflow.journal import Journal, journal_path
 
 
 @options
@@ -57,6 +57,8 @@ def sample_file(options: SampleOptions) -> dict[str, Any]:
         raise InputError("--model must name at least one model, got none")
     target = check_output(options.output, "--output")
     check_distinct(options.prompts, "--prompts", options.output)
+    if not journal_path(target).exists():  # of this output's own run
+        check_output(target, "--output", replace=options.overwrite)
     choose_device(options.device)
     for model in options.model:
         check_model_path(model)

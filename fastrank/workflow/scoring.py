@@ -39,7 +39,7 @@ class ScoreOptions(
     shared.TextOptions,
     shared.SharingOptions,
     shared.NormalizeOptions,
-    shared.OutputOptions,
+    shared.OverwriteOptions,
     shared.LoadOptions,
     shared.JsonOptions,
 ):
@@ -72,7 +72,7 @@ def score_file(options: ScoreOptions) -> dict[str, Any]:
 
     check_least(options, "--", max_tokens=2)
     if options.output is not None:
-        check_output(options.output, "--output")
+        check_output(options.output, "--output", replace=options.overwrite)
     cut = TokenizeOptions(**values_of(options, shared.LengthOptions), as_chat=options.as_chat)
     check_model_path(options.model)
     report = Report(name=options.data)

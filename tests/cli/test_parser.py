@@ -175,6 +175,8 @@ _ALIASES = "loss_kwargs: {a: &a1 [1, 1]" + "".join(
         ("beta: !!binary Mw==\n", "is no kind of value"),
         ("beta: 2020-99-99\n", "expected a number, got '2020-99-99'"),
         ("top_k: 1:30\n", "expected a whole number, got '1:30'"),  # 90 in YAML 1.1
+        ("beta: ~\n", "beta needs a value, got null"),
+        ("top_k: []\n", "top_k needs a value, got an empty list"),
         ("data: a\ndata: b\n", "line 2: data is there twice"),
         ("loss-kwargs: {}\nloss_kwargs: {}\n", "loss_kwargs is there twice"),
         ("[a]: b\n", "line 1: a name must be a text"),

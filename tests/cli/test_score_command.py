@@ -104,7 +104,7 @@ def test_scores_of_other_formats(
     for path in (flat, pairs):
         output = tmp_path / "out.jsonl"
         argv = ["score", "--model", str(story_model_path), "--data", str(path)]
-        assert main([*argv, "--output", str(output)]) == 0
+        assert main([*argv, "--output", str(output), "--overwrite"]) == 0
         found.append(json.loads(output.read_text()))
     assert found[0]["responses"] == [" upon", " a"] and found[0]["scores"] == [1.0, 0.0]
     assert found[0]["model_scores"] == found[1]["model_scores"]
@@ -155,7 +155,7 @@ def test_refusals_leave_an_older_output_alone(
     output = tmp_path / "scored.jsonl"
     output.write_text("older")
     argv = ["score", "--model", str(story_model_path), "--data", str(small)]
-    assert main([*argv, "--output", str(output), *options]) == 2
+    assert main([*argv, "--output", str(output), "--overwrite", *options]) == 2
     out, err = capsys.readouterr()
     assert out == "" and expected in err and err.count("\n") == 1
     assert output.read_text() == "older" and list(tmp_path.iterdir()) == [output]

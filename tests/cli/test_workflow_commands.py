@@ -45,7 +45,7 @@ def rewarding(*more: str) -> list[str]:
 def test_samples(policy_path, files, read_rows, run_json, capsys):
     assert main(sampling(policy_path)) == 0
     assert "responses to 5 prompts" in capsys.readouterr().out
-    result = run_json(*sampling(policy_path, "--num_responses", "2"))
+    result = run_json(*sampling(policy_path, "--num_responses", "2", "--overwrite"))
     assert result["prompts"] == 5 and result["responses"] + result["duplicates"] <= 10
     assert len(read_rows(Path("out.jsonl"))) == 5
 
@@ -66,7 +66,7 @@ def test_rewards(files, read_rows, run_json, capsys):
     result = run_json(*rewarding())
     assert result["mean"] == pytest.approx(5 / 3) and result["kind"] == "function"
     assert [row["scores"] for row in read_rows(Path("out.jsonl"))] == [[1.0, 3.0], [1.0]]
-    assert main(rewarding()) == 0
+    assert main(rewarding("--overwrite", "true")) == 0
     assert "rewards     mean 1.667, from 1 to 3" in capsys.readouterr().out
 
 

@@ -49,6 +49,14 @@ def test_check_output(tmp_path: Path) -> None:
         check_output(tmp_path / "circle")
 
 
+def test_a_file_that_may_not_be_replaced(tmp_path: Path) -> None:
+    assert check_output(tmp_path / "new.txt", replace=False)
+    (tmp_path / "old.txt").touch()
+    assert check_output(tmp_path / "old.txt")
+    with pytest.raises(InputError, match="--plot .*old.txt is there already: pass --overwrite"):
+        check_output(tmp_path / "old.txt", "--plot", replace=False)
+
+
 def test_only_files_are_replaced(tmp_path: Path) -> None:
     """Not a pipe, a socket or a device: as root, a rename would replace even /dev/null."""
     os.mkfifo(tmp_path / "pipe")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from killing import run_until_lines
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import fastrank
+from fastrank.cli.main import main
 from fastrank.data.load import load_groups
 from fastrank.data.records import read_records
 from fastrank.data.render import PLAIN
@@ -130,6 +133,64 @@ def test_a_failing_function_is_one_line_and_nothing_half_written(
     assert not output.exists()
 
 
+#: What a function may do to the process that calls it, in the body of the function or of the file.
+MISDEEDS = [
+    ("sys.exit(0)", r"called sys.exit\(0\) \(line \d+\), expected it to return"),
+    ("sys.exit('done')", r"called sys.exit\('done'\)"),
+    ("raise GeneratorExit", "raised GeneratorExit"),
+    ("raise type('Own', (BaseException,), {})('why')", r"raised Own: why \(line \d+\)"),
+    ("os.chdir(os.sep)", "changed the working folder to /, expected it to stay"),
+]
+
+
+@pytest.mark.parametrize("where", ["function", "file"])
+def test_what_a_function_does_to_the_process_is_one_line(
+    where, write_rows, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    data = write_rows(ROWS)
+    body = {"function": "    {}\n    return 1", "file": "    return 1\n{}"}[where]
+    for number, (deed, message) in enumerate(MISDEEDS):
+        file = tmp_path / f"deed_{where}_{number}.py"
+        file.write_text(f"import os, sys\ndef f(prompt, response):\n{body.format(deed)}\n")
+        arguments = ["reward", "--data", str(data), "--output", "out.jsonl", "--json"]
+        assert main([*arguments, "--reward", f"{file}:f"]) == 2
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if not line.startswith("rewarding")]
+        assert out == "" and len(lines) == 1 and re.search(message, lines[0]), err
+        assert Path.cwd() == tmp_path and not (tmp_path / "out.jsonl").exists()
+    file.write_text("def f(prompt, response):\n    raise KeyboardInterrupt\n")
+    assert main([*arguments, "--reward", f"{file}:f"]) == 130  # as a person's Ctrl-C in it
+
+
+def test_what_a_function_prints_does_not_reach_the_result(write_rows, tmp_path, capsys):
+    file = tmp_path / "prints.py"
+    file.write_text(
+        "print('loaded', end='')\n"
+        "def f(prompt, response):\n    print(response, end='')\n    return len(response)\n"
+    )
+    arguments = ["reward", "--data", str(write_rows(ROWS)), "--output", str(tmp_path / "o.jsonl")]
+    assert main([*arguments, "--reward", f"{file}:f", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["records"] == 4
+    assert "loaded" in err and "zzz" in err
+
+
+def test_a_file_that_is_there_is_replaced_only_when_asked(functions, write_rows, tmp_path):
+    data, output = write_rows(ROWS), tmp_path / "out.jsonl"
+    output.write_text("of another command")
+    with pytest.raises(InputError, match="out.jsonl is there already: pass --overwrite to replace"):
+        score(data, output, f"{functions}:length")
+    assert output.read_text() == "of another command"
+    assert not list(tmp_path.glob("*.partial"))
+    with pytest.raises(InputError, match="KeyError"):  # stopped half-way
+        score(data, output, f"{functions}:raises", overwrite=True)
+    source = functions.read_text().replace("return {}[response]", "return 0")
+    functions.write_text(source)
+    result = score(data, output, f"{functions}:raises", partial="keep")  # its own journal is there
+    assert result["records_resumed"] == 1 and output.read_text() != "of another command"
+
+
 def test_after_a_failure_the_same_command_goes_on_at_that_record(
     functions, write_rows, read_rows, tmp_path
 ):
@@ -142,7 +203,7 @@ def test_after_a_failure_the_same_command_goes_on_at_that_record(
     result = score(data, output, f"{functions}:raises", partial="keep")
     assert result["records_resumed"] == 1
     assert [row["scores"] for row in read_rows(output)] == [[1.0] * 3, [1.0, 7.0], [1.0], []]
-    again = score(data, output, f"{functions}:raises", partial="discard")
+    again = score(data, output, f"{functions}:raises", partial="discard", overwrite=True)
     assert again["records_resumed"] == 0
 
 
@@ -163,9 +224,9 @@ def test_a_reward_that_is_not_there(write_rows, tmp_path, reward, said):
 def test_a_reward_file_that_cannot_be_run(write_rows, tmp_path):
     (tmp_path / "broken.py").write_text("x = 1\nraise ValueError('no key')\n")
     (tmp_path / "syntax.py").write_text("def f(:\n")
-    with pytest.raises(InputError, match=r"broken.py: ValueError: no key \(line 2\)"):
+    with pytest.raises(InputError, match=r"broken.py raised ValueError: no key \(line 2\)"):
         score(write_rows(ROWS), tmp_path / "out.jsonl", f"{tmp_path}/broken.py:f")
-    with pytest.raises(InputError, match="syntax.py: SyntaxError"):
+    with pytest.raises(InputError, match="syntax.py raised SyntaxError"):
         score(write_rows(ROWS), tmp_path / "out.jsonl", f"{tmp_path}/syntax.py:f")
 
 
