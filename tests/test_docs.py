@@ -14,6 +14,7 @@ import pytest
 import yaml
 from padded_batch import padded_batch
 
+import fastrank
 from fastrank.cli.commands import COMMANDS
 from fastrank.data.formats import FORMATS
 
@@ -87,6 +88,14 @@ def test_the_messages_of_troubleshooting_are_the_library_s() -> None:
     for message in messages:
         pattern = ".*".join(map(re.escape, message.split("…")))
         assert any(re.search(pattern, text) for text in said), message
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^::: fastrank\.(\w+)$", page, re.M))
+    # The page has all of these modules.
+    rest = set(fastrank.__all__) - listed - {"__version__", "Loss"}
+    assert all(hasattr(fastrank.losses, name) for name in rest), rest
 
 
 def test_the_page_of_formats_lists_all_with_their_fields() -> None:

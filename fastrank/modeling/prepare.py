@@ -458,10 +458,12 @@ def _hidden_states(lm: PreTrainedModel, **inputs: Any) -> Tensor:
 
 
 def _check(model: nn.Module, state: Prepared) -> None:
-    """Run the start-up checks, which set the state's head."""
+    """Run the start-up checks, which set the state's head, in the model's own precision: under the
+    caller's autocast, rounding would be taken for an error of sharing."""
     lm = causal_lm(model)
     hidden_states = functools.partial(_hidden_states, lm)
-    with torch.no_grad(), evaluation_mode(model):
+    exact = torch.autocast(lm.device.type, enabled=False)
+    with torch.no_grad(), evaluation_mode(model), exact:
         state.head = probe_head(model, lm, _inner(model), hidden_states)
         if state.shared_prompts:
             # Segmentwise: the wiring is checked, and no kernel compiled that training may not use.

@@ -298,13 +298,13 @@ class RankConfig(
                 "float32 weights (bfloat16 ones do not move at small learning rates), "
                 "computed in bfloat16, which this GPU has"
             )
+        elif self.use_cpu or not torch.cuda.is_available():
+            self._dtype_reason = "float32 weights and computation: a CPU computes no fast bfloat16"
         else:
-            device = (
-                "a CPU computes"
-                if self.use_cpu or not torch.cuda.is_available()
-                else "this GPU has"
+            self._dtype_reason = (
+                "float32 weights and computation: this GPU has no fast bfloat16, and fp16 is not "
+                "supported; --use_peft and --load_in_4bit save memory"
             )
-            self._dtype_reason = f"float32 weights and computation: {device} no fast bfloat16"
 
     @property
     def dtype_reason(self) -> str:

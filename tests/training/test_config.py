@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,6 +153,12 @@ def test_the_precision_is_chosen_with_its_reason(monkeypatch: pytest.MonkeyPatch
         automatic = _config()
         assert automatic.mixed_precision == "no"
         assert "CPU" in automatic.dtype_reason
+    with monkeypatch.context() as old:  # a GPU that has float16 alone
+        old.setattr(torch.cuda, "is_available", lambda: True)
+        old.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+        chosen = SimpleNamespace(dtype="auto", bf16=False, use_cpu=False)
+        RankConfig._choose_precision(chosen)
+        assert "--load_in_4bit save memory" in chosen._dtype_reason and not chosen.bf16
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     launched = _config(use_cpu=True)
     assert "launcher" in launched.dtype_reason

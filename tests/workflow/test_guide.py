@@ -1,4 +1,4 @@
-"""Every command of the guide (docs/workflow.md) runs as it stands there, in order, in small."""
+"""The commands of the documentation run as they stand there, in order, at tiny sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from fastrank.cli.main import main
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "workflow.md"
+PAGES = Path(__file__).resolve().parents[2] / "docs"
 
 #: Sizes, behind the guide's own options: the last value of an option counts.
 SMALL = {
@@ -23,10 +23,11 @@ SMALL = {
 ONLINE = ["--online_max_new_tokens", "6"]
 
 
-def commands() -> list[list[str]]:
-    """The guide's command lines, without the program's name and comments."""
-    blocks = re.findall(r"^```\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.S | re.M)
-    lines = [line for block in blocks for line in block.splitlines()]
+def commands(page: str) -> list[list[str]]:
+    """A page's command lines, without the program's name and comments."""
+    text = (PAGES / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
+    lines = [line for language, block in blocks if not language for line in block.splitlines()]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("fastrank ")]
 
 
@@ -48,7 +49,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_guide_leads_through_the_whole_path(folder, policy_path, other_policy_path, capsys):
     names = {"POLICY": str(policy_path), "OTHER": str(other_policy_path)}
-    guide = commands()
+    guide = commands("workflow.md")
     assert [line[0] for line in guide[:6]] == [
         *("sample", "reward", "inspect", "train", "evaluate", "score")
     ]
@@ -65,3 +66,26 @@ def test_the_guide_leads_through_the_whole_path(folder, policy_path, other_polic
     said = capsys.readouterr().out
     for word in ("perplexity", "won", "pairwise_accuracy"):
         assert word in said
+
+
+@pytest.mark.parametrize("page", ["getting-started.md", "data.md", "from-trl.md", "memory.md"])
+def test_commands_of_the_other_pages(page, folder, policy_path, capsys):
+    """On the record that the pages show, and a file of options."""
+    rows = [
+        {"prompt": f"What is {k}?", "responses": ["Blue.", "A cat."], "scores": [0.9, 0.1]}
+        for k in range(4)
+    ]
+    (folder / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "run.yaml").write_text(
+        f"model: {policy_path}\ndata: ranked.jsonl\noutput_dir: runs/yaml\n"
+    )
+    lines = commands(page)
+    assert lines
+    for line in lines:
+        if "--load_in_4bit" in line:
+            pytest.importorskip("bitsandbytes")
+        arguments = [str(policy_path) if word == "MODEL" else word for word in line]
+        assert main(arguments + SMALL.get(line[0], [])) == 0, capsys.readouterr().err
+    if page == "getting-started.md":
+        summary = json.loads((folder / "runs/yaml/summary.json").read_text())
+        assert summary["data"][0]["records"]["kept"] == 4
