@@ -37,9 +37,14 @@ def test_python_runs_as_printed(page: Path) -> None:
 
 
 def test_the_repository_s_yaml_is_yaml() -> None:
-    files = [ROOT / "CITATION.cff", *sorted((ROOT / ".github").rglob("*.yml"))]
+    files = [ROOT / "CITATION.cff", ROOT / "mkdocs.yml", *sorted((ROOT / ".github").rglob("*.yml"))]
     for path in files:
         assert isinstance(yaml.safe_load(path.read_text()), dict), path
+
+
+def test_the_site_leads_to_every_page() -> None:
+    menu = json.dumps(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(re.findall(r'"([\w-]+\.md)"', menu)) == [page.name for page in PAGES]
 
 
 def test_json_is_json() -> None:

@@ -48,9 +48,12 @@ def load_groups(
 ) -> tuple[Sequence[Group], Report]:
     """All usable groups of a file or data set, in order, and the report of all records.
 
+    For ``format``, ``score_key``, ``max_candidates``, ``normalize_rewards``, ``min_candidates`` and
+    ``columns`` see `fastrank.data.records.read_records`.
+
     Args:
-        source, format, score_key, max_candidates, normalize_rewards, min_candidates, columns: see
-            `fastrank.data.records.read_records`.
+        source: a path, a pattern of paths, a folder or a Hub name; a `datasets.Dataset`, or any
+            iterable of dictionaries.
         tokenizer: a transformers tokenizer.
         context_length: the model's context in tokens. Longer input is truncated to it unless
             ``options`` sets its own limits.
