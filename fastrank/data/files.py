@@ -366,6 +366,11 @@ def _open_folder(folder: Path, name: str, config: str | None, split: str) -> Sou
     if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
         import datasets
 
+        if config is not None:
+            raise InputError(
+                f"{name}: a data set saved by save_to_disk has no configuration '{config}'; give "
+                "FOLDER:SPLIT"
+            )
         with _loading(name):
             data = datasets.load_from_disk(str(folder))
         if isinstance(data, datasets.DatasetDict):

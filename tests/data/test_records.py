@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pytest
+from char_tokenizer import make_tokenizer
 
+from fastrank.cli.main import main
+from fastrank.data.hub import use_hub
+from fastrank.data.load import load_groups
 from fastrank.data.records import read_records, spread, standardized
 from fastrank.data.report import Report, strict_pairs
 from fastrank.errors import InputError
+from fastrank.workflow.items import read_items
 
 
 def _file(tmp_path: Path, *rows: dict) -> Path:
@@ -255,6 +261,50 @@ def test_hub_names_reach_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         ("owner/set", None, "test"),
         ("owner/set", "main", "test"),
     ]
+
+
+def test_a_split_of_the_hub_goes_through_cache_commands_and_workflow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = {
+        ("main", "test"): [GOOD | {"prompt": f"p{i} "} for i in range(3)],
+        (None, "train"): [GOOD],
+    }
+    asked = []
+
+    def load(name: str, config: str | None = None, *, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(splits[config, split])
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    name, tokenizer = "owner/set:main:test", make_tokenizer()
+    for _ in range(2):  # built, and opened
+        groups, report = load_groups(name, tokenizer, cache_dir=tmp_path)
+        assert [g.name for g in groups] == [f"{name}:{i}" for i in (1, 2, 3)] and report.kept == 3
+    assert len(load_groups("owner/set", tokenizer, cache_dir=tmp_path)[0]) == 1
+    assert len(list(tmp_path.glob("groups-*[!k]"))) == 2  # an entry for each, beside its lock
+    assert [item.prompt for item in read_items(name)] == ["p0 ", "p1 ", "p2 "]
+    assert main(["inspect", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["records"]["kept"] == 3
+    assert set(asked) == {("owner/set", "main", "test"), ("owner/set", None, "train")}
+    datasets.Dataset.from_list(splits["main", "test"]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match="saved by save_to_disk has no configuration 'main'"):
+        list(read_records(f"{tmp_path / 'saved'}:main:test"))
+
+
+def test_a_data_set_that_is_not_there_offline_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    use_hub.cache_clear()
+    try:
+        assert main(["inspect", "owner/absent-set:main:test"]) == 2
+    finally:
+        use_hub.cache_clear()
+    error = capsys.readouterr().err
+    assert "owner/absent-set:main:test: cannot be loaded as a data set" in error
+    assert error.count("\n") == 1
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
