@@ -32,6 +32,7 @@ class Curve:
 
     name: str
     title: str
+    axis: str
     field: str
     base: Workload
     values: tuple[int, ...]
@@ -60,15 +61,19 @@ _HEADS = (
 )  # fmt: skip
 _SHARING = (FASTRANK, "fastrank, padded rows", "fastrank, layout by auto")
 CURVES = [
-    Curve("n", "candidates n (P 256, R 64)", "candidates", _step(8), (2, 4, 8, 16, 32, 64),
+    Curve("n", "A training step by the number of candidates", "candidates n (P 256, R 64)",
+          "candidates", _step(8), (2, 4, 8, 16, 32, 64),
           _LAYOUTS),
-    Curve("P", "prompt tokens P (n 4, R 64)", "prompt", _step(4), (64, 256, 1024, 4096), _LAYOUTS),
-    Curve("R", "response tokens R (n 4, P 256)", "response", _step(4), (32, 128, 512, 1024),
+    Curve("P", "A training step by the length of the prompt", "prompt tokens P (n 4, R 64)",
+          "prompt", _step(4), (64, 256, 1024, 4096), _LAYOUTS),
+    Curve("R", "A training step by the length of the responses", "response tokens R (n 4, P 256)",
+          "response", _step(4), (32, 128, 512, 1024),
           _LAYOUTS),
-    Curve("V", "vocabulary V (T 256, D 128)", "vocab",
+    Curve("V", "The loss by the size of the vocabulary", "vocabulary V (T 256, D 128)", "vocab",
           Workload("", "loss", ("cpu",), 1, 4, 64, vocab=32000, hidden=128),
           (32768, 65536, 131072, 262144), _HEADS),
-    Curve("crossover", "prompt tokens P (n 4, R 256)", "prompt", _step(4, 256), (4, 8, 16, 32, 64),
+    Curve("crossover", "From which prompt on sharing it is faster than padded rows",
+          "prompt tokens P (n 4, R 256)", "prompt", _step(4, 256), (4, 8, 16, 32, 64),
           _SHARING),
 ]  # fmt: skip
 
@@ -95,10 +100,14 @@ def plot_curves(rows: list[Measurement], folder: Path) -> list[Path]:
                 width = 2 if variant.startswith(FASTRANK) else 1
                 axes.plot(x, y, marker="o", label=variant, linewidth=width)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel(curve.title)
+        axes.set_xticks(curve.values, [f"{value:,}" for value in curve.values])
+        times = [row.median_ms for row in own if row.median_ms]
+        if max(times) > 3 * min(times):  # of less, a logarithmic axis would name no round number
+            axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.set_xlabel(curve.axis)
         axes.set_ylabel("forward + backward, ms")
-        axes.set_title(own[0].device_name, fontsize=9)
+        axes.set_title(f"{curve.title}\n{own[0].device_name}", fontsize=9)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
         path = folder / f"scaling_{curve.name}_{own[0].device}.png"

@@ -18,7 +18,7 @@ PACKAGES = {
 LAYERS = [  # a room imports only from itself, from rooms of its line and from those below
     {"cli"},
     {"workflow", "benchmarks"},
-    {"training", "tasks"},
+    {"training", "tasks", "visual"},
     {"modeling", "data", "attention"},
     {"linear_loss", "ranking", "logprobs", "metrics", "losses", "outputs", "arguments", "options"}
     | {"loss", "function_loss"},
@@ -114,7 +114,7 @@ def test_every_module_has_a_name_of_its_own() -> None:
 
 
 def test_the_package_stays_small() -> None:
-    assert len(list(PACKAGES["fastrank"].rglob("*.py"))) <= 145
+    assert len(list(PACKAGES["fastrank"].rglob("*.py"))) <= 152
 
 
 def test_the_map_names_every_room_and_nothing_else() -> None:

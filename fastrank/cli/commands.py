@@ -135,6 +135,13 @@ def _inspect() -> Command:
     return Command((InspectOptions,), inspect, positional="data")
 
 
+def _view() -> Command:
+    """a page of a run or of a data file, to look at"""
+    from fastrank.cli.view import ViewOptions, view
+
+    return Command((ViewOptions,), view, lambda result: result["page"], positional="source")
+
+
 def _bench() -> Command:
     """microbenchmarks beside every serious peer"""
     from fastrank.cli.bench import BenchOptions, SizeOptions, bench, own_failed
@@ -149,7 +156,7 @@ def _doctor() -> Command:
     return Command((DoctorOptions,), examine, doctor_text)
 
 
-_ALL = (_train, _sample, _reward, _iterate, _evaluate, _score, _inspect, _bench, _doctor)
+_ALL = (_train, _sample, _reward, _iterate, _evaluate, _score, _inspect, _view, _bench, _doctor)
 
 #: In the order of ``fastrank --help``; a function's docstring is its command's line there.
 COMMANDS = {made.__name__.removeprefix("_"): made for made in _ALL}

@@ -77,6 +77,10 @@ CHOSEN: dict[str, dict[str, str]] = {
         "Chat templates": "as_chat chat_template chat_template_kwargs",
         "Output": "plot trust_remote_code json",
     },
+    "view": {
+        "What": "source format columns score_key",
+        "Page": "output open json",
+    },
     "bench": {
         "What": "suite workload variant device",
         "Your own shape": "vocab hidden groups candidates response prompt tokens dtype loss model "

@@ -44,6 +44,7 @@ from fastrank.training.checkpoint import find_checkpoints, resolve_resume, wants
 from fastrank.training.config import RankConfig
 from fastrank.training.early_checks import check_best_metric
 from fastrank.training.engine import all_processes
+from fastrank.training.held_out import keep_scores, spread_of_rewards
 from fastrank.training.inputs import length_limits
 from fastrank.training.plan import changed_names, check_resumed, option_plan
 from fastrank.training.references import attach_references, check_reference
@@ -52,6 +53,8 @@ from fastrank.training.run_report import plot_metrics, summary_table
 from fastrank.training.splits import choose_groups, shared_prompts, split_by_prompt
 from fastrank.training.together import ending_together
 from fastrank.training.trainer import RankTrainer
+from fastrank.visual.pages import REPORT, write_run_report
+from fastrank.visual.shown_groups import FILE
 
 HELD_OUT, TRAINING = "eval", "train_split"  # prefixes of the log keys
 #: Rewards of PRO are said to be far apart from here on: a score's difference of 1 is then e^10.
@@ -69,6 +72,7 @@ class Job:
     heldout: Sequence[Group]
     reports: list[Report] = field(default_factory=list)
     source: str = ""
+    name: str = ""  # of the model
 
 
 @ending_together()
@@ -117,7 +121,7 @@ def _train(
         splits = {TRAINING: choose_groups(job.train, options.eval_groups, seed=config.seed)}
     if len(job.heldout):
         splits = {HELD_OUT: job.heldout, **splits}
-    before = StartEvaluation(splits)
+    before = StartEvaluation(splits, job.tokenizer)
     trainer = make_trainer(
         job.model,
         config,
@@ -150,7 +154,14 @@ def _train(
         "seconds": round(seconds, 2),
     }
     if config.should_save:
-        result |= _finish(output_dir, job, splits, after, config, step)
+        about = {
+            "run": f"{config.loss} on {job.source}",
+            "model": job.name or type(trainer.lm).__name__,
+            "loss": str(trainer.loss),
+            "steps": f"{result['steps']} in {seconds:.1f} s",
+            "prompts": f"{len(trained)} to train on, {len(job.heldout)} held out",
+        }
+        result |= _finish(output_dir, job, splits, after, trainer, step, about)
         if options.merge_adapter:
             trust = options.trust_remote_code
             merged = export_merged(output_dir, config, job.tokenizer, trust_remote_code=trust)
@@ -161,7 +172,7 @@ def _train(
         say(
             f"{trainer.state.global_step} steps in {seconds:.1f} s; "
             f"model{f' of step {step}, the best,' if step < trainer.state.global_step else ''} "
-            f"in {output_dir}, curves in {result['plot']}"
+            f"in {output_dir}, report in {result['report']}"
             + (f", merged model in {result['merged']}" if options.merge_adapter else "")
         )
     return result
@@ -225,7 +236,8 @@ def _check_resume(config: RankConfig, output_dir: Path) -> None:
 def _remove_earlier_run(output_dir: Path) -> None:
     for path in find_checkpoints(output_dir):
         shutil.rmtree(path)
-    (output_dir / METRICS_FILE).unlink(missing_ok=True)
+    for name in (METRICS_FILE, FILE, REPORT):
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def built_in_job(config: RankConfig) -> Job:
@@ -274,9 +286,11 @@ def load_job(options: TrainOptions, config: RankConfig) -> Job:
     groups, report = load_groups(options.data, tokenizer, **read)
     if options.eval_data is not None:
         heldout, eval_report = load_groups(options.eval_data, tokenizer, **read)
-        return Job(model, tokenizer, groups, heldout, [report, eval_report], options.data)
+        return Job(
+            model, tokenizer, groups, heldout, [report, eval_report], options.data, options.model
+        )
     train_groups, heldout = split_by_prompt(groups, options.eval_fraction, seed=config.seed)
-    return Job(model, tokenizer, train_groups, heldout, [report], options.data)
+    return Job(model, tokenizer, train_groups, heldout, [report], options.data, options.model)
 
 
 def _placement(options: TrainOptions, config: RankConfig) -> dict[str, Any]:
@@ -339,8 +353,9 @@ def warn_of_gaps(loss: Loss, groups: Sequence[Group]) -> list[str]:
 class StartEvaluation(TrainerCallback):
     """Evaluate every split before the first step; a resumed run has done so already."""
 
-    def __init__(self, splits: dict[str, Sequence[Group]]) -> None:
+    def __init__(self, splits: dict[str, Sequence[Group]], tokenizer: Any) -> None:
         self.splits = splits
+        self.tokenizer = tokenizer
         self.trainer: RankTrainer | None = None
 
     def on_train_begin(
@@ -349,6 +364,10 @@ class StartEvaluation(TrainerCallback):
         if state.global_step == 0 and self.trainer is not None:
             for name, groups in self.splits.items():
                 self.trainer.evaluate(groups, metric_key_prefix=name)  # type: ignore[arg-type]
+                if name == HELD_OUT and args.should_save:
+                    scores = self.trainer.scores_at[name][state.global_step]
+                    folder = Path(args.output_dir or "")
+                    keep_scores(folder, groups, self.tokenizer, scores, "before")
 
 
 def _finish(
@@ -356,10 +375,13 @@ def _finish(
     job: Job,
     splits: dict[str, Sequence[Group]],
     after: dict[str, dict[str, float]],
-    config: RankConfig,
+    trainer: RankTrainer,
     step: int,
+    about: dict[str, Any],
 ) -> dict[str, Any]:
-    """Curves, table and ``summary.json`` in the output folder, of the model after a step."""
+    """Curves, table, ``summary.json`` and ``report.html`` in the output folder, of the model after
+    a step."""
+    config = trainer.args
     rows = read_metrics(output_dir / METRICS_FILE)
     plot = plot_metrics(rows, output_dir / "training.png", f"{config.loss} on {job.source}")
     first = {name: _at_start(rows, name) for name in splits}
@@ -371,8 +393,14 @@ def _finish(
         "after": last,
         "data": [report.as_dict() for report in job.reports],
     }
-    text = json.dumps(result, indent=1) + "\n"
+    spread = spread_of_rewards({"training": job.train, "held out": job.heldout})
+    kept = {**result, "about": about, "rewards": spread}
+    text = json.dumps(kept, indent=1) + "\n"
     (output_dir / "summary.json").write_text(text, encoding="utf-8")
+    if HELD_OUT in splits:
+        scores = trainer.scores_at.get(HELD_OUT, {}).get(step)
+        keep_scores(output_dir, splits[HELD_OUT], job.tokenizer, scores, "after")
+    result["report"] = str(write_run_report(output_dir, rows))
     return result | {
         "table": summary_table({_TITLES[name]: (first[name], last[name]) for name in splits})
     }

@@ -10,35 +10,27 @@ from fastrank.training.log_keys import LOG_KEYS
 
 Values = Mapping[str, float]
 
-#: (title, scale of the y axis or its limits, ((log key, label, style), ...)) of each panel.
+#: (title, scale of the y axis or its limits, ((log key, label, colour), ...)) of each panel.
 Panels = Sequence[tuple[str, str | tuple[float, float], Sequence[tuple[str, str, str]]]]
 
-TRAINING_PANELS: Panels = (
-    (
-        "loss",
-        "linear",
-        (
-            ("loss", "training", "-"),
-            ("rank_loss", "ranking term", "--"),
-            ("sft_loss", "supervised term", ":"),
-            ("eval_loss", "held out", "o-"),
-        ),
-    ),
-    (
-        "ranking accuracy",
-        (0, 1),
-        (
-            ("rewards/accuracies", "training batches", "-"),
-            ("train_split_rewards/accuracies", "training split", "s--"),
-            ("eval_rewards/accuracies", "held out", "o-"),
-        ),
-    ),
+_SPLITS = (
+    ("", "training batches", "C0"),
+    ("train_split_", "training split", "C2"),
+    ("eval_", "held out", "C1"),
 )
+TRAINING_PANELS: Panels = [
+    (title, scale, [(prefix + key, label, colour) for prefix, label, colour in _SPLITS])
+    for title, scale, key in (
+        ("loss", "linear", "loss"),
+        ("ranking term alone", "linear", "rank_loss"),
+        ("ranking accuracy", (0, 1), "rewards/accuracies"),
+    )
+]
 ONLINE_PANELS: Panels = (
-    ("reward of fresh samples", "linear", (("online/reward", "", "o-"),)),
-    ("their perplexity under the reference", "log", (("online/perplexity", "", "o-"),)),
-    ("log-ratio to the reference (KL)", "linear", (("online/kl", "", "o-"),)),
-    ("live fraction", "linear", (("live_fraction", "", "o-"),)),
+    ("reward of fresh samples", "linear", (("online/reward", "", "C0"),)),
+    ("their perplexity under the reference", "log", (("online/perplexity", "", "C0"),)),
+    ("log-ratio to the reference (KL)", "linear", (("online/kl", "", "C0"),)),
+    ("live fraction", "linear", (("live_fraction", "", "C0"),)),
 )
 
 
@@ -66,12 +58,14 @@ def plot_metrics(
     figure = Figure(figsize=(4.2 * max(len(drawn), 1), 3.8), layout="constrained")
     for number, (name, scale, curves) in enumerate(drawn, start=1):
         axis = figure.add_subplot(1, len(drawn), number)
-        for points, label, style in curves:
-            if points:
-                axis.plot(*zip(*points, strict=True), style, label=label, markersize=3)
+        for points, label, colour in curves:
+            if points:  # what is known at the start and the end alone makes no line
+                style = "o" if len(points) < 3 else "o-" if len(points) <= 30 else "-"
+                axis.plot(*zip(*points, strict=True), style, c=colour, label=label, markersize=3.5)
         axis.set_xlabel("step")
         axis.set_title(name, fontsize="medium")
         axis.grid(alpha=0.3)
+        axis.margins(x=0.03)
         if isinstance(scale, str):
             axis.set_yscale(scale)
         else:

@@ -245,6 +245,8 @@ class RankTrainer(TrainerHooks, Trainer):
         self._window = StepWindow()
         self.model_card()  # a template that cannot be used is known before anything is trained
         self._first_log = True
+        self.scores_at: dict[str, dict[int, list[np.ndarray]]] = {}
+        """By prefix and step, of the latest evaluation and the best: a float32 array per group."""
         self._uncounted = 0  # tokens of this process that the state does not know
         self._plan: dict[str, Any] = {}
         self._saved: tuple[int, int] | None = None
@@ -734,6 +736,9 @@ class RankTrainer(TrainerHooks, Trainer):
         _switch(self.optimizer, "eval")
         found = summarize(self._evaluated(model, dataloader), self.loss, self.engine.gather)
         model.train(was_training)
+        known = self.scores_at.get(metric_key_prefix, {})
+        best = {s: scores for s, scores in known.items() if s == self.state.best_global_step}
+        self.scores_at[metric_key_prefix] = best | {self.state.global_step: found.scores}
         if found.bad and self.args.nonfinite == "stop":
             groups = dataloader.dataset.groups  # type: ignore[attr-defined]
             names = name_groups(groups, found.bad, "evaluation")

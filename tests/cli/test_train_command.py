@@ -11,12 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrank.cli.main import main
+from fastrank.metrics import pairwise_accuracy
 from fastrank.tasks.menu import menu_records, menu_task
 from fastrank.training.callbacks import read_metrics
 from fastrank.training.config import RankConfig
 from fastrank.training.run import built_in_job
 from fastrank.training.splits import choose_groups
 from fastrank.training.trainer import RankTrainer
+from fastrank.visual.shown_groups import read_groups
 
 QUICK = ["--disable_tqdm", "true", "--logging_steps", "2", "--save_strategy", "no"]
 
@@ -70,6 +72,12 @@ def test_the_built_in_task_is_learnt(
     ):
         assert text in out
     assert (run / "training.png").read_bytes().startswith(b"\x89PNG")
+    report = (run / "report.html").read_text()
+    assert result["report"] == str(run / "report.html") and report.count("<details") == 128
+    kept = read_groups(run / "held_out.jsonl")
+    assert all(len(g.before) == len(g.after) == len(g.responses) for g in kept)
+    accuracy = pairwise_accuracy([g.after for g in kept], [g.rewards for g in kept])
+    assert accuracy == pytest.approx(result["after"]["eval"]["rewards/accuracies"])
     rows = read_metrics(run / "metrics.jsonl")
     assert {"eval_loss", "train_split_loss"} <= {key for row in rows for key in row}
     assert [row["step"] for row in rows if "grad_norm" in row] == list(range(2, 121, 2))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import fastrank.training.callbacks
@@ -16,7 +17,7 @@ import fastrank.training.run_report
 from fastrank.data.group import Group
 from fastrank.errors import InputError
 from fastrank.training.callbacks import MetricsFile, RankProgress, format_line, read_metrics
-from fastrank.training.run_report import plot_metrics, summary_table
+from fastrank.training.run_report import TRAINING_PANELS, plot_metrics, summary_table
 from fastrank.training.splits import choose_groups, shared_prompts, split_by_prompt
 
 
@@ -99,7 +100,15 @@ def test_a_resumed_run_continues_the_metrics_file(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "absent.jsonl") == []
 
 
-def test_the_plot_shows_loss_and_accuracy(tmp_path: Path) -> None:
+def test_the_plot_shows_loss_and_accuracy(tmp_path: Path, monkeypatch: Any) -> None:
+    drawn: list[tuple[str, str, str]] = []
+    plot = Axes.plot
+
+    def record(axis: Axes, x: Any, y: Any, style: str, **look: Any) -> Any:
+        drawn.append((axis.get_title() or "?", style, look["c"]))
+        return plot(axis, x, y, style, **look)
+
+    monkeypatch.setattr(Axes, "plot", record)
     rows = [
         {"step": 0, "eval_loss": 2.0, "eval_rewards/accuracies": 0.5},
         *({"step": s, "loss": 2.0 / s, "rewards/accuracies": 0.5 + s / 20} for s in range(1, 9)),
@@ -108,6 +117,13 @@ def test_the_plot_shows_loss_and_accuracy(tmp_path: Path) -> None:
     path = plot_metrics(rows, tmp_path / "curves.png", "a title")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 10_000
+    # A colour for a split, and no line between the values of the start and the end alone.
+    assert [(style, colour) for _, style, colour in drawn] == [
+        ("o-", "C0"), ("o", "C1"), ("o-", "C0"), ("o", "C1"),
+    ]  # fmt: skip
+    assert [title for title, *_ in TRAINING_PANELS] == [
+        "loss", "ranking term alone", "ranking accuracy",
+    ]  # fmt: skip
     empty = plot_metrics([], tmp_path / "empty.png", "nothing logged")
     assert empty.stat().st_size < path.stat().st_size
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "empty.png"]

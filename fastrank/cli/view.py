@@ -1,0 +1,77 @@
+"""``fastrank view``: a run or a data file as one page, without a network."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastrank import options as shared
+from fastrank.errors import InputError
+from fastrank.options.declare import change, option, options
+
+
+@options
+class ViewOptions(shared.ReadOptions, shared.OutputOptions, shared.JsonOptions):
+    """Write one page of a run (curves, before and after, held-out prompts with their candidates) or
+    of a data file (its prompts with their candidates)."""
+
+    source: str = option("Folder of a run, or a data file as `inspect` reads it.")
+    output: str | None = change(
+        "Page to write (default: report.html in the run's folder, or the file's name here)."
+    )
+    open: bool = option("Open the page in the browser.", default=False)
+
+
+def view(options: ViewOptions) -> dict[str, Any]:
+    """Write the page; returns its path and what it shows."""
+    folder = Path(options.source).expanduser()
+    result = _view_run(options, folder) if is_run(folder) else _view_data(options)
+    if options.open:
+        import webbrowser
+
+        webbrowser.open(Path(result["page"]).absolute().as_uri())
+    return result
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, which has logged something."""
+    return (folder / "metrics.jsonl").is_file()
+
+
+def _view_run(options: ViewOptions, folder: Path) -> dict[str, Any]:
+    from fastrank.training.callbacks import METRICS_FILE, read_metrics
+    from fastrank.visual.pages import write_run_report
+
+    for name in ("format", "columns", "score_key", "max_candidates"):
+        if getattr(options, name) is not None:
+            raise InputError(f"--{name} is of data files, got the run {folder}")
+    rows = read_metrics(folder / METRICS_FILE)
+    target = None if options.output is None else _page(options.output)
+    return {"page": str(write_run_report(folder, rows, target)), "log_rows": len(rows)}
+
+
+def _view_data(options: ViewOptions) -> dict[str, Any]:
+    from fastrank.data.records import read_records, require_records
+    from fastrank.data.report import Report
+    from fastrank.options.declare import values_of
+    from fastrank.visual.pages import write_data_page
+    from fastrank.visual.shown_groups import SpreadSample, of_record
+
+    name = Path(options.source).name or "data"
+    target = _page(options.output or f"{Path(name).stem}.html")
+    report, sample = Report(name=options.source), SpreadSample()
+    reading = values_of(options, shared.ReadOptions)
+    for record in read_records(options.source, report=report, min_candidates=1, **reading):
+        sample.add(partial(of_record, record, options.source))
+    require_records(report)
+    write_data_page(target, name, sample.groups, sample.total, report.as_text())
+    return {"page": str(target), "prompts": sample.total, "shown": len(sample.groups)}
+
+
+def _page(path: str) -> Path:
+    from fastrank.data.write import check_output
+
+    if Path(path).suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--output must end in .html, got {path}")
+    return check_output(path, "--output")
