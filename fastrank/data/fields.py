@@ -204,13 +204,18 @@ def said(turns: Sequence[Message]) -> Said | None:
     unless its role is known to be another's."""
     if not turns:
         return None
-    if len(turns) == 1 and turns[0]["role"] not in _OTHERS | _ASSISTANTS:
+    if len(turns) == 1 and not is_known_role(turns[0]):
         turns = [{**turns[0], "role": "assistant"}]
     own = [i for i, turn in enumerate(turns) if not is_context(turn)]
     kept = list(turns[: own[-1] + 1]) if own else []
     if len(kept) != 1:
         return kept
     return kept[0]["content"] if kept[0].keys() == {"role", "content"} else kept[0]
+
+
+def is_known_role(turn: Message) -> bool:
+    """Whether it is known who speaks."""
+    return turn["role"] in _OTHERS | _ASSISTANTS
 
 
 def is_context(turn: Message) -> bool:

@@ -55,7 +55,7 @@ def _gathered(said: str, scores: Sequence[str]) -> Format:
         parsed = (
             (place, complete(read(row, place, score_key), row, place, names)) for place, row in rows
         )
-        return readers.gather_flat(parsed)
+        return ((place, _behind_prompt(found)) for place, found in readers.gather_flat(parsed))
 
     return Format(names, read, gather=gather)
 
@@ -223,7 +223,7 @@ def parse(name: str, row: Row, place: Place, score_key: str | None = None) -> Pa
     """A row of a known format, completed."""
     read = FORMATS[name].read
     assert read is not None, "rows of this format are gathered"
-    found = read(row, place, score_key)
+    found = _behind_prompt(read(row, place, score_key))
     return complete(found, row, place, FORMATS[name].fields)
 
 
@@ -231,8 +231,7 @@ def complete(found: ParsedRow, row: Row, place: Place, used: Sequence[str]) -> P
     """A parsed row with what any format may have beside it: a system message, tools, and how each
     response ended (``ended``).
 
-    With a field ``system``, or with responses of several turns, a text prompt becomes a message of
-    the user. Responses that repeat the prompt's messages begin behind them.
+    With a field ``system``, a text prompt becomes a message of the user.
 
     Args:
         found: what the format's fields ``used`` gave.
@@ -240,8 +239,6 @@ def complete(found: ParsedRow, row: Row, place: Place, used: Sequence[str]) -> P
     Raises:
         InputError: a field that is a part of the prompt is not read.
     """
-    if any(isinstance(response, list) for response in found.responses):
-        found = _behind_prompt(found)
     if row.get("tools") is not None:
         found = found._replace(tools=fields.tools(row["tools"], place))
     if row.get("ended") is not None:
@@ -263,7 +260,11 @@ def complete(found: ParsedRow, row: Row, place: Place, used: Sequence[str]) -> P
 
 
 def _behind_prompt(found: ParsedRow) -> ParsedRow:
+    """Beside responses of several turns a text prompt is a message of the user; those that repeat
+    the prompt's messages begin behind them."""
     asked = found.prompt
+    if not any(isinstance(response, list) for response in found.responses):
+        return found
     turns = fields.as_messages(asked) if asked else []
     talks = [r for r in found.responses if isinstance(r, list) and r]
     if turns and all(talk[: len(turns)] == turns for talk in talks):

@@ -30,7 +30,6 @@ from fastrank.data.fields import Prompt, as_messages
 from fastrank.data.files import Place
 from fastrank.data.records import Record, RecordReader, Unread, narrowed
 from fastrank.data.render import (
-    CHANGED,
     TEMPLATE_REFUSED,
     Refused,
     Rendered,
@@ -47,7 +46,7 @@ from fastrank.data.report import (
     SAME_PAIRS,
     Report,
 )
-from fastrank.data.turns import marked, ranked_tokens, render_turns
+from fastrank.data.turns import NEEDS_PLACES, marked, ranked_tokens, render_turns
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -332,7 +331,7 @@ def _marked(
     for text, spans, ids in zip(item.joint, item.ranked, responses, strict=True):
         ranked = ranked_tokens(tokenizer, text, spans, start)
         if ranked is None:
-            raise Refused(CHANGED)
+            raise Refused(NEEDS_PLACES)
         out.append(marked(ids, ranked + [True] * (len(ids) - len(ranked))))
     return out
 

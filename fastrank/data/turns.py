@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastrank.data.fields import Message, Said, as_messages, as_turns, is_context
+from fastrank.data.fields import Message, Said, as_messages, as_turns, is_context, is_known_role
 from fastrank.data.render import (
     CHANGED,
     HIDDEN_PROMPT,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from fastrank.data.records import Record
 
+UNKNOWN_ROLE = "several turns, one of them of an unknown role"
 NEEDS_PLACES = "several turns, for a tokenizer that does not tell the places of its tokens"
 SEVERAL = "candidates of several turns: the assistant's are ranked, the others are context"
 
@@ -50,8 +51,10 @@ def render_turns(record: Record, tokenizer: PreTrainedTokenizerBase) -> Rendered
         Refused: the record cannot be rendered as it is.
         TemplateError: the chat template refuses it.
     """
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         raise Refused(NEEDS_PLACES)
+    if not all(is_known_role(turn) for one in record.turns for turn in as_turns(one)):
+        raise Refused(UNKNOWN_ROLE)
     prompt = as_messages(record.prompt)
     if tokenizer.chat_template is None:
         return _plain(prompt, record.turns, record.tools)

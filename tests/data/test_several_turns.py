@@ -43,7 +43,7 @@ from fastrank.data.records import Record
 from fastrank.data.render import CHANGED, HIDDEN_PROMPT, NEEDS_TEMPLATE, PARTED, PLAIN, TRIMMED
 from fastrank.data.report import CUT_SAMPLE, NO_PROMPT, NO_RANKED, NO_TURN, SAME_PAIRS, Report
 from fastrank.data.tokenize import TokenizeOptions, encode_record
-from fastrank.data.turns import NEEDS_PLACES, SEVERAL, ranked_tokens
+from fastrank.data.turns import NEEDS_PLACES, SEVERAL, UNKNOWN_ROLE, ranked_tokens
 
 
 def user(content: str) -> dict[str, str]:
@@ -151,6 +151,9 @@ CASES = {
         (ASK, [f"{CLOCK}<|end|>[<|tool|>noon<|end|><|assistant|>]d<|end|>[<|user|>why<|end|>"
                "<|assistant|><think>\n\n</think>\n\n]e<|end|>",
                "[<think>\n\n</think>\n\n]f<|end|>"]), (PARTED,)),
+    "a turn of nobody known": Case(
+        several([{"role": "function_call", "content": "c"}, tool("x"), answer("d")], "e"), CHAT,
+        UNKNOWN_ROLE),
     "tools that are not shown": Case(
         several([call({}), tool("noon"), answer("d")], "e"), CHAT, CHANGED),
     "users and assistant by turns": Case(
@@ -236,6 +239,17 @@ def test_table(name: str, tmp_path: Path) -> None:
     assert {what: len(lines) for what, lines in report.counts.items()} == case.counts
     masked = any("[" in text for text in responses)
     assert (groups[0].ranked is not None) == masked
+
+
+def test_flat_rows_of_one_text_prompt_are_one_group() -> None:
+    said = [TALK, "g", [*HI, answer("e"), SO, answer("f")]]
+    rows = [{"prompt": "hi", "response": one, "score": -i} for i, one in enumerate(said)]
+    tokenizer = make_tokenizer(chat_template=CHAT)
+    [group], _ = load_groups([*rows[:2], {**rows[1], "response": "h"}], tokenizer)
+    assert shown(group, tokenizer) == [f"c<|end|>{NEXT}d<|end|>", "g<|end|>", "h<|end|>"]
+    # A conversation that repeats the prompt begins behind it.
+    [group], _ = load_groups([rows[1], rows[2]], tokenizer)
+    assert shown(group, tokenizer)[1] == "e<|end|>[<|user|>so<|end|><|assistant|>]f<|end|>"
 
 
 def test_a_token_across_an_edge_is_ranked() -> None:
