@@ -42,6 +42,10 @@ LONGEST_LINE = 256 << 20
 #: The same for a compressed JSON document.
 LONGEST_DOCUMENT = 1 << 30
 
+#: Bytes of memory that one JSON text may become, if that is more than ten times its size.
+MOST_OBJECTS = 1 << 30
+_SMALL_JSON = 4 << 20
+
 _HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+){0,2}$")
 #: Fields that hold text in any format.
 _TEXTS = (
@@ -588,7 +592,21 @@ def _is_json_lines(path: Path, name: str) -> bool:
     return rest or not holds_rows
 
 
+def _check_expansion(text: bytes, place: str) -> None:
+    """Refuse JSON whose objects would take far more memory than records of its size do: a line
+    ``{},{},...`` of 157 MB took 4.4 GB."""
+    if len(text) < _SMALL_JSON:
+        return
+    held = 200 * (text.count(b"{") + text.count(b"[")) + 60 * text.count(b",")
+    if held > max(MOST_OBJECTS, 10 * len(text)):
+        raise InputError(
+            f"{place}: its {len(text) >> 20} MiB would become about {held >> 20} MiB of lists and "
+            "objects, no records of text"
+        )
+
+
 def _parse(text: bytes, place: str) -> Any:
+    _check_expansion(text, place)
     try:
         return json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

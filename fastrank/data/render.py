@@ -31,6 +31,7 @@ from fastrank.data.fields import (
     as_messages,
     as_turns,
 )
+from fastrank.data.limits import bounded
 from fastrank.errors import InputError
 from fastrank.options.paths import local_path
 
@@ -447,21 +448,28 @@ def apply_template(
 
     Raises:
         TemplateError: the template refuses one of them.
+        InputError: it takes too much time or memory.
     """
     import jinja2
 
     given: Any = None if tools is None else list(tools)
     try:
-        return [
-            str(text)
-            for text in tokenizer.apply_chat_template(
-                [list(turns) for turns in conversations],
-                tools=given,
-                tokenize=False,
-                add_generation_prompt=generate,
-                chat_template=_dated(tokenizer.get_chat_template(tools=given)),
-            )
-        ]
+        with bounded("the chat template, for one record,"):
+            return [
+                str(text)
+                for text in tokenizer.apply_chat_template(
+                    [list(turns) for turns in conversations],
+                    tools=given,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                    chat_template=_dated(tokenizer.get_chat_template(tools=given)),
+                )
+            ]
+    except InputError:
+        raise
     # Templates are programs of others, and jinja wraps only some of what they raise.
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+    except (
+        *(jinja2.TemplateError, ValueError, TypeError, LookupError),
+        *(ArithmeticError, AttributeError, RecursionError),
+    ) as error:
         raise TemplateError(" ".join(str(error).split())) from error

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastrank.data.files import content_hash, looks_like_path, one_line
 from fastrank.data.hub import in_cache, use_hub
+from fastrank.data.limits import bounded
 from fastrank.data.render import set_chat_template
 from fastrank.errors import InputError
+from fastrank.modeling.model_files import check_model_files
 from fastrank.options.paths import local_path
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 #: What older versions of transformers saved beside the weights.
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|masked_bias|attn\.bias|position_ids)$")
 
+_PATTERN_SECONDS = 5.0
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -98,6 +101,8 @@ def check_model_path(path: str | Path, needed: str = "config.json") -> str:
         if local.is_dir():
             if not (local / needed).is_file():
                 raise InputError(f"{name}: not a model folder, it has no {needed}")
+            if needed == "config.json":
+                check_model_files(local, name)
             return str(local)
         if local.exists():
             raise InputError(f"{name}: expected a model folder, got a file")
@@ -298,10 +303,26 @@ def _with_adapter(base: PreTrainedModel, path: str | Path, what: str) -> PreTrai
     from fastrank.modeling.merge import merge_adapter
 
     with _errors_in_one_line(path, f"{what} with an adapter"), warnings.catch_warnings():
+        _try_patterns(base, local_path(path), f"{path}: a pattern of {ADAPTER_CONFIG}")
         # Weights that the adapter's folder lacks would keep their initial values.
         warnings.filterwarnings("error", message=".*missing adapter keys")
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
         return merge_adapter(PeftModel.from_pretrained(base, local_path(path))).eval()
+
+
+def _try_patterns(base: PreTrainedModel, folder: Path, what: str) -> None:
+    """Match the patterns of an adapter's configuration with the names of all modules, within limits
+    of time: a regular expression may take for ever."""
+    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    kept = (settings.get(f"{kind}_pattern") or {} for kind in ("rank", "alpha"))
+    patterns = [pattern for own in kept for pattern in own]
+    patterns += [settings.get(name) for name in ("target_modules", "exclude_modules")]
+    names = [name for name, _ in base.named_modules()]
+    with bounded(what, seconds=_PATTERN_SECONDS):
+        for pattern in patterns:
+            for name in names if isinstance(pattern, str) else ():
+                re.fullmatch(pattern, name)
+                re.match(rf"(.*\.)?({pattern})$", name)
 
 
 @contextmanager
@@ -309,6 +330,8 @@ def _errors_in_one_line(path: str | Path, what: str) -> Iterator[None]:
     """Corrupt folders and the network raise unrelated types, whose text may have many lines."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{path}: cannot be loaded as a {what}: {reason}") from error
@@ -337,6 +360,8 @@ def tokenizer_context(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> i
 
     name = str(local_path(adapter_base(path) if is_adapter(path) else path))
     if not Path(name).is_dir() or (Path(name) / "config.json").is_file():
+        if Path(name).is_dir():
+            check_model_files(Path(name), str(path))
         try:
             return context_length(AutoConfig.from_pretrained(name))
         except (OSError, ValueError, KeyError):  # a tokenizer without a model, or an unknown one

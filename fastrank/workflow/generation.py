@@ -21,6 +21,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StopStringCriteria,
 )
 
 from fastrank.errors import InputError
@@ -103,6 +104,17 @@ def generate(
     ]
 
 
+def _check_stop(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+    """Refuse stop texts with a tokenizer in whose output transformers cannot look for them."""
+    try:
+        StopStringCriteria(tokenizer, list(stop))
+    except ValueError as error:
+        raise InputError(
+            f"stop: this {type(tokenizer).__name__} does not write spaces as they are, and no text "
+            "can be looked for; expected none"
+        ) from error
+
+
 def _search(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -116,6 +128,7 @@ def _search(
     options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens}
     call: dict[str, Any] = {"attention_mask": mask}
     if decoding.stop:
+        _check_stop(tokenizer, decoding.stop)
         options["stop_strings"] = list(decoding.stop)
         call["tokenizer"] = tokenizer
     n = decoding.num_responses

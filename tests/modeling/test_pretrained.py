@@ -113,6 +113,64 @@ def test_a_name_without_a_network_is_looked_for_once(
         use_hub.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_hidden_layers": 10**7}, r"num_hidden_layers is 1e\+07, more than its \d+ tensors"),
+        ({"num_hidden_layers": 1e300}, r"num_hidden_layers is 1e\+300, more than its"),
+        ({"text_config": {"n_layer": 10**4}}, "n_layer is 1e.04, more than its"),
+        ({"num_experts": 10**9}, "num_experts is 1e.09, more than 100,000"),
+    ],
+)
+def test_a_configuration_is_no_larger_than_the_weights(
+    settings: dict, said: str, copy: Path
+) -> None:
+    before = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(before | settings))
+    for load in (load_model, check_model_path):
+        assert re.search(said, _refused(load, copy))
+
+
+def test_an_adapter_whose_pattern_takes_for_ever(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    monkeypatch.setattr("fastrank.modeling.pretrained._PATTERN_SECONDS", 0.3)
+    adapter = tmp_path / "adapter"
+    get_peft_model(load_model(copy), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        adapter
+    )
+    file = adapter / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"base_model_name_or_path": str(copy)}))
+    assert load_model(adapter)
+    for name, value in (
+        ("target_modules", "(([a-z0-9_.])+)+!"),
+        ("exclude_modules", "(.*)*!"),
+        ("rank_pattern", {"(([a-z0-9_.])+)+!": 4}),
+    ):
+        file.write_text(json.dumps(settings | {"base_model_name_or_path": str(copy), name: value}))
+        assert "a pattern of adapter_config.json took more than 0.3 s" in _refused(
+            load_model, adapter
+        )
+
+
+@pytest.mark.parametrize(
+    "file", ["../model.safetensors", "/etc/passwd", "pytorch_model.bin", "a/b.safetensors", 3, ""]
+)
+def test_an_index_names_files_of_its_folder(file: object, copy: Path) -> None:
+    index = copy / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+    message = _refused(load_model, copy)
+    assert "may only name safetensors files of its own folder, got " in message
+    index.write_text("[" * 100_000)
+    assert "index.json cannot be read" in _refused(load_model, copy)
+    index.write_text("{}")
+    assert "has no weight_map" in _refused(load_model, copy)
+
+
 def test_other_things_than_model_folders(tmp_path: Path, copy: Path) -> None:
     assert "the model path is empty" in _refused(load_model, "")
     assert "it has no config.json" in _refused(load_model, tmp_path)
@@ -133,7 +191,8 @@ def test_corrupt_models(file: str, text: str | None, copy: Path) -> None:
     (copy / file).unlink()
     if text is not None:
         (copy / file).write_text(text)
-    assert "cannot be loaded as a causal language model" in _refused(load_model, copy)
+    message = _refused(load_model, copy)
+    assert re.search("cannot be loaded as a causal language model|config.json cannot be", message)
 
 
 def test_corrupt_tokenizer(copy: Path) -> None:

@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ SHORT: dict[str, list[str]] = {
         *("--max_steps", "1", "--eval_groups", "2", "--eval_strategy", "no"),
         *("--save_strategy", "no", "--disable_tqdm", "true"),
     ],
-    "iterate": ["--max_steps", "1", "--rounds", "1"],
+    "iterate": ["--max_steps", "1", "--rounds", "1", "--max_new_tokens", "1"],
     "sample": ["--max_new_tokens", "1", "--num_responses", "2"],
     "evaluate": ["--max_new_tokens", "1"],
     "bench": ["--workload", "nope"],
@@ -61,21 +62,46 @@ VALUES = [
 PLAIN = ["0", "1", "2", "0.5", "true", "false", "none", "x", "d.jsonl"]
 
 
-def options_of(name: str) -> list[str]:
-    fields = [f for kind in COMMANDS[name]().options for f in dataclasses.fields(kind) if f.init]
-    return [f.name for f in fields if not f.name.startswith(LEFT_OUT)]
+def options_of(name: str) -> dict[str, list[str]]:
+    """Values of its type for every option of a command."""
+    found = {}
+    for kind in COMMANDS[name]().options:
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            if field.init and not field.name.startswith(LEFT_OUT):
+                found[field.name] = _typed(hints[field.name])
+    return found
 
 
-def random_line(rng: random.Random, names: dict[str, list[str]]) -> list[str]:
+def _typed(hint: Any) -> list[str]:
+    members = typing.get_args(hint) or (hint,)
+    if typing.get_origin(hint) is typing.Literal:
+        return [str(member) for member in members]
+    literals = [m for m in members if typing.get_origin(m) is typing.Literal]
+    if literals:
+        return _typed(literals[0])
+    for kind, texts in (
+        (bool, ["true", "false"]),
+        (int, ["0", "1", "2", "3", "7", "-1"]),
+        (float, ["0", "0.5", "1", "2.5", "-0.5", "1e30"]),
+    ):
+        if kind in members:
+            return texts
+    return [*PLAIN, "d.jsonl", "model", "r.py:f", "p.png", "no", "steps", "epoch"]
+
+
+def random_line(rng: random.Random, names: dict[str, dict[str, list[str]]]) -> list[str]:
     name = rng.choice(list(COMMANDS))
     line = [name, *rng.choice(USUAL.get(name, [[]])), *SHORT.get(name, [])]
     for _ in range(rng.choice([1, 1, 2, 4])):
-        option = f"--{rng.choice(names[name])}"
-        if rng.random() < 0.1:
+        chosen = rng.choice(list(names[name]))
+        option = f"--{chosen}"
+        if rng.random() < 0.04:
             option = rng.choice([option + "x", option[:-1], option.replace("_", "-"), "-" + option])
-        value = rng.choice(VALUES if rng.random() < 0.6 else PLAIN)
-        line += rng.choice([[option, value], [option, value], [f"{option}={value}"], [option]])
-    if rng.random() < 0.1:
+        value = rng.choice(VALUES if rng.random() < 0.25 else names[name][chosen])
+        written = rng.choice([[option, value], [f"{option}={value}"]])
+        line += written if rng.random() < 0.95 else [option]
+    if rng.random() < 0.05:
         line.insert(rng.randint(0, len(line)), rng.choice(VALUES))
     return line
 
@@ -90,7 +116,7 @@ def random_yaml(rng: random.Random, names: list[str]) -> bytes:
                 else [*VALUES, "2020-01-01", "2020-99-99", "1:30", "0x1F", ".inf", "~"]
             )
             tag = rng.choice(
-                ["", "", "", "!!int ", "!!timestamp ", "!!binary ", "!x ", "&a ", "*a "]
+                [*[""] * 12, "!!int ", "!!timestamp ", "!!binary ", "!x ", "&a ", "*a "]
             )
             return tag + rng.choice([scalar, json.dumps(scalar), f"'{scalar}'"])
         items = [value(depth + 1) for _ in range(rng.randint(0, 3))]
@@ -160,7 +186,7 @@ def fuzz(folder: Path, seed: int, lines: int, files: int) -> list[dict[str, Any]
     found = [run(random_line(rng, names), folder) for _ in range(lines)]
     for _ in range(files):
         name = rng.choice(["train", "inspect", "score"])
-        (folder / "c.yaml").write_bytes(random_yaml(rng, names[name]))
+        (folder / "c.yaml").write_bytes(random_yaml(rng, list(names[name])))
         text = repr((folder / "c.yaml").read_bytes())
         line = [name, *USUAL[name][-1], *SHORT.get(name, []), "--config", "c.yaml"]
         found.append(run(line, folder) | {"yaml": text})
