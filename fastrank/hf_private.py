@@ -81,6 +81,16 @@ def fsdp_mesh(module: Any) -> DeviceMesh | None:
 OPTIMIZER_NAME, SCHEDULER_NAME = "optimizer.pt", "scheduler.pt"  # in its checkpoints
 
 
+#: Methods of ``Trainer`` that RankTrainer never calls, and what to do in place of overriding them.
+NOT_CALLED = {
+    "compute_loss": "give a loss of your own to RankConfig(loss=...)",
+    "prediction_step": "override evaluation_loop",
+    "_prepare_inputs": "override training_step",
+    "_get_train_sampler": "override get_train_dataloader",
+    "_get_eval_sampler": "override get_eval_dataloader",
+}
+
+
 class _Unloaded:
     """Stands in for what is to keep its own state."""
 

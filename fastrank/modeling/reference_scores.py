@@ -164,7 +164,7 @@ def with_reference_scores(
     if not _on_every_process(scores is not None):
         if not isinstance(model, nn.Module):
             model = load_model(path, dtype, trust_remote_code=trust_remote_code)
-        if next(model.parameters()).device != torch.device(device):  # quantised ones refuse to move
+        if getattr(model, "hf_quantizer", None) is None:  # a quantised one was loaded in its place
             model.to(device)
         try:
             scores = _score(model, groups, normalize, max_tokens)

@@ -42,7 +42,7 @@ from fastrank.data.packing import Group
 from fastrank.data.report import Report
 from fastrank.data.streamed_groups import StreamedGroups
 from fastrank.errors import InputError, TrainingInterrupted, TrainingStopped
-from fastrank.hf_private import TrainerHooks
+from fastrank.hf_private import NOT_CALLED, TrainerHooks
 from fastrank.modeling.cost import PackCost
 from fastrank.modeling.dropout import disable_dropout
 from fastrank.modeling.mesh import is_sharded
@@ -896,19 +896,9 @@ class RankTrainer(TrainerHooks, Trainer):
             raise TrainingStopped(self._guard.weights_message(bad, self.state.global_step))
 
 
-#: Methods of ``Trainer`` that are not called here, and what to do in place of overriding them.
-_NOT_CALLED = {
-    "compute_loss": "give a loss of your own to RankConfig(loss=...)",
-    "prediction_step": "override evaluation_loop",
-    "_prepare_inputs": "override training_step",
-    "_get_train_sampler": "override get_train_dataloader",
-    "_get_eval_sampler": "override get_eval_dataloader",
-}
-
-
 def _refuse_overridden(kind: type) -> None:
     """Refuse a subclass with a method that would never be called."""
-    for name, way in _NOT_CALLED.items():
+    for name, way in NOT_CALLED.items():
         if getattr(kind, name) is not getattr(Trainer, name):
             raise InputError(f"{kind.__name__}.{name} would never be called by RankTrainer: {way}")
 

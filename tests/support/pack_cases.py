@@ -119,7 +119,7 @@ def separate_loss(model: nn.Module, groups: Sequence[Group], loss: fastrank.Loss
     for group, own, logp in zip(groups, scores.split(sizes), supervised.split(sizes), strict=True):
         scale = (group.num_candidates - 1) ** 2 if isinstance(loss, fastrank.PRO) else 1
         sft = -loss.sft_weight * scale * logp[int(group.rewards.argmax())]
-        if loss.uses_reference:
+        if loss.uses_reference and group.reference_scores is not None:
             own = own - group.reference_scores
         total = total + fastrank.ranking_loss(own, group.rewards, loss=loss) + sft
     return total / len(groups)

@@ -239,7 +239,7 @@ def test_every_saved_model_has_a_card(policy_path: Path, tmp_path: Path) -> None
     assert "loss: `PRO()`" in card.text and "learning_rate: 0.01" in card.text
     assert "records     8 read, 8 kept" in card.text and "records     2 read" in card.text
     value = trainer.evaluate()["eval_rank_loss"]
-    line = next(row for row in card.text.splitlines() if row.startswith("ranking term"))
+    line = next(row for row in card.text.splitlines() if row.startswith("rank_loss"))
     assert f"{value:.4f}" in line
     assert f"- fastrank {fastrank.__version__}" in card.text and "- torch" in card.text
     trainer.create_model_card()
