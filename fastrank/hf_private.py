@@ -202,6 +202,15 @@ class TrainerHooks(abc.ABC, _Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A tied head is saved once; under its other name it is not missing.
+        model: Any = self.model
+        named = dict(model.named_parameters(remove_duplicate=False))
+        missing = set(load_result.missing_keys)
+        loaded = {id(parameter) for name, parameter in named.items() if name not in missing}
+        lost = [key for key in load_result.missing_keys if id(named.get(key)) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=lost))
+
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if self.writes_whole_state and best is not None:

@@ -54,6 +54,7 @@ def parse(
     config = given.pop("config", None)
     values = parser.read_config(config) if config is not None else {}
     values.update(given)
+    parser.refuse_empty(values)
     if defaults is not None:
         values = {**defaults(values), **values}
     return tuple(parser.build(kind, values) for kind in dataclass_types)
@@ -75,6 +76,9 @@ class CommandParser(HfArgumentParser):
             for f in dataclasses.fields(kind)
             for alias in f.metadata.get("aliases", ())
         }
+        # Our own options are declared by keyword; transformers has some that may be empty.
+        every = [field for kind in dataclass_types for field in dataclasses.fields(kind)]
+        self._texts = {field.name for field in every if field.kw_only} | {"output_dir"}
         self._one_or_several: set[str] = set()  # a text or a list of texts
         for action in self._actions:
             if action.dest in self._hints and not _is_negation(action):
@@ -167,6 +171,13 @@ class CommandParser(HfArgumentParser):
             except InputError as error:
                 raise InputError(f"{path}: {error}") from error
         return values
+
+    def refuse_empty(self, values: Mapping[str, Any]) -> None:
+        """Refuse a text without a character: as a path it would be the current folder."""
+        for name in self._texts & values.keys():
+            texts = values[name] if isinstance(values[name], list) else [values[name]]
+            if any(isinstance(text, str) and not text.strip() for text in texts):
+                raise InputError(f"--{name} must have a value, got an empty text")
 
     def build(self, kind: type, values: dict[str, Any]) -> Any:
         """One dataclass from the values that are its own."""

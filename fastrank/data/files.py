@@ -203,6 +203,8 @@ def open_source(source: Any) -> Source:
     if not isinstance(source, (str, Path)):
         return _open_object(source)
     name = str(source)
+    if not name.strip():
+        raise InputError("the path of the data is empty")
     local = local_path(name)
     try:
         if local.is_file():

@@ -170,6 +170,13 @@ class RankConfig(
             # Otherwise every process trains an own copy into the same folder.
             self.use_cpu = True
         self._choose_precision()
+        if (self.bf16 or self.bf16_full_eval) and not (
+            self.use_cpu or torch.accelerator.is_available()
+        ):
+            raise InputError(
+                "bf16 expected a GPU, found none: --use_cpu true (use_cpu=True) computes in "
+                "bfloat16 on the CPU"
+            )
         try:
             super().__post_init__()
         except ModuleNotFoundError:

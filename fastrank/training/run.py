@@ -315,7 +315,9 @@ def describe(
     parameters = sum(p.numel() for p in job.model.parameters())
     groups: Any = trainer.train_dataset
     overlap = shared_prompts(groups, job.heldout)
-    held = f"{len(job.heldout)} held out" + (f" ({overlap} of them known!)" if overlap else "")
+    held = f"{len(job.heldout)} held out" + (
+        f" ({overlap} of them also occur in the training data)" if overlap else ""
+    )
     evaluated = len(splits.get(TRAINING, groups))
     if evaluated < len(groups):
         held += f"; training split evaluated on {evaluated} of them"

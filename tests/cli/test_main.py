@@ -69,6 +69,13 @@ WRONG_COMMANDS: dict[str, tuple[list[str], str]] = {
     "choice": (["inspect", "good.jsonl", "--normalize_rewards", "z"], "invalid choice: 'z'"),
     "limits alone": (["inspect", "good.jsonl", "--max_length", "9"], "need --tokenizer"),
     "negative": (["inspect", "good.jsonl", "--max_tokens", "-1"], "must be at least 2, got -1"),
+    "empty data": (["inspect", ""], "--data must have a value, got an empty text"),
+    "empty model": (["score", "--model", " ", "--data", "good.jsonl"], "--model must have a value"),
+    "empty output": (["train", "--output_dir="], "--output_dir must have a value"),
+    "empty stop": (
+        ["sample", "--model", "m", "--prompts", "p", "--output", "o", "--stop", ""],
+        "--stop must have a value",
+    ),
     "no folder": (["inspect", "good.jsonl", "--plot", "no/p.png"], "its folder does not exist"),
     "plot folder": (["inspect", "good.jsonl", "--plot", "."], "expected a file, got a folder"),
     "no config": (["inspect", "good.jsonl", "--config", "c.yaml"], "c.yaml: cannot be read"),

@@ -151,7 +151,10 @@ def test_held_out_data_of_its_own_or_none(
     common = ["train", "--model", model_path, "--data", data_path, "--max_steps", "1", *QUICK]
     run = str(tmp_path / "own")
     assert main([*common, "--eval_data", data_path, "--output_dir", run]) == 0
-    assert "40 prompts to train on, 40 held out (40 of them known!)" in capsys.readouterr().out
+    assert (
+        "40 prompts to train on, 40 held out (40 of them also occur in the training data)"
+        in capsys.readouterr().out
+    )
     run = str(tmp_path / "none")
     assert main([*common, "--eval_fraction", "0", "--output_dir", run]) == 0
     assert "40 prompts to train on, 0 held out" in capsys.readouterr().out

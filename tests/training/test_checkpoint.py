@@ -12,18 +12,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers.trainer
 from damaging import damage_file
 from holders import another_holder
 from trainer_runs import assert_same_weights
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from fastrank.data.group import Group
 from fastrank.data.locks import LOCK_FILE
 from fastrank.errors import InputError, TrainingStopped
+from fastrank.tasks.menu import tiny_llama
 from fastrank.training import checkpoint
 from fastrank.training.callbacks import MetricsFile, read_metrics
 
@@ -174,6 +177,32 @@ def test_resuming_a_finished_run_trains_no_further(
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4
     assert_same_weights(again, first)
+
+
+def test_a_tied_head_is_not_said_to_be_missing(
+    make_trainer: Make, menu_groups: list[Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is saved once, under the name of the embeddings; what is really missing is still said."""
+    said: list[str] = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", said.append)
+
+    def tied() -> Any:
+        config = tiny_llama(0).config
+        config.tie_word_embeddings = True
+        return LlamaForCausalLM(config)
+
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(menu_groups[:8], model=tied(), **options).train()
+    again = make_trainer(menu_groups[:8], model=tied(), **options)
+    again.train(resume_from_checkpoint=True)
+    assert not [line for line in said if "missing" in line]
+    lost = SimpleNamespace(missing_keys=["lm_head.weight", "model.norm.weight"], unexpected_keys=[])
+    lost._replace = lambda missing_keys: SimpleNamespace(
+        missing_keys=missing_keys, unexpected_keys=[]
+    )
+    again._issue_warnings_after_load(lost)
+    (line,) = [line for line in said if "missing" in line]
+    assert "model.norm.weight" in line and "lm_head" not in line
 
 
 def test_resuming_with_other_steps_is_refused(make_trainer: Make, menu_groups: list[Group]) -> None:

@@ -146,6 +146,9 @@ def test_the_precision_is_chosen_with_its_reason(monkeypatch: pytest.MonkeyPatch
     bfloat16 = _config(dtype="bfloat16")
     assert bfloat16.weights_dtype == torch.bfloat16
     assert "lost" in bfloat16.dtype_reason
+    if not torch.accelerator.is_available():
+        with pytest.raises(InputError, match="found none: --use_cpu true"):
+            RankConfig(bf16=True)
     computed = _config(bf16=True, use_cpu=True)
     assert computed.weights_dtype == torch.float32
     assert computed.mixed_precision == "bf16"
