@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastrank.data.fields import Message, as_turns
 from fastrank.metrics import pairwise_accuracy
 from fastrank.visual.html import escape
 
@@ -74,12 +75,23 @@ class SpreadSample:
 
 def of_record(record: Record, source: str) -> ShownGroup:
     """A record of a data file."""
-    prompt = record.prompt
-    if not isinstance(prompt, str):
-        turns = (f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in prompt)
-        prompt = "\n\n".join(turns)
+    prompt = record.prompt if isinstance(record.prompt, str) else _as_text(record.prompt)
+    responses = [
+        said if isinstance(said, str) else _as_text(as_turns(said))
+        for said in record.turns or record.responses
+    ]
     name = f"{Path(source).name}:{record.line}"
-    return ShownGroup(prompt, list(record.responses), list(record.scores), name=name)
+    return ShownGroup(prompt, responses, list(record.scores), name=name)
+
+
+def _as_text(turns: Sequence[Message]) -> str:
+    """Messages with all of their fields."""
+    made = []
+    for turn in turns:
+        rest = {key: value for key, value in turn.items() if key not in ("role", "content")}
+        more = f"\n{json.dumps(rest, ensure_ascii=False, default=str)}" if rest else ""
+        made.append(f"{turn['role']}: {turn['content']}{more}")
+    return "\n\n".join(made)
 
 
 def decoded_groups(groups: Sequence[Group], tokenizer: Any) -> list[ShownGroup]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from fastrank.cli.main import main
+from fastrank.data.records import read_records
 from fastrank.visual import shown_groups
 from fastrank.visual.pages import reward_bins, write_data_page, write_run_report
 from fastrank.visual.shown_groups import FILE, ShownGroup, SpreadSample, read_groups, write_groups
@@ -193,3 +194,14 @@ def test_in_a_browser(run: Path, tmp_path: Path) -> None:
 def test_groups_survive_the_file(tmp_path: Path) -> None:
     write_groups(GROUPS, tmp_path / FILE)
     assert read_groups(tmp_path / FILE) == GROUPS and read_groups(tmp_path / "none") == []
+
+
+def test_messages_are_shown_with_all_that_they_say() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "clock"}}]}
+    talk = [call, {"role": "tool", "content": "noon"}, {"role": "assistant", "content": "It is."}]
+    row = {"prompt": [{"role": "user", "content": "hi"}], "responses": [talk, call, "text"]}
+    [record] = read_records([row | {"scores": [2, 1, 0]}])
+    shown = shown_groups.of_record(record, "data.jsonl")
+    assert shown.prompt == "user: hi" and shown.responses[2] == "text"
+    assert shown.responses[0].endswith("\n\ntool: noon\n\nassistant: It is.")
+    assert all('"name": "clock"' in text for text in shown.responses[:2])
