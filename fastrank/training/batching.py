@@ -123,6 +123,19 @@ class StepSampler(BatchSampler):
             yield np.asarray(order[start : start + self.groups_per_step]).tolist()
 
 
+def loader_options(args: Any) -> dict[str, Any]:
+    """Arguments of a ``DataLoader`` that a run's options ask for."""
+    workers = args.dataloader_num_workers
+    options: dict[str, Any] = {
+        "num_workers": workers,
+        "pin_memory": args.dataloader_pin_memory and args.device.type == "cuda",
+    }
+    if workers:
+        options["persistent_workers"] = args.dataloader_persistent_workers
+        options["prefetch_factor"] = args.dataloader_prefetch_factor
+    return options
+
+
 class StepLoader(DataLoader):
     """Loader of steps whose order follows the epoch that the training loop announces."""
 

@@ -11,18 +11,21 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fastrank.data.columns import GroupSizes
+from fastrank.data.columns import GroupSizes, group_sizes, largest_ids
 from fastrank.data.group import Group
 from fastrank.data.load import fit_context, load_groups
 from fastrank.data.report import Report
 from fastrank.data.streamed_groups import StreamedGroups
 from fastrank.data.tokenize import TokenizeOptions
 from fastrank.errors import InputError
+from fastrank.loss import Loss
 from fastrank.modeling.context import context_length
 from fastrank.modeling.mesh import is_sharded
 from fastrank.modeling.pretrained import load_model, load_tokenizer
+from fastrank.modeling.reference_scores import ReferenceGroups
 from fastrank.options import LengthOptions
 from fastrank.options.declare import values_of
+from fastrank.training.batching import too_large
 from fastrank.training.config import RankConfig
 
 
@@ -124,7 +127,59 @@ def as_groups(
     return groups
 
 
-def check_lengths(groups: Sequence[Group], sizes: GroupSizes, config: RankConfig) -> None:
+def each_set(made: Callable[[str, Any], Any], train: Any, evaluation: Any) -> tuple[Any, Any]:
+    """What ``made`` makes of each set of groups, given its name for messages."""
+    if train is not None:
+        train = made("train_dataset", train)
+    if isinstance(evaluation, dict):
+        evaluation = {name: made(f"eval_dataset {name!r}", x) for name, x in evaluation.items()}
+    elif evaluation is not None:
+        evaluation = made("eval_dataset", evaluation)
+    return train, evaluation
+
+
+def check_stream(name: str, config: RankConfig, loss: Loss) -> None:
+    """Refuse a stream where it cannot be used."""
+    for wrong, what in (
+        (name != "train_dataset", "is read whole; expected a data set, got a stream"),
+        (config.max_steps < 1, "is a stream, which needs max_steps"),
+        (config.dataloader_num_workers > 0, "is a stream, which takes no loader's workers"),
+        (config.auto_find_pack_size, "is a stream; auto_find_pack_size reads all"),
+        (loss.uses_reference, f"is a stream, without the scores {config.loss} needs"),
+    ):
+        if wrong:
+            raise InputError(f"{name} {what}")
+
+
+def check_groups(
+    name: str, groups: Sequence[Group], model: Any, config: RankConfig, loss: Loss
+) -> None:
+    """Refuse groups that cannot be trained on: none, one that fits no pack or holds tokens that the
+    model does not have, or lacks the reference scores that the loss uses."""
+    if not len(groups):
+        raise InputError(f"{name} must hold at least one group, got none")
+    vocab_size = model.get_input_embeddings().num_embeddings
+    lengths = group_sizes(groups)
+    _check_lengths(groups, lengths, config)
+    sizes = config.tokens_at_once(lengths)
+    for i in np.flatnonzero(sizes > config.max_tokens)[:1]:
+        raise InputError(too_large(groups[i], int(sizes[i]), config.max_tokens))
+    largest = largest_ids(groups)
+    for i in np.flatnonzero(largest >= vocab_size)[:1]:
+        raise InputError(
+            f"{groups[i].name or name}: token ids must be below the model's {vocab_size}, "
+            f"got {largest[i]}; is this the model's own tokenizer?"
+        )
+    if loss.uses_reference and not isinstance(groups, ReferenceGroups):
+        for group in groups:
+            if group.reference_scores is None:
+                raise InputError(
+                    f"{group.name or name}: the loss {config.loss} needs reference_scores or "
+                    "a ref_model, got none"
+                )
+
+
+def _check_lengths(groups: Sequence[Group], sizes: GroupSizes, config: RankConfig) -> None:
     """Refuse groups beyond the limits that a run asks for: only what is made of records here is cut
     to them."""
     for name, lengths in (

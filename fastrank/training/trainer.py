@@ -36,7 +36,6 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
-from fastrank.data.columns import group_sizes, largest_ids
 from fastrank.data.locks import locked_folder
 from fastrank.data.packing import Group
 from fastrank.data.report import Report
@@ -47,7 +46,6 @@ from fastrank.modeling.cost import PackCost
 from fastrank.modeling.dropout import disable_dropout
 from fastrank.modeling.mesh import is_sharded
 from fastrank.modeling.prepare import prepare_model, token_statistics
-from fastrank.modeling.reference_scores import ReferenceGroups
 from fastrank.training import checkpoint, plan
 from fastrank.training.adapters import adapt
 from fastrank.training.backprop import JointBackprop, StepResult, TwoPhaseBackprop
@@ -58,7 +56,7 @@ from fastrank.training.batching import (
     StepDataset,
     StepLoader,
     StepSampler,
-    too_large,
+    loader_options,
 )
 from fastrank.training.callbacks import RankProgress, Renewal
 from fastrank.training.checkpoint import Saver, explained_loading
@@ -69,8 +67,10 @@ from fastrank.training.guards import FiniteGuard, name_groups
 from fastrank.training.inputs import (
     as_groups,
     as_model,
-    check_lengths,
+    check_groups,
+    check_stream,
     check_trainable,
+    each_set,
     length_limits,
 )
 from fastrank.training.interrupts import Interruption
@@ -292,21 +292,10 @@ class RankTrainer(TrainerHooks, Trainer):
                 groups = self._referenced(name, groups, reference, args)
                 self._check_groups(name, groups, model, args)
                 return groups
-            for wrong, what in (
-                (name != "train_dataset", "is read whole; expected a data set, got a stream"),
-                (args.max_steps < 1, "is a stream, which needs max_steps"),
-                (args.dataloader_num_workers > 0, "is a stream, which takes no loader's workers"),
-                (
-                    args.auto_find_pack_size,
-                    "is a stream; auto_find_pack_size reads all",
-                ),
-                (self.loss.uses_reference, f"is a stream, without the scores {args.loss} needs"),
-            ):
-                if wrong:
-                    raise InputError(f"{name} {what}")
+            check_stream(name, args, self.loss)
             return groups
 
-        return _each_set(made, train, evaluation)
+        return each_set(made, train, evaluation)
 
     def _referenced(
         self,
@@ -323,27 +312,7 @@ class RankTrainer(TrainerHooks, Trainer):
     def _check_groups(
         self, name: str, groups: Sequence[Group], model: nn.Module, args: RankConfig
     ) -> None:
-        if not len(groups):
-            raise InputError(f"{name} must hold at least one group, got none")
-        vocab_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        lengths = group_sizes(groups)
-        check_lengths(groups, lengths, args)
-        sizes = args.tokens_at_once(lengths)
-        for i in np.flatnonzero(sizes > args.max_tokens)[:1]:
-            raise InputError(too_large(groups[i], int(sizes[i]), args.max_tokens))
-        largest = largest_ids(groups)
-        for i in np.flatnonzero(largest >= vocab_size)[:1]:
-            raise InputError(
-                f"{groups[i].name or name}: token ids must be below the model's {vocab_size}, "
-                f"got {largest[i]}; is this the model's own tokenizer?"
-            )
-        if self.loss.uses_reference and not isinstance(groups, ReferenceGroups):
-            for group in groups:
-                if group.reference_scores is None:
-                    raise InputError(
-                        f"{group.name or name}: the loss {args.loss} needs reference_scores or "
-                        "a ref_model, got none"
-                    )
+        check_groups(name, groups, model, args, self.loss)
 
     # ---- a run ---------------------------------------------------------------------------
 
@@ -512,7 +481,7 @@ class RankTrainer(TrainerHooks, Trainer):
         if self.args.metric_for_best_model is None and not plateau:
             return None
         plans: dict[str, str] = {}
-        _each_set(
+        each_set(
             lambda name, groups: plans.setdefault(name, plan.groups_plan(groups)),
             None,
             self.eval_dataset,
@@ -568,7 +537,7 @@ class RankTrainer(TrainerHooks, Trainer):
             StepDataset(groups, self._cutter()),
             batch_sampler=sampler,
             collate_fn=_as_it_is,
-            **self._loader_options(),
+            **loader_options(self.args),
         )
 
     def _sampler(self) -> StepSampler:
@@ -589,23 +558,11 @@ class RankTrainer(TrainerHooks, Trainer):
             raise ValueError("eval_dataset must be given to evaluate, got None")
         if groups is not self.eval_dataset:
             self._check_groups("eval_dataset", groups, self.lm, self.args)
-        return DataLoader(
-            PackDataset(groups, self._cutter()), batch_size=None, **self._loader_options()
-        )
+        packs = PackDataset(groups, self._cutter())
+        return DataLoader(packs, batch_size=None, **loader_options(self.args))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return self.get_eval_dataloader(test_dataset)
-
-    def _loader_options(self) -> dict[str, Any]:
-        workers = self.args.dataloader_num_workers
-        options: dict[str, Any] = {
-            "num_workers": workers,
-            "pin_memory": self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-        }
-        if workers:
-            options["persistent_workers"] = self.args.dataloader_persistent_workers
-            options["prefetch_factor"] = self.args.dataloader_prefetch_factor
-        return options
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -916,14 +873,3 @@ def _as_it_is(batch: Any) -> Any:
 def _unused_collator(items: list[Any]) -> dict[str, Any]:
     """Keep ``Trainer`` from making one that pads; the loaders made here cut packs instead."""
     raise TypeError("RankTrainer's loaders cut packs; a data collator is never called")
-
-
-def _each_set(made: Callable[[str, Any], Any], train: Any, evaluation: Any) -> tuple[Any, Any]:
-    """What ``made`` makes of each set of groups, given its name for messages."""
-    if train is not None:
-        train = made("train_dataset", train)
-    if isinstance(evaluation, dict):
-        evaluation = {name: made(f"eval_dataset {name!r}", x) for name, x in evaluation.items()}
-    elif evaluation is not None:
-        evaluation = made("eval_dataset", evaluation)
-    return train, evaluation
