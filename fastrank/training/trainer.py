@@ -432,6 +432,11 @@ class RankTrainer(TrainerHooks, Trainer):
     def _check_resumed(self, found: Path) -> frozenset[str]:
         """What differs from the run that wrote the checkpoint; says where this one goes on."""
         written = checkpoint.read_notes(found).get("state", self._state_kind)
+        if written is None:
+            raise InputError(
+                f"resume_from_checkpoint: {found} holds the model alone (save_only_model), without "
+                f"the optimizer's state; begin a new run with --model {found}"
+            )
         if written != self._state_kind:
             raise InputError(
                 f"resume_from_checkpoint: {found} holds its state as {written}, which this run "
@@ -790,7 +795,8 @@ class RankTrainer(TrainerHooks, Trainer):
             if self.state.best_model_checkpoint == str(staged):
                 self.state.best_model_checkpoint = str(run_dir / name)
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-            notes = {"max_tokens": self.max_tokens, "state": self._state_kind}
+            kind = None if self.args.save_only_model else self._state_kind
+            notes = {"max_tokens": self.max_tokens, "state": kind}
             checkpoint.publish(staged, run_dir, self._plan, notes)
 
         self._saver.save(name, run_dir, write_staged, publish)

@@ -365,6 +365,18 @@ def test_a_checkpoint_can_execute_nothing(
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_run_does_not_go_on_without_its_optimizer(
+    make_trainer: Make, menu_groups: list[Group], tmp_path: Path
+) -> None:
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(menu_groups, save_only_model=True, **options).train()
+    match = "checkpoint-2 holds the model alone .* begin a new run with --model .*checkpoint-2$"
+    for only_model in (True, False):
+        trainer = make_trainer(menu_groups, save_only_model=only_model, **options)
+        with pytest.raises(InputError, match=match):
+            trainer.train(resume_from_checkpoint=True)
+
+
 def test_runs_leave_the_staging_folders_of_others_alone(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
