@@ -18,7 +18,7 @@ from fastrank.data.files import file_checksum, value_checksum
 FileList = dict[str, dict[str, Any]]
 
 _SEAL = "xxh3"
-_THREADS = 4  # that read files to hash them, or wait for the disk
+_THREADS = 4  # that read files to hash them
 _LARGEST = 1 << 24  # bytes of a sealed file; a list of files has a few thousand
 
 
@@ -28,15 +28,15 @@ def written_files(folder: Path, files: Sequence[Path]) -> FileList:
     Raises:
         OSError: a file cannot be read or flushed.
     """
-    with ThreadPoolExecutor(_THREADS) as threads:  # some hash while others wait for the disk
-        found = list(threads.map(_written, files))
-    return {str(file.relative_to(folder)): about for file, about in zip(files, found, strict=True)}
-
-
-def _written(file: Path) -> dict[str, Any]:
-    about = {"bytes": file.stat().st_size, "xxh3": file_checksum(file)}
-    flush(file)
-    return about
+    with ThreadPoolExecutor(2 * _THREADS) as threads:  # half of them wait for the disk
+        flushed = [threads.submit(flush, file) for file in files]
+        found = list(threads.map(file_checksum, files))
+        for one in flushed:
+            one.result()
+    return {
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "xxh3": checksum}
+        for file, checksum in zip(files, found, strict=True)
+    }
 
 
 def damaged_file(folder: Path, files: FileList, *, checksums: bool = True) -> str | None:

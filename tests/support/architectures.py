@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -131,6 +133,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         "linear_num_value_heads": 4, "shared_expert_intermediate_size": 16}),
     "rwkv": ("recurrent or hybrid", {"attention_hidden_size": 32}),
 }  # fmt: skip
+if Version(version("transformers")) >= Version("5.24"):  # GPT-J has the interface from here on
+    SHAREABLE["gptj"] = REFUSED.pop("gptj")[1]
 
 # They compute the softmax or the rotation in float32, whatever the model's dtype.
 FLOAT32_INSIDE = ("gemma2", "llama4_text", "vaultgemma")

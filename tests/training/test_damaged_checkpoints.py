@@ -20,8 +20,9 @@ Make = Callable[..., Any]
 
 OPTIONS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
 FILES = (
-    *("checkpoint_files.json", "config.json", "generation_config.json", "model.safetensors"),
-    *("optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.json"),
+    *("README.md", "checkpoint_files.json", "config.json", "generation_config.json"),
+    *("model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"),
+    "training_args.json",
 )
 
 
