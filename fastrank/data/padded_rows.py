@@ -218,6 +218,8 @@ def _per_prompt(
     name: str, values: PerCandidate, sizes: Sequence[int], *, ordered: bool
 ) -> list[Tensor]:
     nested = _is_nested(values)
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()  # once, and not prompt after prompt
     given = len(values)
     if given != (len(sizes) if nested else sum(sizes)):
         raise ValueError(
