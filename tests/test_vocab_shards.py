@@ -51,6 +51,15 @@ def test_the_coefficients_have_the_same_bits_on_every_process(found: Any) -> Non
     assert all(torch.equal(first, other) for other in others)
 
 
+def test_bfloat16_is_as_close_to_float64_as_with_the_whole_head(found: Any) -> None:
+    for got in found:
+        assert len(got["narrow"]) == 9
+        for name, results in got["narrow"].items():
+            for divided, whole in results:
+                assert divided <= 1.5 * whole + 1e-6, name
+            assert max(divided for divided, _ in results) > 1e-4  # it is bfloat16
+
+
 def test_bad_arguments_are_refused_in_one_line(found: Any) -> None:
     for got in found:
         messages = got["refused"]

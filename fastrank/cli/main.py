@@ -10,6 +10,7 @@ import difflib
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,7 @@ _EXTRAS = {
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
+_PATIENCE = 6.0  # seconds; to end Python with torch takes some
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(prog, str(error))
     except TrainingStopped as error:
-        print(f"{prog}: stopped: {error}", file=sys.stderr)
+        _say(f"{prog}: stopped: {error}")
         return 1
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
@@ -95,8 +97,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(prog: str, message: str) -> int:
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    _say(f"{prog}: error: {' '.join(message.split())}")
     return 2
+
+
+def _say(line: str) -> None:
+    """Print an error. Where all processes that a launcher started on this machine have it, the
+    first one's end makes the launcher end the others, which wait for that with theirs."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_PATIENCE)
+    print(line, file=sys.stderr, flush=True)
 
 
 def _going_on(arguments: Sequence[str]) -> str:

@@ -38,6 +38,7 @@ from fastrank.training.early_checks import (
 )
 from fastrank.training.log_keys import canonical_name
 
+_PRECISION = "ACCELERATE_MIXED_PRECISION"  # set by a launcher
 _NO_FP16 = (
     "not supported (its range loses most of the loss's gradients): leave it out; a GPU without "
     "bfloat16 then computes in float32, and --use_peft, --load_in_4bit, --gradient_checkpointing "
@@ -169,6 +170,7 @@ class RankConfig(
         if several and not torch.accelerator.is_available():
             # Otherwise every process trains an own copy into the same folder.
             self.use_cpu = True
+        launcher = os.environ.get(_PRECISION)
         self._choose_precision()
         if (self.bf16 or self.bf16_full_eval) and not (
             self.use_cpu or torch.accelerator.is_available()
@@ -183,6 +185,9 @@ class RankConfig(
             raise
         except Exception as error:  # transformers checks by errors of many types
             raise InputError(one_line(error, 400) or type(error).__name__) from error
+        finally:
+            if launcher is not None:  # for the next arguments of this process
+                os.environ[_PRECISION] = launcher
         check_trackers(self.report_to)  # type: ignore[arg-type]  # a list by now
         check_evaluation(self)
         check_optimizer(self)
@@ -279,7 +284,7 @@ class RankConfig(
     def _choose_precision(self) -> None:
         """Set ``bf16`` where ``dtype`` leaves it open, and record the reason; a launcher's choice
         becomes that of the options, which DeepSpeed compares with it."""
-        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        launcher = os.environ.get(_PRECISION)
         if launcher == "fp16" and self.dtype == "auto" and not self.bf16:
             raise InputError(f"the launcher's mixed precision {launcher} is {_NO_FP16}")
         if self.dtype == "bfloat16":
@@ -292,7 +297,7 @@ class RankConfig(
         elif self.dtype == "float32":
             self._dtype_reason = "float32 weights and computation, as asked"
             if launcher not in (None, "no"):
-                os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+                os.environ[_PRECISION] = "no"  # which Trainer's arguments read
                 self._dtype_reason += f" (the launcher has mixed precision '{launcher}')"
         elif launcher is not None:
             self.bf16 = launcher == "bf16"

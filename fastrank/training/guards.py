@@ -37,10 +37,13 @@ class FiniteGuard:
     Attributes:
         engine: of the run.
         run_dir: holds the checkpoints to go back to.
+        looks_first: whether a step is looked at before the weights take it; DeepSpeed's backward
+            pass takes it.
     """
 
     engine: Engine
     run_dir: Path
+    looks_first: bool = True
 
     def is_finite(self, loss: Tensor, norm: Any, request: int = 0) -> tuple[bool, int]:
         """Whether loss and gradient norm of a step are finite on every process; and the largest
@@ -104,19 +107,27 @@ class FiniteGuard:
         )
 
     def step_message(self, step: int, names: Sequence[str], num_groups: int) -> str:
+        weights = (
+            "the weights are as before the step"
+            if self.looks_first
+            else "DeepSpeed has changed the weights by it"
+        )
         return (
             f"loss or gradient is not finite in step {step}, because of "
-            f"{_listed(names)} ({len(names)} of the step's {num_groups} records); the weights "
-            "are as before the step; remove the records, or leave them out with "
-            f"--nonfinite skip; {last_good(self.run_dir)}"
+            f"{_listed(names)} ({len(names)} of the step's {num_groups} records); {weights}; "
+            f"{self._advice('the records')}; {last_good(self.run_dir)}"
         )
 
     def evaluation_message(self, step: int, names: Sequence[str], num_groups: int) -> str:
         return (
             f"scores are not finite in the evaluation after step {step}, for "
-            f"{_listed(names)} ({len(names)} of {num_groups} records); remove them, or leave them "
-            f"out with --nonfinite skip; {last_good(self.run_dir)}"
+            f"{_listed(names)} ({len(names)} of {num_groups} records); "
+            f"{self._advice('them')}; {last_good(self.run_dir)}"
         )
+
+    def _advice(self, records: str) -> str:
+        skip = ", or leave them out with --nonfinite skip" if self.looks_first else ""
+        return f"remove {records}{skip}"
 
 
 def name_groups(groups: Sequence[Group], positions: Iterable[int], kind: str) -> list[str]:

@@ -53,6 +53,7 @@ def ending_together() -> Iterator[None]:
         expected = isinstance(error, (InputError, TrainingStopped))
         # A broken connection of the engine comes before the news of what broke it.
         if not expected and isinstance(error, Exception) and link.failed.wait(1.0):
+            link.closed = True
             raise TrainingStopped(link.reason) from None
         link.close(" ".join(f"{error}".split()) or type(error).__name__)
         raise
@@ -135,7 +136,8 @@ class _Link:
         self._tell(reason)
         self.failed.set()
         threading.Event().wait(_PATIENCE)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line per machine
+        # One line per machine, if it has not been said by ending.
+        if os.environ.get("LOCAL_RANK", "0") == "0" and not self.closed:
             print(f"fastrank: stopped: {reason}", file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -239,7 +239,7 @@ class RankTrainer(TrainerHooks, Trainer):
             split_groups=args.split_groups,
         )
         run_dir = Path(args.output_dir or ".")
-        self._guard = FiniteGuard(self.engine, run_dir)
+        self._guard = FiniteGuard(self.engine, run_dir, not self.is_deepspeed_enabled)
         staging_name = self.engine.gather_all([checkpoint.new_staging_name()])[0]
         self._saver = Saver(args.should_save, self.accelerator.wait_for_everyone, staging_name)
         self._window = StepWindow()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torchrun
 
 import fastrank
 from fastrank.cli.commands import COMMANDS, Command
@@ -240,3 +241,30 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     )
     os.close(write)
     assert (process.returncode, process.stderr) == (141, "")
+
+
+def test_processes_beside_the_first_wait_with_their_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For the launcher to end them, if the first one has it too; then it is said after all."""
+    waited: list[tuple[float, str]] = []
+    monkeypatch.setattr("time.sleep", lambda s: waited.append((s, capsys.readouterr().err)))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["train", "--nonsense", "1"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert waited == ([] if rank == "0" else [(6.0, "")])
+
+
+@pytest.mark.slow
+def test_what_every_process_would_say_is_said_once() -> None:
+    done = subprocess.run(
+        torchrun.command(2, "-m", "fastrank", "train", "--loss", "nonsense"),
+        env=torchrun.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("fastrank train: error: ") == 1, done.stderr

@@ -261,6 +261,7 @@ def run_case(folder: Path, case: Case, world_size: int) -> dict[str, Any]:
     weights = whole_weights(trainer)
     return {
         "engine": _engine(trainer),
+        "looks_first": trainer._guard.looks_first,
         "weights": weights,
         "bad": bad_weights(trainer),
         "refusal": skip_refusal(folder, case, world_size),

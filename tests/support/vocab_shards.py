@@ -150,6 +150,24 @@ def error(got: list[Tensor], whole: list[Tensor], own: slice) -> float:
     return worst
 
 
+def narrow_errors(world_size: int, rank: int, group: Any) -> dict[str, list[tuple[float, float]]]:
+    """In bfloat16: of each result the error against float64 with the divided and the whole head."""
+    narrow, wide = Problem(world_size, rank, torch.bfloat16), Problem(world_size, rank)
+    for name in ("hidden", "weight", "bias"):
+        setattr(wide, name, getattr(narrow, name).double())
+    found = {}
+    for loss in (fastrank.RRHF(), fastrank.ListMLE(), fastrank.DPO()):
+        for budget in (None, narrow.small_budget(), 1):
+            options = {"loss": loss, "logits_memory": budget}
+            exact = compute(wide, None, **options)
+            divided, whole = (compute(narrow, g, **options) for g in (group, None))
+            found[f"{loss} {budget}"] = [
+                (error([d], [e], wide.own), error([w], [e], slice(None)))
+                for d, w, e in zip(divided, whole, exact, strict=True)
+            ]
+    return found
+
+
 def seen_coefficients() -> Any:
     """Patches the ranking so that it notes its coefficients."""
     rank, kept = reference.rank_tokens, []
@@ -212,6 +230,7 @@ def main(folder: Path) -> None:
             name = f"token_logprobs {budget} {frozen}"
             result["errors"][name] = error(got, whole, problem.own)
     result["coefficients"] = torch.cat(coefficients)
+    result["narrow"] = narrow_errors(world_size, rank, group)
     result["refused"] = refused(problem, group)
     torch.save(result, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -170,6 +170,8 @@ def test_the_precision_is_chosen_with_its_reason(monkeypatch: pytest.MonkeyPatch
     asked = _config(use_cpu=True, dtype="float32")
     assert "the launcher has mixed precision 'bf16'" in asked.dtype_reason
     assert not asked.bf16 and asked.mixed_precision == "no"
+    again = _config(use_cpu=True)  # the choice before is not the launcher's
+    assert again.bf16 and again.dtype_reason == launched.dtype_reason
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(InputError, match="the launcher's mixed precision fp16 is not supported"):
         _config(use_cpu=True)

@@ -93,6 +93,7 @@ def test_every_pack_is_fused_and_every_result_float32(found: Any, name: str) -> 
     case = worker.CASES[name]
     for got in found(name):
         assert got["engine"] == case.engine
+        assert got["looks_first"] == (not name.startswith("zero"))
         assert got["paths"].keys() == {"fused"} and got["paths"]["fused"] > worker.STEPS
         assert got["dtypes"].keys() == {"torch.float32"}
         assert got["reduced"].keys() == {"torch.float32"}

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from fastrank.data.group import Group
 from fastrank.errors import TrainingStopped
 from fastrank.training.checkpoint import latest_checkpoint
+from fastrank.training.engine import Engine
+from fastrank.training.guards import FiniteGuard
 
 Make = Callable[..., Any]
 BOTH = pytest.mark.parametrize("inject", [spoil_scores, spoil_gradients])
@@ -178,3 +180,15 @@ def test_a_candidate_that_the_model_rules_out_may_lose_but_not_win(
         losing.train()
     with pytest.raises(TrainingStopped, match=r"menu:5 \(1 of 24 records\)"):
         losing.evaluate()
+
+
+def test_a_guard_that_looks_too_late_promises_nothing(tmp_path: Path) -> None:
+    """DeepSpeed's backward pass changes the weights."""
+    for looks_first in (True, False):
+        guard = FiniteGuard(Engine(), tmp_path, looks_first)
+        step = guard.step_message(3, ["data:1"], 8)
+        assert ("the weights are as before the step" in step) == looks_first
+        assert ("DeepSpeed has changed the weights by it" in step) != looks_first
+        for message in (step, guard.evaluation_message(3, ["data:1"], 8)):
+            assert ("--nonfinite skip" in message) == looks_first
+            assert "data:1" in message and "; remove the" in message

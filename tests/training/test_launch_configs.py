@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,10 @@ from torchrun import environment
 from fastrank.errors import InputError
 from fastrank.training.checkpoint import latest_checkpoint
 from fastrank.training.configs import names, path
+
+without_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
 
 
 def _launch(name: str) -> Any:
@@ -73,34 +82,127 @@ def test_the_command_prints_the_path() -> None:
         path("zero")
 
 
+def _training(folder: Path, **more: str) -> list[str]:
+    """Arguments of a short run."""
+    options = {
+        **{"output_dir": str(folder / "run"), "max_steps": "2", "save_steps": "1"},
+        **{"logging_steps": "1", "eval_groups": "8", "eval_strategy": "no"},
+        **{"disable_tqdm": "true", **more},
+    }
+    return ["train", *(word for key, value in options.items() for word in (f"--{key}", value))]
+
+
+def _environment(folder: Path, **more: str) -> dict[str, str]:
+    """Commands of ``folder`` come first."""
+    places = [str(folder), str(Path(sys.executable).parent), os.environ["PATH"]]
+    return environment() | {"PATH": os.pathsep.join(places)} | more
+
+
+def _check_trained(folder: Path, said: str) -> None:
+    assert "on 2 process(es)" in said and "2 steps in" in said
+    assert latest_checkpoint(folder / "run") == folder / "run" / "checkpoint-2"
+
+
 def _started(*command: str, folder: Path, dtype: str = "auto", **environ: str) -> str:
     """What a launcher prints whose two processes train for two steps."""
-    options = {
-        **{"output_dir": str(folder / "run"), "dtype": dtype},
-        **{"max_steps": "2", "save_steps": "1", "logging_steps": "1", "eval_groups": "8"},
-        **{"eval_strategy": "no", "disable_tqdm": "true"},
-    }
-    places = [str(folder), str(Path(sys.executable).parent), os.environ["PATH"]]
     done = subprocess.run(
-        [
-            *command,
-            "train",
-            *(word for key, value in options.items() for word in (f"--{key}", value)),
-        ],
-        env=environment() | {"PATH": os.pathsep.join(places)} | environ,
+        [*command, *_training(folder, dtype=dtype)],
+        env=_environment(folder, **environ),
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    assert "on 2 process(es)" in done.stdout and "2 steps in" in done.stdout
-    assert latest_checkpoint(folder / "run") == folder / "run" / "checkpoint-2"
+    _check_trained(folder, done.stdout)
     return done.stdout
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _kill(launcher: Any) -> None:
+    """With the processes that it started, which are in sessions of their own."""
+    pids, found = [launcher.pid] if launcher.poll() is None else [], []
+    while pids:
+        found.append(pids.pop())
+        for children in Path(f"/proc/{found[-1]}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                pids += map(int, children.read_text().split())
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    launcher.wait()
+
+
+@contextlib.contextmanager
+def _machines(folder: Path, *arguments: str, **environ: str) -> Iterator[list[Any]]:
+    """The launchers of two machines, both here; the second begins when the first one waits for it.
+    Each writes to a log in ``folder``."""
+    port, launchers = _free_port(), []
+    environ |= {"HEAD": "127.0.0.1", "NODES": "2", "PROCESSES": "1", "PORT": str(port)}
+    try:
+        for machine in ("0", "1"):
+            with (folder / f"{machine}.log").open("w") as log:
+                launchers.append(
+                    subprocess.Popen(
+                        ["bash", str(path("nodes")), *arguments],
+                        env=_environment(folder, MACHINE=machine, **environ),
+                        stdout=log,
+                        stderr=log,
+                    )
+                )
+            for _ in range(1200):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                    break
+                time.sleep(0.1)
+        yield launchers
+    finally:
+        for launcher in launchers:
+            _kill(launcher)
+
+
+def _said(folder: Path) -> list[str]:
+    return [(folder / f"{machine}.log").read_text() for machine in (0, 1)]
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="no deepspeed here")
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero2", marks=without_deepspeed)])
+def test_machines_train_with_an_engine(engine: str, tmp_path: Path) -> None:
+    """``nodes.sh`` with ENGINE, as far as a CPU allows: there accelerate makes DDP of FSDP2."""
+    with _machines(tmp_path, *_training(tmp_path), ENGINE=engine) as launchers:
+        codes = [launcher.wait(250) for launcher in launchers]
+    said = _said(tmp_path)
+    assert codes == [0, 0], [text[-3000:] for text in said]
+    _check_trained(tmp_path, said[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+def test_a_machine_that_is_lost_ends_the_run_on_the_other(tmp_path: Path) -> None:
+    """Launcher and process of the second machine are killed in the middle of training."""
+    with _machines(tmp_path, *_training(tmp_path, max_steps="100000")) as launchers:
+        for _ in range(1200):
+            if "step 2/" in _said(tmp_path)[0]:
+                break
+            time.sleep(0.1)
+        _kill(launchers[1])
+        began = time.monotonic()
+        code = launchers[0].wait(90)
+        print(f"ended {time.monotonic() - began:.1f} s after it")
+    said = _said(tmp_path)[0]
+    assert code == 1
+    lines = [line for line in said.splitlines() if "stopped: " in line]
+    assert len(lines) == 1, lines
+    assert "stopped: process 1 on " in lines[0] and "lost (killed, or cut off)" in lines[0]
+
+
+@pytest.mark.slow
+@without_deepspeed
 @pytest.mark.parametrize(("name", "dtype"), [("zero2", "float32"), ("zero3", "auto")])
 def test_accelerate_launches_zero(name: str, dtype: str, tmp_path: Path) -> None:
     """DeepSpeed runs on CPUs too: in the file's precision, or in float32 where that is asked."""

@@ -17,4 +17,4 @@ fi
 exec accelerate launch --config_file "$(python -m fastrank.training.configs "$ENGINE")" \
   --num_machines "$NODES" --num_processes "$((NODES * processes))" \
   --machine_rank "${MACHINE:?must be the number of this machine, from 0}" \
-  --main_process_ip "$HEAD" --main_process_port "$port" --rdzv_backend c10d -m fastrank "$@"
+  --main_process_ip "$HEAD" --main_process_port "$port" -m fastrank "$@"
