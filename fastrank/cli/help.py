@@ -42,12 +42,12 @@ CHOSEN: dict[str, dict[str, str]] = {
         "Sampling": "num_responses strategy max_new_tokens top_p temperature stop seed",
         "Beams": "num_beam_groups diversity_penalty",
         "Chat templates": "as_chat chat_template chat_template_kwargs",
-        "Run": "batch_size dtype device partial trust_remote_code json",
+        "Run": "batch_size dtype device partial overwrite trust_remote_code json",
     },
     "reward": {
         "Records and reward": "data output reward reward_kind format columns",
         "Chat templates": "as_chat chat_template chat_template_kwargs",
-        "Run": "batch_size dtype device partial trust_remote_code json",
+        "Run": "batch_size dtype device partial overwrite trust_remote_code json",
     },
     "iterate": {
         "Model, prompts and reward": "model prompts reward reward_kind eval_prompts rounds",

@@ -71,7 +71,11 @@ def _view_data(options: ViewOptions) -> dict[str, Any]:
 
 def _page(path: str) -> Path:
     from fastrank.data.write import check_output
+    from fastrank.visual.html import is_page
 
     if Path(path).suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--output must end in .html, got {path}")
-    return check_output(path, "--output")
+    target = check_output(path, "--output")
+    if target.is_file() and not is_page(target):
+        raise InputError(f"{path} is no page of fastrank and not replaced: choose another --output")
+    return target

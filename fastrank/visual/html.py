@@ -13,7 +13,9 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["escape", "table", "write_page"]
+__all__ = ["escape", "is_page", "table", "write_page"]
+
+_MARK = '<meta name="generator" content="fastrank">'
 
 
 def write_page(path: str | Path, title: str, body: Iterable[str]) -> Path:
@@ -27,7 +29,7 @@ def write_page(path: str | Path, title: str, body: Iterable[str]) -> Path:
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width">'
+        f'{_MARK}<meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{style}</style></head>\n"
         f"<body><main><h1>{escape(title)}</h1>\n" + "\n".join(body) + "\n</main>"
         f"<script>{script}</script></body></html>\n"
@@ -38,6 +40,12 @@ def write_page(path: str | Path, title: str, body: Iterable[str]) -> Path:
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     partial.replace(target)
     return target
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of `write_page`, so that nothing is lost when it is replaced."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return _MARK in file.read(2000)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

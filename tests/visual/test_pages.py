@@ -151,7 +151,10 @@ def test_view(run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.Monkey
     assert Path(result.pop("page")).name == "pairs.html" and result == {"prompts": 3, "shown": 3}
     text = (tmp_path / "pairs.html").read_text()
     assert "user: &lt;b&gt;Why?" in text and re.findall(r"reward (\d)", text)[:2] == ["1", "0"]
+    assert main(["view", "pairs.jsonl"]) == 0  # its own page is replaced
+    (tmp_path / "run" / "mine.html").write_text("<html>written by hand")
     for argv, message in (
+        (["view", "pairs.jsonl", "--output", "run/mine.html"], "is no page of fastrank"),
         (["view", "nowhere.jsonl"], "nowhere.jsonl"),
         (["view", "pairs.jsonl", "--output", "x.txt"], "must end in .html, got "),
         (["view", "pairs.jsonl", "--output", "no/x.html"], "does not exist"),
