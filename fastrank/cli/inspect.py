@@ -58,7 +58,8 @@ def inspect(options: InspectOptions) -> dict[str, Any]:
 
     check_least(options, "--", max_tokens=2)
     if options.plot is not None:
-        check_output(options.plot, "--plot")
+        if check_output(options.plot, "--plot").suffix.lower() != ".png":
+            raise InputError(f"--plot must be a .png file, got {options.plot}")
     cut = TokenizeOptions(**values_of(options, TokenizeOptions))
     tokenizer = None
     if options.tokenizer is not None:

@@ -69,9 +69,11 @@ def score_file(options: ScoreOptions) -> dict[str, Any]:
     from fastrank.metrics import ranking_metrics
     from fastrank.modeling.context import context_length
     from fastrank.modeling.pretrained import check_model_path, load_tokenizer, template_values
+    from fastrank.workflow.items import check_distinct
 
     check_least(options, "--", max_tokens=2)
     if options.output is not None:
+        check_distinct(options.data, "--data", options.output)
         check_output(options.output, "--output", replace=options.overwrite)
     cut = TokenizeOptions(**values_of(options, shared.LengthOptions), as_chat=options.as_chat)
     check_model_path(options.model)

@@ -78,6 +78,11 @@ WRONG_COMMANDS: dict[str, tuple[list[str], str]] = {
         "--stop must have a value",
     ),
     "no folder": (["inspect", "good.jsonl", "--plot", "no/p.png"], "its folder does not exist"),
+    "plot of data": (["inspect", "good.jsonl", "--plot", "good.jsonl"], "must be a .png file, got"),
+    "input and output": (
+        ["score", "--data", "good.jsonl", "--model", ".", "--output", "good.jsonl", "--overwrite"],
+        "--output must be another file than --data",
+    ),
     "plot folder": (["inspect", "good.jsonl", "--plot", "."], "expected a file, got a folder"),
     "no config": (["inspect", "good.jsonl", "--config", "c.yaml"], "c.yaml: cannot be read"),
     "config key": (["inspect", "good.jsonl", "--config", "bad.yaml"], "did you mean max_tokens"),
