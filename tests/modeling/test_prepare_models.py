@@ -29,7 +29,7 @@ def model(request) -> PreTrainedModel:
 
 @pytest.mark.parametrize("loss", [fastrank.RRHF(), fastrank.PRO(), fastrank.DPO()], ids=repr)
 def test_the_loss_equals_the_loss_on_separate_scores(model, loss):
-    groups = random_groups()
+    groups = random_groups(references=loss.uses_reference)
     pack = one_pack(groups)
     scores = separate_scores(model, groups)
     if loss.normalize == "sum":
