@@ -108,7 +108,6 @@ class Outcome:
         reward: mean reward of fresh samples; ``standard_error`` over the prompts.
         perplexity: of the fresh samples under the base model.
         accuracy: pairwise ranking accuracy on held-out candidates of the base model.
-        train_seconds: wall-clock time of training.
     """
 
     method: str
@@ -117,7 +116,6 @@ class Outcome:
     standard_error: float
     perplexity: float
     accuracy: float
-    train_seconds: float
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -175,7 +173,7 @@ def _decoding(plan: Plan, seed: int) -> dict[str, Any]:
 def run_method(plan: Plan, seed: int, method: str) -> Outcome:
     """Train one method from the base model and measure it."""
     if method == BASE:
-        return measure(plan, seed, method, plan.model, 0.0)
+        return measure(plan, seed, method, plan.model)
     options = {"loss": "rrhf", "learning_rate": plan.learning_rate, **METHODS[method]}
     options["loss_kwargs"] = json.dumps(options.get("loss_kwargs", {}))
     if "kl_weight" in options:
@@ -196,7 +194,7 @@ def run_method(plan: Plan, seed: int, method: str) -> Outcome:
             "max_response_length": plan.tokens,
         }
     folder = plan.output_dir(seed, method)
-    trained = run_command(
+    run_command(
         "train",
         model=plan.model,
         num_train_epochs=plan.epochs,
@@ -210,10 +208,10 @@ def run_method(plan: Plan, seed: int, method: str) -> Outcome:
         output_dir=folder,
         **options,
     )
-    return measure(plan, seed, method, folder, trained["seconds"])
+    return measure(plan, seed, method, folder)
 
 
-def measure(plan: Plan, seed: int, method: str, model: Path | str, seconds: float) -> Outcome:
+def measure(plan: Plan, seed: int, method: str, model: Path | str) -> Outcome:
     """Fresh samples of a model for the held-out prompts: their reward and their perplexity under
     the base model; and how the model orders the base model's candidates."""
     folder = plan.folder(seed)
@@ -232,7 +230,6 @@ def measure(plan: Plan, seed: int, method: str, model: Path | str, seconds: floa
         standard_error=fresh["reward"]["standard_error"],
         perplexity=fresh["perplexity"],
         accuracy=(scored["metrics"] or {}).get("pairwise_accuracy", math.nan),
-        train_seconds=seconds,
     )
 
 

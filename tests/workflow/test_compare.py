@@ -51,7 +51,6 @@ def test_every_method_runs_and_the_files_agree(run, tmp_path, capsys):
     for method in compare.OFFLINE:
         found = [r for r in rows if r.method == method]
         assert [r.perplexity for r in found] != [r.perplexity for r in base], method
-        assert all(r.train_seconds > 0 for r in found)
 
 
 @pytest.fixture
