@@ -23,7 +23,7 @@ args = fastrank.RankConfig(  # DPOConfig(
     per_device_train_batch_size=4,  # counts prompts, each with all of its candidates
     gradient_accumulation_steps=2,
     num_train_epochs=1,
-    max_length=1024,
+    max_length=512,
     logging_steps=5,
     save_strategy="epoch",
 )

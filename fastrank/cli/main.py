@@ -7,6 +7,7 @@ defect and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import shlex
 import sys
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``argv`` defaults to the process's arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     prog = "fastrank"
+    # peft imports it where it is installed; on some CPUs it asks for another package, every time.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         if arguments and arguments[0] in ("-h", "--help", "help"):
             print(_help())

@@ -34,8 +34,8 @@ LOG_KEYS = (
     LogKey(
         "rewards/accuracies",
         "{:.3f}",
-        "share of the pairs with different rewards that the model orders the same way, the mean "
-        "over prompts; a tie counts one half",
+        "share of the pairs with different rewards that the model's (as in `rewards/chosen`) order "
+        "the same way, the mean over prompts; a tie counts one half",
         "both",
         _LINE,
         ("accuracy", "pairwise_accuracy", "ranking_accuracy"),
@@ -53,7 +53,7 @@ LOG_KEYS = (
     LogKey("logps/chosen", "{:.3f}", "the model's own score of the best candidate"),
     LogKey("logps/rejected", "{:.3f}", "the mean of the other candidates'"),
     LogKey(
-        "rank/kendall_tau", "{:+.3f}", "Kendall's τ-b of scores and rewards",
+        "rank/kendall_tau", "{:+.3f}", "Kendall's τ-b of the model's own scores and the rewards",
         aliases=("tau", "kendall_tau"),
     ),
     LogKey(

@@ -73,6 +73,7 @@ def card_text(
     options: Mapping[str, Any],
     data: Sequence[str],
     logs: Sequence[Mapping[str, Any]],
+    metrics: str | None = None,
     template: str | Path | None = None,
 ) -> str:
     """The text of a card.
@@ -83,7 +84,9 @@ def card_text(
         loss: as it prints.
         steps, groups_per_step, options: of the run.
         data: what is to be said of each data set, e.g. its report.
-        logs: the run's log entries, whose evaluations become the table of metrics.
+        logs: the run's log entries, whose evaluations before the first step and after ``steps``
+            become the table of metrics,
+        metrics: unless it is given.
         template: a Jinja file instead of `TEMPLATE`.
 
     Raises:
@@ -105,7 +108,7 @@ def card_text(
         "groups_per_step": groups_per_step,
         "options": options,
         "data": data,
-        "metrics": _metrics_table(logs),
+        "metrics": _metrics_table(logs, steps) if metrics is None else metrics,
         "versions": _versions(),
     }
     try:
@@ -121,11 +124,20 @@ def write_card(folder: Path, text: str) -> None:
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
+def renew_card(folder: Path, text: str) -> None:
+    """Write a card into a saved model's folder, unless its card is by somebody else."""
+    if not _is_foreign(folder / CARD_FILE):
+        write_card(folder, text)
+
+
 def keep_foreign_card(staged: Path, target: Path) -> None:
     """Remove the card from ``staged`` where ``target`` has a file of that name by somebody else."""
-    file = target / CARD_FILE
-    if file.is_file() and _MARK not in file.read_text(encoding="utf-8", errors="replace"):
+    if _is_foreign(target / CARD_FILE):
         (staged / CARD_FILE).unlink(missing_ok=True)
+
+
+def _is_foreign(file: Path) -> bool:
+    return file.is_file() and _MARK not in file.read_text(encoding="utf-8", errors="replace")
 
 
 def copy_card_of_merged(source: Path, target: Path) -> None:
@@ -136,18 +148,20 @@ def copy_card_of_merged(source: Path, target: Path) -> None:
         write_card(target, text.replace("library_name: peft", "library_name: transformers", 1))
 
 
-def _metrics_table(logs: Sequence[Mapping[str, Any]]) -> str:
-    """First and last evaluation of each split, as the run prints them; empty without any."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def _metrics_table(logs: Sequence[Mapping[str, Any]], step: int) -> str:
+    """Evaluations before the first step and after ``step``, per split, as the run prints them;
+    empty where none is of that step: another one's would be of other weights."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for row in logs:
         for key in row:
             if key.endswith("_rank_loss"):
                 prefix = key.removesuffix("_rank_loss")
                 own = {k.removeprefix(f"{prefix}_"): v for k, v in row.items()}
-                found.setdefault(prefix, []).append(own | {"step": row.get("step")})
+                found.setdefault(prefix, {})[int(row.get("step", 0))] = own
     splits = {
-        _TITLES.get(name, name): (rows[0] if rows[0]["step"] == 0 else None, rows[-1])
+        _TITLES.get(name, name): (rows.get(0) if step else None, rows[step])
         for name, rows in found.items()
+        if step in rows
     }
     return summary_table(splits) if splits else ""
 

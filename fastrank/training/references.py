@@ -69,25 +69,22 @@ def reference_of(
     model: nn.Module,
     config: RankConfig,
     *,
-    adapted: bool,
     tokenizer: Any,
 ) -> str | nn.Module | None:
-    """The reference of `RankTrainer`: ``ref_model``, or the model below an adapter; None if the
-    groups have to bring its scores.
+    """The reference of `RankTrainer`: ``ref_model``, or the model as it is before training, without
+    its adapter; None for a loss that uses none.
 
     Args:
         ref_model: a model, or the name or folder of one.
         model: the model to train.
         config: of the run.
-        adapted: whether ``model`` is about to be wrapped with an adapter.
         tokenizer: of the run; None is not checked.
 
     Raises:
         InputError: the loss uses no reference, or the model is not there or has other tokens.
     """
     if ref_model is None:
-        below = adapted or hasattr(model, "disable_adapter")
-        return model if below and config.ranking_loss.uses_reference else None
+        return model if config.ranking_loss.uses_reference else None
     if not config.ranking_loss.uses_reference:
         raise InputError(
             f"ref_model is for losses that use a reference, such as dpo, got {config.loss}"

@@ -46,6 +46,7 @@ from fastrank.training.early_checks import check_best_metric
 from fastrank.training.engine import all_processes
 from fastrank.training.held_out import keep_scores, spread_of_rewards
 from fastrank.training.inputs import length_limits
+from fastrank.training.model_card import renew_card
 from fastrank.training.plan import changed_names, check_resumed, option_plan
 from fastrank.training.references import attach_references, check_reference
 from fastrank.training.run_options import TrainOptions
@@ -143,7 +144,7 @@ def _train(
     trainer.train(resume_from_checkpoint=resume)
     seconds = time.perf_counter() - started
     trainer.save_model()  # before the evaluation, which may be interrupted
-    step = _saved_step(trainer)
+    step = trainer.model_step
     after = {name: _evaluated_at(step, trainer, groups, name) for name, groups in splits.items()}
     result = {
         "output_dir": str(output_dir),
@@ -403,16 +404,10 @@ def _finish(
         scores = trainer.scores_at.get(HELD_OUT, {}).get(step)
         keep_scores(output_dir, splits[HELD_OUT], job.tokenizer, scores, "after")
     result["report"] = str(write_run_report(output_dir, rows))
-    return result | {
-        "table": summary_table({_TITLES[name]: (first[name], last[name]) for name in splits})
-    }
-
-
-def _saved_step(trainer: RankTrainer) -> int:
-    """The step after which the weights were as they are now: the last, or the best one's."""
-    state = trainer.state
-    best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
-    return state.best_global_step or 0 if best else state.global_step
+    table = summary_table({_TITLES[name]: (first[name], last[name]) for name in splits})
+    # Again: the model was saved before its last evaluation.
+    renew_card(output_dir, trainer.model_card(table if splits else None))
+    return result | {"table": table}
 
 
 def _evaluated_at(

@@ -75,7 +75,12 @@ from fastrank.training.inputs import (
 )
 from fastrank.training.interrupts import Interruption
 from fastrank.training.memory import largest_fitting
-from fastrank.training.model_card import card_text, keep_foreign_card, write_card
+from fastrank.training.model_card import (
+    card_text,
+    keep_foreign_card,
+    renew_card,
+    write_card,
+)
 from fastrank.training.references import attach_reference, reference_of
 from fastrank.training.step_metrics import (
     Evaluated,
@@ -114,8 +119,9 @@ class RankTrainer(TrainerHooks, Trainer):
         quantization_config: how the weights of a model by name are quantised when it is loaded,
             e.g. transformers' ``BitsAndBytesConfig``; it needs ``peft_config``.
         ref_model: the reference of a loss that uses one, a model or the name or folder of one; by
-            default the model below an adapter. It scores groups that have no ``reference_scores``
-            once, here; scores of a model by name are kept in the cache folder.
+            default ``model`` as it is before training, without its adapter. It scores groups that
+            have no ``reference_scores`` once, here; scores of a model by name are kept in the cache
+            folder.
         compute_metrics: called after an evaluation with an ``EvalPrediction`` whose ``predictions``
             and ``label_ids`` are lists of one float32 array [n] per group, scores and rewards in
             the order of the data set. The dictionary that it returns is logged beside fastrank's
@@ -124,8 +130,7 @@ class RankTrainer(TrainerHooks, Trainer):
         optimizers: as for ``Trainer``.
 
     Raises:
-        InputError: no group, a group that fits no pack or holds tokens the model does not have, a
-            loss that needs reference scores which the groups do not have and no reference gives;
+        InputError: no group, a group that fits no pack or holds tokens the model does not have;
             records that cannot be used, or that come without a tokenizer; a stream without
             ``max_steps``.
 
@@ -179,9 +184,7 @@ class RankTrainer(TrainerHooks, Trainer):
         self.reports: list[Report] = []
         model, processing_class = as_model(model, processing_class, given, quantization_config)
         check_trainable(model, adapted=peft_config is not None)
-        reference = reference_of(
-            ref_model, model, args, adapted=peft_config is not None, tokenizer=processing_class
-        )
+        reference = reference_of(ref_model, model, args, tokenizer=processing_class)
         train_dataset, eval_dataset = self._groups(
             train_dataset, eval_dataset, processing_class, model, reference, args
         )
@@ -260,6 +263,14 @@ class RankTrainer(TrainerHooks, Trainer):
     def lm(self) -> nn.Module:
         """The model that is trained, without the wrapper of distributed training."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def model_step(self) -> int:
+        """The step after which the weights were as they are now: the last, or the best one's."""
+        best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        if best and not self.is_in_train:
+            return self.state.best_global_step or 0
+        return self.state.global_step
 
     @property
     def is_sharded(self) -> bool:
@@ -828,8 +839,12 @@ class RankTrainer(TrainerHooks, Trainer):
             file.with_suffix(".json").write_text(self.args.to_json_string(), encoding="utf-8")
             write_card(folder, self.model_card())
 
-    def model_card(self) -> str:
-        """The text of the card that is written beside a saved model, as of now."""
+    def model_card(self, metrics: str | None = None) -> str:
+        """The text of the card that is written beside a saved model, as of now.
+
+        Args:
+            metrics: a table of them; by default of the evaluations that were logged.
+        """
         lm: Any = self.lm
         shown = ("learning_rate", "lr_scheduler_type", "backprop", "seed")
         options = {name: getattr(self.args, name) for name in shown}
@@ -839,19 +854,20 @@ class RankTrainer(TrainerHooks, Trainer):
             base=getattr(lm, "name_or_path", "") or "",
             adapter=hasattr(lm, "peft_config"),
             loss=repr(self.loss),
-            steps=self.state.global_step,
+            steps=self.model_step,
             groups_per_step=self.groups_per_step,
             options={k: str(getattr(v, "value", v)) for k, v in options.items()}
             | {"precision": self.args.dtype_reason},
             data=[report.as_text() for report in self.reports] or counts,
             logs=self.state.log_history,
+            metrics=metrics,
             template=self.args.model_card_template,
         )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card to the output folder, which ``Trainer`` does before it is pushed."""
+        """Write the card to the output folder as of now, unless it has one by somebody else."""
         if self.is_world_process_zero():
-            write_card(Path(self.args.output_dir or "."), self.model_card())
+            renew_card(Path(self.args.output_dir or "."), self.model_card())
 
     def _refuse_bad_weights(self) -> None:
         bad = self._guard.bad_weights(self.lm)

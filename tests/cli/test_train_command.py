@@ -102,6 +102,10 @@ def test_table_and_summary_are_of_the_best_model_where_that_is_saved(
     assert "6 steps in " in said and f"; model of step 2, the best, in {run}" in said
     summary = json.loads((run / "summary.json").read_text())
     assert summary["model_step"] == 2
+    table = said[said.index("\n\n") :].split("6 steps in ")[0].strip("\n")
+    card = (run / "README.md").read_text()
+    assert "train_split" not in card and table.splitlines()[-1] in card
+    assert all(line in card for line in table.splitlines()[-5:]) and "- steps: 2 of" in card
     config = RankConfig(output_dir=str(tmp_path / "again"), use_cpu=True, report_to="none")
     job = built_in_job(config)
     saved = RankTrainer(AutoModelForCausalLM.from_pretrained(run), config, job.train)

@@ -169,7 +169,8 @@ def test_the_model_below_an_adapter_is_its_reference(make_trainer, groups, polic
     fresh = make_trainer(groups, model=base, peft_config=adapter, **options)
     adapted = get_peft_model(load_model(policy_path, "float32"), adapter)
     given = make_trainer(groups, model=adapted, **options)
-    for run in (fresh, given):
+    bare = make_trainer(groups, model=load_model(policy_path, "float32"), **options)
+    for run in (fresh, given, bare):
         found = [run.train_dataset[i].reference_scores for i in range(len(groups))]
         torch.testing.assert_close(torch.cat(found), torch.cat(wanted))
         run.train()
@@ -182,7 +183,6 @@ def test_what_the_trainer_cannot_take_as_reference(make_trainer, groups, policy_
     scored = replace(groups[1], reference_scores=[0.0] * groups[1].num_candidates)
     adapter = LoraConfig(r=4, target_modules=["q_proj"])
     for given, options, said in (
-        (groups, {"loss": "dpo"}, "the loss dpo needs reference_scores or a ref_model, got none"),
         (groups, {"ref_model": policy_path}, "ref_model is for losses that use a reference, such"),
         (groups, {"loss": "dpo", "ref_model": "./no"}, "./no: no such model folder"),
         (
@@ -193,6 +193,12 @@ def test_what_the_trainer_cannot_take_as_reference(make_trainer, groups, policy_
     ):
         with pytest.raises(InputError, match=said):
             make_trainer(given, **options)
+
+
+def test_groups_to_evaluate_later_bring_their_reference_scores(make_trainer, groups) -> None:
+    trainer = make_trainer(groups, loss="dpo")
+    with pytest.raises(InputError, match="the loss dpo needs reference_scores or a ref_model"):
+        trainer.evaluate(list(groups))
 
 
 def test_a_reference_with_other_tokens_is_refused(command, tmp_path, capsys) -> None:
