@@ -60,6 +60,17 @@ def parse(
     return tuple(parser.build(kind, values) for kind in dataclass_types)
 
 
+#: What other trainers call an option, whose name resembles none here or the wrong one.
+_ELSEWHERE = {
+    "batch_size": "per_device_train_batch_size",
+    "beta": """loss_kwargs '{"beta": 0.1}'""",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "max_completion_length": "max_response_length",
+    "ref_model": "reference_model",
+}
+
+
 class CommandParser(HfArgumentParser):
     """The options of a command; its help is `fastrank.cli.help`'s."""
 
@@ -144,9 +155,17 @@ class CommandParser(HfArgumentParser):
         if not argument.startswith("-"):
             return f"unexpected argument '{argument[:60]}' (see {self.prog} --help)"
         name = argument.split("=")[0].replace("-", "_").lstrip("_")
-        near = difflib.get_close_matches(name, [*self._names, "config"], 1)
-        hint = f", did you mean --{near[0]}?" if near else f" (see {self.prog} --help)"
+        near = self._nearest(name)
+        hint = f", did you mean --{near}?" if near else f" (see {self.prog} --help)"
         return f"unknown option {argument.split('=')[0][:60]}{hint}"
+
+    def _nearest(self, name: str) -> str | None:
+        """The option that an unknown name is likely to mean."""
+        usual, _, example = _ELSEWHERE.get(name, "").partition(" ")
+        if usual in self._names:
+            return f"{usual} {example}".rstrip()
+        near = difflib.get_close_matches(name, [*self._names, "config"], 1)
+        return near[0] if near else None
 
     def read_config(self, path: str) -> dict[str, Any]:
         """The options that a YAML file names, converted as on the command line."""
@@ -155,8 +174,8 @@ class CommandParser(HfArgumentParser):
             name = key.replace("-", "_")
             name = self._aliases.get(name, name)
             if name not in self._names:
-                near = difflib.get_close_matches(name, self._names, 1)
-                hint = f", did you mean {near[0]}?" if near else f" (see {self.prog} --help)"
+                near = self._nearest(name)
+                hint = f", did you mean {near}?" if near else f" (see {self.prog} --help)"
                 raise InputError(f"{path}: unknown option {key[:60]}{hint}")
             if name in values:
                 raise InputError(f"{path}: {name} is there twice")
