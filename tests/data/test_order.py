@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastrank.data.columns import reward_gap
-from fastrank.data.fields import LARGEST
+from fastrank.data.fields import LARGEST_REWARD
 from fastrank.data.group import Group
 from fastrank.data.load import load_groups
 from fastrank.data.readers import INVERTED, from_ranks
@@ -35,8 +35,21 @@ from fastrank.training.run import warn_of_gaps
 from fastrank.workflow.items import as_line, read_items
 
 TINY = 2.0**-149
-numbers = st.floats(-LARGEST, LARGEST) | st.sampled_from(
-    [0.1, 0.1000000001, 1e9 + 1, 1e9 + 2, -1e9, 0.0, -0.0, 1e-300, TINY, LARGEST, -LARGEST, 1e38]
+numbers = st.floats(-LARGEST_REWARD, LARGEST_REWARD) | st.sampled_from(
+    [
+        0.1,
+        0.1000000001,
+        1e9 + 1,
+        1e9 + 2,
+        -1e9,
+        0.0,
+        -0.0,
+        1e-300,
+        TINY,
+        LARGEST_REWARD,
+        -LARGEST_REWARD,
+        1e38,
+    ]
 )
 
 
@@ -58,7 +71,7 @@ def signs(values: Any) -> list[int]:
 @given(st.lists(numbers, min_size=1, max_size=6), st.data())
 def test_any_order_survives_float32_and_normalisation(scores: list[float], data: Any) -> None:
     near = [float(np.nextafter(s, data.draw(st.sampled_from([-np.inf, np.inf])))) for s in scores]
-    scores += [s for s in near if abs(s) <= LARGEST]
+    scores += [s for s in near if abs(s) <= LARGEST_REWARD]
     got = narrowed(scores)
     assert np.array(got, dtype=np.float32).astype(np.float64).tolist() == got or got == scores
     assert signs(np.array(got, dtype=np.float32).tolist()) == signs(scores)
@@ -79,8 +92,8 @@ def test_gaps_stay_as_near_as_float32_allows() -> None:
     wide = narrowed([0.0, 1e9 + 1, 1e9 + 2])
     assert wide[0] == 0 and 0 < wide[2] - wide[1] <= 128 and wide[1] == 1e9
     assert narrowed([0.0, 1e-300])[1] >= np.finfo(np.float32).tiny
-    wide = narrowed([-LARGEST, np.nextafter(LARGEST, 0), LARGEST])
-    assert wide == sorted(set(wide)) and wide[-1] == LARGEST
+    wide = narrowed([-LARGEST_REWARD, np.nextafter(LARGEST_REWARD, 0), LARGEST_REWARD])
+    assert wide == sorted(set(wide)) and wide[-1] == LARGEST_REWARD
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,6 @@ def test_groups_per_step_counts_accumulation() -> None:
         ({"weight_decay": float("inf")}, "weight_decay must be a finite number, got inf"),
         ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0, got -1.0"),
         ({"adam_beta1": 1.5}, "optim=adamw.* Invalid beta parameter at index 0: 1.5"),
-        ({"optim": "adamw_bnb_8bit"}, "optim=adamw_bnb_8bit .* need to install `bitsandbytes`"),
         ({"optim": "galore_adamw"}, "optim=galore_adamw .* need to install `galore_torch`"),
         ({"optim": "adam"}, "adam is not a valid OptimizerNames"),
         ({"lr_scheduler_kwargs": {"x": 1}}, "lr_scheduler_type=linear .*keyword argument 'x'"),

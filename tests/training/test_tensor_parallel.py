@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from fastrank.errors import InputError
 from fastrank.modeling.prepare import prepare_model
 from fastrank.tasks.menu import tiny_llama
-from fastrank.training import trainer
+from fastrank.training import inputs
 from fastrank.training.config import RankConfig
 from fastrank.training.engine import AccelerateEngine
 from fastrank.training.trainer import RankTrainer
@@ -117,7 +117,7 @@ def test_an_adapter_on_a_model_sharded_at_loading_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One process has none: it is told that this one is."""
-    monkeypatch.setattr(trainer, "is_sharded", lambda model: True)
+    monkeypatch.setattr(inputs, "is_sharded", lambda model: True)
     adapter: Any = object()
     with pytest.raises(InputError, match="takes no adapter, got one"):
         RankTrainer(

@@ -14,7 +14,7 @@ from fastrank.benchmarks.results import read_csv
 
 
 def row(method: str, seed: int, reward: float, perplexity: float) -> Outcome:
-    return Outcome(method, seed, reward, 0.1, perplexity, 0.5, 3.0)
+    return Outcome(method, seed, reward, 0.1, perplexity, 0.5)
 
 
 @pytest.fixture

@@ -396,7 +396,7 @@ def test_models_read_whole_messages_and_turns_as_training_does(
         assert all(map(torch.equal, one.marked, other.marked))
 
     path = tiny_models.save_classifier(tmp_path / "rm")
-    score(data, output, str(path), chat_template=str(template))
+    score(data, output, str(path), chat_template=str(template), overwrite=True)
     judge = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
     for row, group in zip(read_rows(output), groups, strict=True):
         for given, ids in zip(row["scores"], group.response_ids, strict=True):
