@@ -330,7 +330,7 @@ def narrowed(scores: Sequence[float]) -> list[float]:
         return list(scores)
     low = min(scores)
     shifted = [score - low for score in scores]
-    holds = max(shifted) <= np.finfo(np.float32).max
+    holds = max(shifted) <= float(np.finfo(np.float32).max)
     return _kept_apart(shifted if holds else scores, scores, np.float32)
 
 
