@@ -91,6 +91,8 @@ CHOSEN: dict[str, dict[str, str]] = {
         "What to choose for": "model tokens vocab group_tokens logits_memory trust_remote_code json"
     },
 }
+#: Options whose whole text a short page has: what is there to choose from is what is looked up.
+WHOLE = {"inspect": ("format", "columns")}
 #: Commands whose options come with torch and transformers.
 KEPT = ("train", "iterate")
 WIDTH = 100
@@ -163,7 +165,8 @@ def page_of(name: str, command: Any, *, everything: bool) -> dict[str, Any]:
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
             if field.init and field.metadata.get("help"):
-                rows[field.name] = _row(field, hints[field.name], short=not everything)
+                short = not everything and field.name not in WHOLE.get(name, ())
+                rows[field.name] = _row(field, hints[field.name], short=short)
                 groups.setdefault(_title(kind, field.name), []).append(field.name)
     if not everything:
         groups = {title: names.split() for title, names in CHOSEN[name].items()}

@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from fastrank.cli.commands import COMMANDS
-from fastrank.cli.help import CHOSEN, KEPT, PAGES, page_of, wants_help
+from fastrank.cli.help import CHOSEN, KEPT, PAGES, WHOLE, page_of, wants_help
 from fastrank.cli.main import main
+from fastrank.data.formats import FORMATS
 
 
 def test_the_kept_pages_are_those_of_the_declarations() -> None:
@@ -31,7 +32,11 @@ def test_pages(
     short = capsys.readouterr().out
     lines = short.splitlines()
     assert short.startswith(f"usage: fastrank {name}") and "--config" in short
-    assert len(lines) <= 60 and max(map(len, lines)) <= 80 and "\x1b" not in short
+    assert (
+        len(lines) <= (60 if name not in WHOLE else 75)
+        and max(map(len, lines)) <= 80
+        and "\x1b" not in short
+    )
     assert 1 <= len(CHOSEN[name]) <= 5 and set(CHOSEN[name]) <= set(lines)
     assert main([name, "--help=all"]) == 0
     shown = capsys.readouterr().out.split()
@@ -53,6 +58,13 @@ def test_training_has_25_options_with_their_defaults(capsys: pytest.CaptureFixtu
     main(["score", "--help", "all"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "(default: by its fields)" in shown and "(none, group). [none]" in shown
+
+
+def test_the_help_of_inspect_lists_formats_and_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in FORMATS)
+    assert "human_ref_A" in shown and "responses_and_scores" in shown
 
 
 def test_what_asks_for_help() -> None:
