@@ -46,7 +46,13 @@ _PATIENCE = 6.0  # seconds; to end Python with torch takes some
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``argv`` defaults to the process's arguments."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:  # another Ctrl-C, while the first one's line was being written
+        return _INTERRUPTED
+
+
+def _main(arguments: list[str]) -> int:
     prog = "fastrank"
     # peft imports it where it is installed; on some CPUs it asks for another package, every time.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
