@@ -45,7 +45,7 @@ def start(output_dir: Path) -> int:
     child = os.fork()
     if child:
         return child
-    code = 70
+    code = 128 + signal.SIGINT  # of Ctrl-C before the command begins: Python's own end
     try:
         log = os.open(output_dir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
@@ -53,6 +53,7 @@ def start(output_dir: Path) -> int:
         torch.set_num_threads(1)
         interrupts._TOGETHER = 0.0  # the second Ctrl-C follows at once
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = 70  # unless the command gives one
         code = main(options(output_dir))
     finally:
         os._exit(code)
