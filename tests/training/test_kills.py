@@ -3,6 +3,7 @@ bit."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import kill_training
+import psutil
 import pytest
 from torchrun import command, environment, torchrun
 
@@ -96,7 +98,12 @@ def _end_after(arguments: list[str], run: Path, steps: int, delay: float, how: i
             time.sleep(0.005)
         time.sleep(delay)
         assert process.poll() is None, "ended before the signal"
+        workers = psutil.Process(process.pid).children(recursive=True)
         os.killpg(process.pid, how)
+        if how == signal.SIGKILL:  # torchrun's workers have groups of their own
+            for worker in workers:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.kill()
         return process.communicate(timeout=60)[1]
     finally:
         if process.poll() is None:
