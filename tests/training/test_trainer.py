@@ -276,7 +276,6 @@ def test_padded_rows_give_the_same_run_as_shared_prompts(
             "f:9: must fit into max_tokens=20, got 61 tokens.*max_response_length",
         ),
         ([Group([1], [[2], [999]], [0, 1], name="f:3")], {}, "f:3: token ids must be below"),
-        ([Group([1], [[2], [4]], [0, 1], name="f:4")], {"loss": "dpo"}, "f:4: .*reference_scores"),
     ],
 )
 def test_groups_that_cannot_be_trained_on_are_named(
