@@ -9,6 +9,7 @@ from typing import Any
 from fastrank import options as shared
 from fastrank.errors import InputError
 from fastrank.options.declare import change, option, options
+from fastrank.options.paths import local_path
 
 
 @options
@@ -25,7 +26,7 @@ class ViewOptions(shared.ReadOptions, shared.OutputOptions, shared.JsonOptions):
 
 def view(options: ViewOptions) -> dict[str, Any]:
     """Write the page; returns its path and what it shows."""
-    folder = Path(options.source).expanduser()
+    folder = local_path(options.source)
     result = _view_run(options, folder) if is_run(folder) else _view_data(options)
     if options.open:
         import webbrowser

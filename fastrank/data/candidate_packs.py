@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastrank.arguments import check_count
 from fastrank.data.bins import best_fit
-from fastrank.data.packing import Group, Pack, pack
+from fastrank.data.packing import Group, Pack, offsets, pack
 
 
 class CandidatePack(NamedTuple):
@@ -75,8 +75,8 @@ class Candidates(NamedTuple):
         return cls(
             rewards=torch.cat([g.rewards for g in groups]) if groups else torch.empty(0),
             reference_scores=torch.cat(references) if references else None,
-            cu_responses=_offsets([number for group in groups for number in group.label_counts]),
-            cu_groups=_offsets([group.num_candidates for group in groups]),
+            cu_responses=offsets([number for group in groups for number in group.label_counts]),
+            cu_groups=offsets([group.num_candidates for group in groups]),
             group_index=tuple(range(len(groups))),
             sequence_lengths=tuple(
                 len(group.prompt_ids) + len(ids) for group in groups for ids in group.response_ids
@@ -188,7 +188,3 @@ def _token_offsets(groups: Sequence[Group]) -> list[list[int]]:
         begins.append([start, *ends])
         start = ends[-1]
     return begins
-
-
-def _offsets(lengths: Sequence[int]) -> Tensor:
-    return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))

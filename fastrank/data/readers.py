@@ -507,11 +507,10 @@ def _split_messages(
     lead = chosen[:shared]
     if not lead:
         return found
+    asked = [] if prompt is None else fields.as_messages(prompt)
     if isinstance(prompt, str):
-        asked = [{"role": "user", "content": prompt}]
         repeated = any(prompt.strip() in turn["content"] for turn in lead)
     else:
-        asked = prompt or []
         repeated = lead[: len(asked)] == asked
     return found._replace(prompt=lead if repeated else [*asked, *lead])
 

@@ -188,7 +188,7 @@ def _chat(
     mark = unused_character([*prompt, *turns])
     own = apply_template(tokenizer, [prompt], tools, generate=True)[0]
     *written, probe = apply_template(
-        tokenizer, [[*prompt, turn] for turn in (*turns, text_turn(mark))], tools, generate=False
+        tokenizer, [[*prompt, turn] for turn in (*turns, *as_turns(mark))], tools, generate=False
     )
     if probe.count(mark) != 1:
         raise Refused(CHANGED)
@@ -226,10 +226,6 @@ def _chat(
     if not shows_prompt(own, prompt, tools):
         notes.append(HIDDEN_PROMPT)
     return Rendered(own_text, whole, end, True, tuple(dict.fromkeys(notes)))
-
-
-def text_turn(content: str) -> Message:
-    return {"role": "assistant", "content": content}
 
 
 def unused_character(messages: Sequence[Message]) -> str:

@@ -30,7 +30,6 @@ from fastrank.data.render import (
     render_plain,
     shows,
     shows_prompt,
-    text_turn,
     unused_character,
 )
 
@@ -124,7 +123,7 @@ class _Style(NamedTuple):
     @classmethod
     def of(cls, render: Callable[..., list[str]], asked: list[Message], mark: str) -> _Style:
         """Told from one turn behind the messages ``asked``."""
-        closed, probe = render(asked, [*asked, text_turn(mark)])
+        closed, probe = render(asked, [*asked, *as_turns(mark)])
         if probe.count(mark) != 1:
             raise Refused(CHANGED)
         own = render(asked, generate=True)[0]

@@ -17,7 +17,9 @@ from huggingface_hub import ModelCard, ModelCardData
 import fastrank
 from fastrank.data.files import one_line
 from fastrank.errors import InputError
+from fastrank.options.paths import local_path
 from fastrank.training.run_report import summary_table
+from fastrank.visual.pages import SPLIT_TITLES
 
 CARD_FILE = "README.md"
 #: Ends every card written here, so that no other file of that name is replaced.
@@ -60,7 +62,6 @@ prompt, the model's own log-probabilities order the candidate responses as their
 {% endfor %}"""
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
-_TITLES = {"eval": "held out", "train_split": "training split"}
 
 
 def card_text(
@@ -92,7 +93,7 @@ def card_text(
     Raises:
         InputError: the template cannot be read or rendered.
     """
-    local = not base or Path(base).expanduser().exists()
+    local = not base or local_path(base).exists()
     name = Path(base).name or "A language model"
     front = ModelCardData(
         base_model=None if local else base,
@@ -159,7 +160,7 @@ def _metrics_table(logs: Sequence[Mapping[str, Any]], step: int) -> str:
                 own = {k.removeprefix(f"{prefix}_"): v for k, v in row.items()}
                 found.setdefault(prefix, {})[int(row.get("step", 0))] = own
     splits = {
-        _TITLES.get(name, name): (rows.get(0) if step else None, rows[step])
+        SPLIT_TITLES.get(name, name): (rows.get(0) if step else None, rows[step])
         for name, rows in found.items()
         if step in rows
     }

@@ -54,13 +54,12 @@ from fastrank.training.run_report import plot_metrics, summary_table
 from fastrank.training.splits import choose_groups, shared_prompts, split_by_prompt
 from fastrank.training.together import ending_together
 from fastrank.training.trainer import RankTrainer
-from fastrank.visual.pages import REPORT, write_run_report
+from fastrank.visual.pages import REPORT, SPLIT_TITLES, write_run_report
 from fastrank.visual.shown_groups import FILE
 
 HELD_OUT, TRAINING = "eval", "train_split"  # prefixes of the log keys
 #: Rewards of PRO are said to be far apart from here on: a score's difference of 1 is then e^10.
 LARGE_GAP = 10.0
-_TITLES = {HELD_OUT: "held out", TRAINING: "training split"}
 
 
 @dataclass
@@ -404,7 +403,7 @@ def _finish(
         scores = trainer.scores_at.get(HELD_OUT, {}).get(step)
         keep_scores(output_dir, splits[HELD_OUT], job.tokenizer, scores, "after")
     result["report"] = str(write_run_report(output_dir, rows))
-    table = summary_table({_TITLES[name]: (first[name], last[name]) for name in splits})
+    table = summary_table({SPLIT_TITLES[name]: (first[name], last[name]) for name in splits})
     # Again: the model was saved before its last evaluation.
     renew_card(output_dir, trainer.model_card(table if splits else None))
     return result | {"table": table}

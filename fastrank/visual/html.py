@@ -13,6 +13,8 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+from fastrank.data.write import atomic_path
+
 __all__ = ["escape", "is_page", "table", "write_page"]
 
 _MARK = '<meta name="generator" content="fastrank">'
@@ -34,12 +36,10 @@ def write_page(path: str | Path, title: str, body: Iterable[str]) -> Path:
         f"<body><main><h1>{escape(title)}</h1>\n" + "\n".join(body) + "\n</main>"
         f"<script>{script}</script></body></html>\n"
     )
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.partial")
-    # A lone surrogate has no UTF-8; a browser shows what stands for it.
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    partial.replace(target)
-    return target
+    with atomic_path(path) as partial:
+        # A lone surrogate has no UTF-8; a browser shows what stands for it.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    return Path(path)
 
 
 def is_page(path: Path) -> bool:

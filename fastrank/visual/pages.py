@@ -13,6 +13,8 @@ from fastrank.visual.shown_groups import FILE, MOST, ShownGroup, groups_section,
 from fastrank.visual.svg import histogram, line_chart
 
 REPORT = "report.html"
+#: What the splits of a run are called, by the prefix of their log keys.
+SPLIT_TITLES = {"eval": "held out", "train_split": "training split"}
 _SPLITS = (("training batches", "a", ""), ("training split", "c", "train_split_"),
            ("held out", "b", "eval_"))  # fmt: skip
 _BINS = 24
@@ -109,10 +111,9 @@ def _before_and_after(summary: Mapping[str, Any]) -> list[str]:
     keys = list(dict.fromkeys(key for values in after.values() for key in values))
     if not keys:
         return []
-    titles = {"eval": "held out", "train_split": "training split"}
     header = [""]
     for name in after:
-        header += [f"{titles.get(name, name)}: before", "after"]
+        header += [f"{SPLIT_TITLES.get(name, name)}: before", "after"]
     rows = []
     for key in keys:
         cells = [(before.get(name) or {}).get(key) for name in after]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastrank.data.fields import Message, as_turns
+from fastrank.data.write import atomic_path
 from fastrank.metrics import pairwise_accuracy
 from fastrank.visual.html import escape
 
@@ -129,9 +130,8 @@ def with_scores(groups: Sequence[ShownGroup], **scores: Sequence[Any] | None) ->
 
 def write_groups(groups: Iterable[ShownGroup], path: Path) -> None:
     """Write JSON lines; the file is replaced when it is complete."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(f"{json.dumps(asdict(g))}\n" for g in groups), encoding="utf-8")
-    partial.replace(path)
+    with atomic_path(path) as partial:
+        partial.write_text("".join(f"{json.dumps(asdict(g))}\n" for g in groups), encoding="utf-8")
 
 
 def read_groups(path: Path) -> list[ShownGroup]:
