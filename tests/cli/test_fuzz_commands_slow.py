@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from fastrank.tasks.menu import menu_records, menu_task
+from menu_files import save_menu_model, write_menu
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,14 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_300_command_lines_and_100_yaml_files(tmp_path: Path) -> None:
     folder = tmp_path / "place"
-    task = menu_task(num_train=1, num_heldout=1)
-    task.tokenizer.save_pretrained(folder / "model")
-    task.model.save_pretrained(folder / "model")
-    rows = [
-        {"prompt": r.prompt, "responses": r.responses, "scores": r.scores}
-        for r in menu_records(6, seed=3)
-    ]
-    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_menu_model(folder / "model")
+    write_menu(folder / "d.jsonl", 6, seed=3)
     script = ROOT / "tests" / "support" / "fuzz_commands.py"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run(

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from menu_files import save_menu_model, write_menu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrank.cli.main import main
 from fastrank.metrics import pairwise_accuracy
-from fastrank.tasks.menu import menu_records, menu_task
 from fastrank.training.callbacks import read_metrics
 from fastrank.training.config import RankConfig
 from fastrank.training.run import built_in_job
@@ -31,22 +31,12 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    task = menu_task(num_train=1, num_heldout=1)
-    task.tokenizer.save_pretrained(folder)
-    task.model.save_pretrained(folder)
-    return str(folder)
+    return str(save_menu_model(tmp_path_factory.mktemp("model") / "tiny"))
 
 
 @pytest.fixture(scope="module")
 def data_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("data") / "menu.jsonl"
-    rows = [
-        {"prompt": r.prompt, "responses": r.responses, "scores": r.scores}
-        for r in menu_records(40, seed=9)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
+    return str(write_menu(tmp_path_factory.mktemp("data") / "menu.jsonl", 40, seed=9))
 
 
 def test_the_built_in_task_is_learnt(

@@ -32,6 +32,7 @@ from chat_templates import (
     answer,
     assembled,
     call,
+    encoded_or_counted,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -41,8 +42,8 @@ from fastrank.data.group import BOUNDARY, Group, example_parts, example_text
 from fastrank.data.load import load_groups
 from fastrank.data.records import Record
 from fastrank.data.render import CHANGED, HIDDEN_PROMPT, NEEDS_TEMPLATE, PARTED, PLAIN, TRIMMED
-from fastrank.data.report import CUT_SAMPLE, NO_PROMPT, NO_RANKED, NO_TURN, SAME_PAIRS, Report
-from fastrank.data.tokenize import TokenizeOptions, encode_record
+from fastrank.data.report import CUT_SAMPLE, NO_PROMPT, NO_RANKED, NO_TURN, SAME_PAIRS
+from fastrank.data.tokenize import TokenizeOptions
 from fastrank.data.turns import NEEDS_PLACES, SEVERAL, UNKNOWN_ROLE, ranked_tokens
 
 
@@ -390,12 +391,8 @@ def test_any_template_shows_every_turn_or_the_record_is_counted(
         return
     tokenizer = make_tokenizer(chat_template=assembled(content, lead, opened, end))
     record = Record([user(ask)], [""] * len(said), [0.0] * len(said), 3, turns=tuple(said))
-    report = Report()
-    report.add_read(len(said))
-    report.keep(record.scores)
-    encoded = encode_record(record, tokenizer, report)
+    encoded, report = encoded_or_counted(record, tokenizer)
     if encoded is None:
-        assert report.dropped == {CHANGED: [3]} and report.kept == 0
         return
     prompt, responses = encoded
     assert min(prompt) >= 0

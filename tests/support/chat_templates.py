@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastrank.data.records import Record
+from fastrank.data.render import CHANGED
+from fastrank.data.report import Report
+from fastrank.data.tokenize import Encoded, encode_record
+
 START = "{% for m in messages %}<|{{ m.role }}|>"
 OPEN = "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
@@ -107,3 +112,14 @@ def assembled(content: str, lead: str, opened: str, end: str) -> str:
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>"
         f"{{{{ {opened!r} }}}}{{% endif %}}"
     )
+
+
+def encoded_or_counted(record: Record, tokenizer: Any) -> tuple[Encoded | None, Report]:
+    """A record's tokens and the report on it; one that gives none must be counted with its line."""
+    report = Report()
+    report.add_read(len(record.responses))
+    report.keep(record.scores)
+    encoded = encode_record(record, tokenizer, report)
+    if encoded is None:
+        assert report.dropped == {CHANGED: [record.line]} and report.kept == 0
+    return encoded, report

@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from datasets.distributed import split_dataset_by_node
 from faults import TRIGGER, limit_memory, poison, spoil_scores
+from menu_files import menu_rows
 from pack_cases import random_groups, tied_groups
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastrank.errors import InputError
 from fastrank.function_loss import FunctionLoss
-from fastrank.tasks.menu import menu_records, tiny_llama, word_tokenizer
+from fastrank.tasks.menu import tiny_llama, word_tokenizer
 from fastrank.training.batching import StepBatch
 from fastrank.training.config import RankConfig
 from fastrank.training.step_metrics import StepWindow
@@ -99,8 +100,7 @@ def stream_of_rows(divided: bool) -> Any:
     """17 records that are read as training goes on; or each process's share of them."""
 
     def rows() -> Iterator[dict[str, Any]]:
-        for r in menu_records(17):
-            yield {"prompt": r.prompt, "responses": r.responses, "scores": r.scores}
+        yield from menu_rows(17)
 
     stream = datasets.IterableDataset.from_generator(rows)
     if not divided:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from menu_files import menu_rows
 from trainer_runs import assert_same_weights, step_logs
 from transformers import LlamaForCausalLM, TrainerCallback
 
@@ -20,7 +21,7 @@ from fastrank.data.group import Group
 from fastrank.data.load import load_groups
 from fastrank.errors import InputError
 from fastrank.losses import loss_from_name
-from fastrank.tasks.menu import menu_records, tiny_llama, word_tokenizer
+from fastrank.tasks.menu import tiny_llama, word_tokenizer
 from fastrank.training import plan
 from fastrank.training.config import RankConfig
 
@@ -289,10 +290,7 @@ def test_tokenizer_and_template_are_told_apart() -> None:
 
 def test_data_counts_by_its_content_wherever_it_lies(tmp_path: Path, write_rows: Any) -> None:
     """A list, a cached data set, a copy of the file, and parts of either."""
-    rows = [
-        {"prompt": r.prompt, "responses": r.responses, "scores": r.scores}
-        for r in menu_records(300, seed=9)
-    ]
+    rows = menu_rows(300, seed=9)
     tokenizer = word_tokenizer()
     kept, _ = load_groups(str(write_rows(rows)), tokenizer, cache=False)
     first, _ = load_groups(

@@ -12,13 +12,13 @@ import forced_command
 import pytest
 import restarts
 import torch
+from menu_files import save_menu_model, write_menu
 from torchrun import torchrun
 from transformers import AutoModelForCausalLM
 
 from fastrank.cli.main import main
 from fastrank.data.group import Group
 from fastrank.errors import InputError
-from fastrank.tasks.menu import menu_records, menu_task
 from fastrank.training.callbacks import read_metrics
 from fastrank.training.trainer import RankTrainer
 
@@ -116,15 +116,8 @@ def test_zero_goes_on_bit_for_bit_and_nothing_else_reads_its_state(tmp_path: Pat
 @pytest.mark.slow
 def test_the_command_goes_on_from_tensor_parallelism(tmp_path: Path) -> None:
     """``--tp_size 2`` on two processes, then on two copies of two, then one process."""
-    task = menu_task(num_train=1, num_heldout=1)
-    task.model.save_pretrained(tmp_path / "model")
-    task.tokenizer.save_pretrained(tmp_path / "model")
-    rows = [
-        {"prompt": r.prompt, "responses": r.responses, "scores": r.scores}
-        for r in menu_records(40, seed=9)
-    ]
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_menu_model(tmp_path / "model")
+    data = write_menu(tmp_path / "data.jsonl", 40, seed=9)
 
     def command(run: str, steps: int, *more: str) -> list[str]:
         options = {
