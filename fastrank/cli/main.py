@@ -6,14 +6,18 @@ defect and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastrank import __version__
 from fastrank.cli.commands import COMMANDS
@@ -46,10 +50,41 @@ _PATIENCE = 6.0  # seconds; to end Python with torch takes some
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; ``argv`` defaults to the process's arguments."""
+    noted: list[int] = []
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        with _noting_interrupts(noted):
+            return _main(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:  # another Ctrl-C, while the first one's line was being written
         return _INTERRUPTED
+    except Exception as error:
+        if not noted:
+            raise
+        _say(f"fastrank: interrupted, which ended as {type(error).__name__}")
+        return _INTERRUPTED
+
+
+@contextlib.contextmanager
+def _noting_interrupts(noted: list[int]) -> Iterator[None]:
+    """Context in which a Ctrl-C raises ``KeyboardInterrupt``, as ever, and is noted: compiled
+    modules turn it into errors of their own (an ImportError while they are loaded, a TypeError
+    while they convert an argument), which are no defects then."""
+    default = signal.default_int_handler
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not default
+    ):
+        yield
+        return
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        default(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, default)
 
 
 def _main(arguments: list[str]) -> int:

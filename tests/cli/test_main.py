@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -230,6 +231,21 @@ def test_defects_keep_their_traceback(error: Exception, monkeypatch: pytest.Monk
     _command(monkeypatch, _raise(error))
     with pytest.raises(type(error)):
         main(["made-up"])
+
+
+def test_an_interrupt_that_a_module_turned_into_its_own_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(options: _MadeUp) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise TypeError("incompatible function arguments") from None
+
+    _command(monkeypatch, run)
+    assert main(["made-up"]) == 130
+    assert capsys.readouterr().err == "fastrank: interrupted, which ended as TypeError\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:

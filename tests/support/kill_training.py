@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -55,6 +56,8 @@ def start(output_dir: Path) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         code = 70  # unless the command gives one
         code = main(options(output_dir))
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(code)
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -44,6 +45,14 @@ def _assert_same_run(run: Path, whole: Path) -> None:
     assert all(damage(path) is None for path in find_checkpoints(run))
 
 
+def _tracebacks(log: str) -> int:
+    """How many tracebacks a run has left, but for those with which Python itself tells that a
+    Ctrl-C came while it called a finaliser, where nothing can be raised."""
+    return log.count("Traceback") - len(
+        re.findall(r"^Exception ignored in:.*\nTraceback", log, re.M)
+    )
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(
     ("how", "codes"),
@@ -72,7 +81,7 @@ def test_twenty_ends(how: str, codes: set[int], tmp_path: Path) -> None:
     assert steps == list(range(1, kill_training.STEPS + 1))
     for number in range(result["runs"]):
         _assert_same_run(tmp_path / f"run-{number}", whole)
-        assert "Traceback" not in (tmp_path / f"run-{number}.log").read_text()
+        assert _tracebacks((tmp_path / f"run-{number}.log").read_text()) == 0
     print(f"kills at {result['at']} of the run, {result['in_a_save']} during a save")
 
 
