@@ -11,12 +11,13 @@ touched. So the files' sizes are looked at before: half a microsecond per file a
 from __future__ import annotations
 
 import os
+from array import array
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from fastrank.data.tokenize import Encoded
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
     from fastrank.data.group import Group
@@ -53,21 +55,48 @@ def group_writer(path: Path) -> Iterator[Callable[[Sequence[tuple[Record, Encode
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
 
         def write(batch: Sequence[tuple[Record, Encoded]]) -> None:
-            columns = zip(*(_row(record, encoded) for record, encoded in batch), strict=True)
-            arrays = [pa.array(column, kind) for column, kind in zip(columns, types, strict=True)]
-            stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            columns = _columns([record for record, _ in batch], [ids for _, ids in batch])
+            stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
 
         yield write
 
 
-def _row(record: Record, encoded: Encoded) -> tuple[Any, ...]:
-    prompt, responses = encoded
-    key = prompt_key(np.array(prompt))
-    signed = key - (1 << 64) if key >> 63 else key
-    largest = max(max(prompt), *map(max, responses))
-    if record.is_masked:
-        largest = max(largest, *(~min(ids) for ids in responses))
-    return prompt, responses, narrowed(record.scores), record.line, signed, largest
+def _columns(records: Sequence[Record], encoded: Sequence[Encoded]) -> list[pa.Array]:
+    """The columns of a batch; its tokens are handed over whole, which takes half of the time that
+    Arrow takes to look at lists of lists."""
+    import pyarrow as pa
+
+    prompts, prompt_starts = _joined([prompt for prompt, _ in encoded])
+    responses, starts = _joined([ids for _, several in encoded for ids in several])
+    rows = np.cumsum([0, *(len(several) for _, several in encoded)])
+    # No prompt and no response is empty. Ids that are not ranked are stored as ~id.
+    largest = np.maximum(
+        np.maximum.reduceat(prompts, prompt_starts[:-1]),
+        np.maximum.reduceat(np.maximum(responses, ~responses), starts[rows[:-1]]),
+    )
+    keys = [prompt_key(prompts[a:b]) for a, b in pairwise(prompt_starts)]
+    return [
+        _list_array(prompt_starts, prompts),
+        _list_array(rows, _list_array(starts, responses)),
+        pa.array([narrowed(record.scores) for record in records], pa.list_(pa.float32())),
+        pa.array([record.line for record in records], pa.int64()),
+        pa.array(np.array(keys, dtype=np.uint64).view(np.int64)),
+        pa.array(largest.astype(np.int32)),
+    ]
+
+
+def _joined(lists: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """All lists in a row, and where each begins and the last one ends."""
+    # An array takes a list's numbers several times as fast as NumPy.
+    ids = np.frombuffer(array("q", [*chain.from_iterable(lists)]), dtype=np.int64)
+    return ids, np.cumsum([0, *map(len, lists)])
+
+
+def _list_array(starts: NDArray[np.int64], values: Any) -> pa.Array:
+    import pyarrow as pa
+
+    inner = values if isinstance(values, pa.Array) else pa.array(values.astype(np.int32))
+    return pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), inner)
 
 
 class CachedGroups(GroupView):
