@@ -5,7 +5,8 @@
 A checkpoint is written and published as training does it (model and optimiser's state, three times
 the weights), and read as a resumed run does it: the latest one is found, weights and optimiser's
 state are loaded. The same with checksums and without take turns in one process; the ratio is of the
-medians. The cache's entry has 100 MB. Needs disk for two checkpoints.
+medians. A start is a process of its own, which imports what training imports and reads the
+checkpoint. The cache's entry has 100 MB. Needs disk for two checkpoints.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import csv
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +59,12 @@ def read(run: Path, checksums: bool) -> None:
     torch.load(found / "optimizer.pt", weights_only=True)
 
 
+def start(run: Path, checksums: bool) -> None:
+    """`read` in a new process, as the start of training."""
+    choice = () if checksums else ("--without",)
+    subprocess.run([sys.executable, __file__, "--start", str(run), *choice], check=True)
+
+
 def compare(action: Callable[[bool], object], rounds: int) -> dict[str, float]:
     """Median seconds with checksums and without, taking turns after a first call of each."""
     seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -84,6 +93,8 @@ def measure(work: Path, gigabytes: float, rounds: int) -> Iterator[dict[str, obj
     write(run, weights, state, True)
     about = {"what": "checkpoint read", "megabytes": 3 * size}
     yield about | compare(lambda checksums: read(run, checksums), rounds)
+    about = {"what": "resumed run started", "megabytes": 3 * size}
+    yield about | compare(lambda checksums: start(run, checksums), rounds)
     shutil.rmtree(run)
     folder = work / "groups-bench"
     folder.mkdir()
@@ -114,7 +125,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, help="folder on the disk to measure")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--without", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.start:
+        import fastrank.training.run  # noqa: F401
+
+        read(args.start, not args.without)
+        return
     about = provenance(torch.device("cpu"))
     rows = []
     with tempfile.TemporaryDirectory(dir=args.work) as work:
