@@ -22,6 +22,13 @@ def install_command(extra: str) -> str:
     return f"pip install '{DISTRIBUTION}[{extra}]'"
 
 
+def one_line(error: object, limit: int = 200) -> str:
+    """The first line of an error's or a value's text, shortened, without control characters."""
+    text = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else "�" for c in text)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 class InputError(ValueError):
     """A file, model, option or environment that cannot be used. The text is one line that names
     it, the expected and the given value."""

@@ -114,7 +114,7 @@ def test_every_module_has_a_name_of_its_own() -> None:
 
 
 def test_the_package_stays_small() -> None:
-    assert len(list(PACKAGES["fastrank"].rglob("*.py"))) <= 154
+    assert len(list(PACKAGES["fastrank"].rglob("*.py"))) <= 157
 
 
 def test_the_map_names_every_room_and_nothing_else() -> None:

@@ -124,7 +124,7 @@ def _model(options: DoctorOptions) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from fastrank.attention.gate import refusal
-    from fastrank.data.files import one_line
+    from fastrank.errors import one_line
     from fastrank.modeling.context import context_length
     from fastrank.modeling.heads import not_plain
     from fastrank.modeling.pretrained import check_model_path

@@ -38,7 +38,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import fastrank
 from fastrank.console import Bar
 from fastrank.data.cached_groups import CachedGroups, group_files, group_writer
-from fastrank.data.files import Lines, Place, Source, one_line
+from fastrank.data.files import Source
+from fastrank.data.json_files import Lines
 from fastrank.data.manifest import (
     damaged_file,
     flush,
@@ -55,9 +56,10 @@ from fastrank.data.records import (
     require_records,
 )
 from fastrank.data.report import Report
+from fastrank.data.rows import Place
 from fastrank.data.tokenize import Encoded, TokenizeOptions, encode_rows
 from fastrank.data.turns import SEVERAL
-from fastrank.errors import InputError
+from fastrank.errors import InputError, one_line
 from fastrank.options.paths import local_path
 
 if TYPE_CHECKING:

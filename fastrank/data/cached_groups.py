@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastrank.data.columns import FlatGroups, GroupSizes, GroupView, prompt_key
-from fastrank.data.files import content_hash
+from fastrank.data.manifest import content_hash
 from fastrank.data.records import Record, narrowed
 from fastrank.data.tokenize import Encoded
 from fastrank.errors import InputError

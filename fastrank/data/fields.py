@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-from fastrank.data.files import Place, one_line
-from fastrank.errors import InputError
+from fastrank.data.rows import Place
+from fastrank.errors import InputError, one_line
 
 #: ``role`` and ``content`` are text; all other fields are as the file has them.
 Message = dict[str, Any]

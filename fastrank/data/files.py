@@ -1,9 +1,10 @@
 """Rows out of files and data sets: JSON lines, JSON, Parquet, and all that `datasets` reads.
 
-JSON lines are read here, because every message about them names the line. So are JSON documents:
-`datasets` turns NaN into null, and a broken score would become a counted drop. Parquet is read in
-a limited process (`fastrank.data.parquet`): in this one, a file of 33 KiB took 3.3 GiB. Everything
-else goes through `datasets`: CSV, TSV and Arrow files, folders, saved data sets and Hub names.
+JSON lines have a reader of their own (`fastrank.data.json_files`), because every message about them
+names the line. So have JSON documents: `datasets` turns NaN into null, and a broken score would
+become a counted drop. Parquet is read in a limited process (`fastrank.data.parquet`): in this one,
+a file of 33 KiB took 3.3 GiB. Everything else goes through `datasets`: CSV, TSV and Arrow files,
+folders, saved data sets and Hub names.
 
 The kind of a local file is told by its content (Parquet's magic, a leading bracket), not by its
 suffix: much published ``.json`` is JSON lines. A name is only looked up on the Hub if nothing on
@@ -16,9 +17,6 @@ and parse them.
 from __future__ import annotations
 
 import glob
-import hashlib
-import io
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,25 +24,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fastrank.data.hub import use_hub
+from fastrank.data.json_files import (
+    BYTE_ORDER_MARK,
+    COMPRESSED,
+    Lines,
+    is_compressed,
+    is_json_lines,
+    is_recoded,
+    opened,
+    read_document,
+    text_encoding,
+)
+from fastrank.data.manifest import content_hash
 from fastrank.data.parquet import UnreadableError, parquet_lines
-from fastrank.errors import InputError
+from fastrank.data.rows import Piece, Place, Row, parse_row
+from fastrank.errors import InputError, one_line
 from fastrank.options.paths import local_path
-
-Row = dict[str, Any]
-#: A row as it comes: the bytes of a JSON object, or the object.
-RawRow = bytes | Row
-
-#: A longer line is no record; held whole, it could take all of the memory.
-LONGEST_LINE = 256 << 20
-#: The same for a compressed JSON document.
-LONGEST_DOCUMENT = 1 << 30
-
-#: Bytes of memory that one JSON text may become, if that is more than ten times its size.
-MOST_OBJECTS = 1 << 30
-_SMALL_JSON = 4 << 20
 
 _HUB_NAME = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+){0,2}$")
 #: Fields that hold text in any format.
@@ -67,47 +65,9 @@ _LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tsv": ("csv", _CSV | {"sep": "\t"}),
     ".arrow": ("arrow", {}),
 }
-_COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip"}
-_FILE_SUFFIXES = {".json", ".jsonl", ".ndjson", ".parquet", ".txt", *_LOADERS, *_COMPRESSED}
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-#: Encodings that a file may begin with the mark of; the longer marks first.
-_ENCODINGS = (
-    (b"\xff\xfe\x00\x00", "utf-32"),
-    (b"\x00\x00\xfe\xff", "utf-32"),
-    (b"\xff\xfe", "utf-16"),
-    (b"\xfe\xff", "utf-16"),
-)
-
-#: A JSON document may keep its rows under one of these names.
-_CONTAINERS = ("data", "rows", "records", "train", "examples")
-
-_BLOCK = 1 << 20
-_BLOCKS = 64
+_FILE_SUFFIXES = {".json", ".jsonl", ".ndjson", ".parquet", ".txt", *_LOADERS, *COMPRESSED}
 
 T = TypeVar("T")
-
-
-class Place(NamedTuple):
-    """Where a row came from; its text is how every message about it begins."""
-
-    name: str
-    line: int
-    unit: str = "line"
-
-    def __str__(self) -> str:
-        return f"{self.name}, {self.unit} {self.line}"
-
-
-#: Some of a source's rows. Can be iterated more than once and sent to another process, except for
-#: those of an iterable that the caller gave.
-Piece = Iterable[tuple[Place, RawRow]]
-
-
-def one_line(error: object, limit: int = 200) -> str:
-    """The first line of an error's or a value's text, shortened, without control characters."""
-    text = " ".join(str(error).split())
-    text = "".join(c if c.isprintable() else "�" for c in text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 @dataclass(frozen=True)
@@ -139,10 +99,10 @@ class Source:
             return [TableRows(self.name, self.data, span) for span in spans]
         assert self.path is not None
         if self.kind == "document":
-            return slices(list(_numbered(self.name, _document(self.path, self.name))), count)
+            return slices(list(_numbered(self.name, read_document(self.path, self.name))), count)
         if self.kind == "parquet":
             return [ParquetRows(self.path, self.name, part, count) for part in range(count)]
-        count = 1 if _is_recoded(self.path) else count
+        count = 1 if is_recoded(self.path) else count
         return [Lines(self.path, self.name, part, count) for part in range(count)]
 
     @property
@@ -174,18 +134,6 @@ def read_rows(source: Any) -> Iterator[tuple[Place, Row]]:
     """Rows of a source, parsed, with their places; for arguments and errors see `open_source`."""
     for place, raw in chain.from_iterable(open_source(source).pieces()):
         yield place, parse_row(place, raw)
-
-
-def parse_row(place: Place, raw: RawRow) -> Row:
-    """A row of `Source.pieces` as a dictionary.
-
-    Raises:
-        InputError: malformed JSON, or no object; the text names the place.
-    """
-    value = _parse(raw, str(place)) if isinstance(raw, bytes) else raw
-    if not isinstance(value, dict):
-        raise InputError(f"{place}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def open_source(source: Any) -> Source:
@@ -233,75 +181,6 @@ def looks_like_path(name: str) -> bool:
     return "/" in name and Path(name.split("/")[0]).exists()
 
 
-def file_checksum(path: Path) -> str:
-    """XXH3 of a file's bytes, all of them, as 32 hexadecimal digits: to find damage, not forgery.
-
-    All bytes are read, which no hash of the standard library does as fast as disks write them.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    from xxhash import xxh3_128
-
-    digest = xxh3_128()
-    block = memoryview(bytearray(1 << 22))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
-
-
-def value_checksum(value: Any) -> str:
-    """XXH3 of a value of JSON types, as 32 hexadecimal digits; the order of keys is no part of it.
-
-    >>> value_checksum({"a": 1, "b": [2.5, None]}) == value_checksum({"b": [2.5, None], "a": 1})
-    True
-    """
-    from xxhash import xxh3_128
-
-    return xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def content_hash(path: Path) -> str:
-    """Hash of a file's bytes; beyond 64 MiB of 64 evenly spaced MiB.
-
-    A large file edited in place, between the blocks, without a change of its size, by a program
-    that then sets its time of change back, would go unseen. Hashing everything would cost every
-    start a second per gigabyte.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    size = path.stat().st_size
-    starts: Sequence[int] = range(0, size, _BLOCK)
-    if size > _BLOCK * _BLOCKS:
-        starts = [k * (size - _BLOCK) // (_BLOCKS - 1) for k in range(_BLOCKS)]
-    try:
-        with path.open("rb") as file:
-            for start in starts:
-                file.seek(start)
-                digest.update(file.read(_BLOCK))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
-
-
-def slices(items: Sequence[T], count: int) -> list[Sequence[T]]:
-    """The items as at most ``count`` consecutive parts of about the same length."""
-    return [items[a:b] for a, b in bounds(len(items), count)]
-
-
-def bounds(length: int, count: int) -> list[tuple[int, int]]:
-    """Begin and end of at most ``count`` consecutive parts, at least one, of a sequence.
-
-    >>> bounds(5, 2)
-    [(0, 2), (2, 5)]
-    """
-    count = max(1, min(count, length))
-    return [(length * k // count, length * (k + 1) // count) for k in range(count)]
-
-
-# ---- looking up ------------------------------------------------------------------------------
-
-
 def _open_object(source: Any) -> Source:
     datasets = sys.modules.get("datasets")  # whoever has a data set has imported it
     if datasets is not None and isinstance(source, datasets.Dataset):
@@ -319,21 +198,21 @@ def _open_object(source: Any) -> Source:
 
 def _open_file(path: Path, name: str) -> Source:
     """A local file; ``datasets`` makes an Arrow file of what it reads, in its own cache."""
-    inner = path.with_suffix("") if _is_compressed(path) else path
+    inner = path.with_suffix("") if is_compressed(path) else path
     loader = _LOADERS.get(inner.suffix.lower())
     if loader is not None:
-        encoding = _encoding(path, name)
+        encoding = text_encoding(path, name)
         more = {} if loader[0] != "csv" or encoding is None else {"encoding": encoding}
         data = _load(name, loader[0], data_files=str(path), split="train", **loader[1], **more)
         return Source(name, "table", path, data)
-    with _opened(path, name) as file:
+    with opened(path, name) as file:
         head = file.read(4096)
     if head.startswith(b"PAR1") or path.suffix.lower() == ".parquet":
         return Source(name, "parquet", path)
-    start = head.removeprefix(_BYTE_ORDER_MARK).lstrip()
+    start = head.removeprefix(BYTE_ORDER_MARK).lstrip()
     if not start and len(head) < 4096:
         raise InputError(f"{name}: the file is empty")
-    is_document = inner.suffix.lower() == ".json" and not _is_json_lines(path, name)
+    is_document = inner.suffix.lower() == ".json" and not is_json_lines(path, name)
     if start.startswith(b"[") or is_document:
         return Source(name, "document", path)
     return Source(name, "lines", path)
@@ -355,7 +234,7 @@ def _open_pattern(name: str) -> Source:
     if len(files) == 1:
         return _open_file(Path(files[0]), files[0])
     inner = {
-        Path(file).with_suffix("").suffix if _is_compressed(Path(file)) else Path(file).suffix
+        Path(file).with_suffix("").suffix if is_compressed(Path(file)) else Path(file).suffix
         for file in files
     }
     kinds = {_LOADERS.get(suffix.lower(), ("json", {}))[0] for suffix in inner - {".parquet"}}
@@ -413,49 +292,7 @@ def _loading(name: str) -> Iterator[None]:
         raise InputError(f"{name}: cannot be loaded as a data set: {reason}") from error
 
 
-# ---- reading ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Lines:
-    """One of ``parts`` equal shares of a file of JSON lines: the lines that begin in it.
-
-    A compressed file is one share.
-    """
-
-    path: Path
-    name: str
-    part: int = 0
-    parts: int = 1
-
-    @property
-    def num_bytes(self) -> int:
-        """About the size of the share."""
-        return self.path.stat().st_size // self.parts
-
-    def __iter__(self) -> Iterator[tuple[Place, bytes]]:
-        size = self.path.stat().st_size
-        at, end = (size * k // self.parts for k in (self.part, self.part + 1))
-        whole = _is_recoded(self.path)
-        with _opened(self.path, self.name) as file:
-            number = 1
-            if at:
-                number, at = _skip_to_line(file, at)
-            while at < end or whole:
-                line = file.readline(LONGEST_LINE)
-                if not line:
-                    return
-                if len(line) >= LONGEST_LINE:
-                    longest = f"{LONGEST_LINE >> 20} MiB"
-                    raise InputError(
-                        f"{self.name}, line {number}: longer than {longest}, not a record"
-                    )
-                at += len(line)
-                if number == 1:
-                    line = line.removeprefix(_BYTE_ORDER_MARK)
-                if line.strip():
-                    yield Place(self.name, number), line.rstrip(b"\r\n")
-                number += 1
+# ---- pieces ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -495,151 +332,16 @@ def _numbered(name: str, rows: Iterable[Any], start: int = 1) -> Iterator[tuple[
         yield Place(name, number, "record"), row
 
 
-@contextmanager
-def _opened(path: Path, name: str) -> Iterator[Any]:
-    """A file's bytes, decompressed if its suffix says so, in UTF-8 if its first bytes name another
-    encoding."""
-    try:
-        encoding = _encoding(path, name)
-        if encoding is not None:
-            with path.open("rb") as file:
-                yield _AsUtf8(file, encoding)
-        elif _is_compressed(path):
-            import fsspec
-
-            if path.suffix.lower() == ".zst" and "zstd" not in fsspec.available_compressions():
-                raise InputError(f"{name}: needs another package: pip install zstandard")
-
-            with fsspec.open(str(path), "rb", compression="infer") as file:
-                yield file
-        else:
-            with path.open("rb") as file:
-                yield file
-    except InputError:
-        raise
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name}: not {error.encoding} text, as its first bytes say it is ({error.reason})"
-        ) from error
-    except Exception as error:  # each decompressor raises its own
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise InputError(f"{name}: cannot be read: {reason or one_line(error)}") from error
+def slices(items: Sequence[T], count: int) -> list[Sequence[T]]:
+    """The items as at most ``count`` consecutive parts of about the same length."""
+    return [items[a:b] for a, b in bounds(len(items), count)]
 
 
-class _AsUtf8:
-    """A file of another encoding, whose bytes are UTF-8.
+def bounds(length: int, count: int) -> list[tuple[int, int]]:
+    """Begin and end of at most ``count`` consecutive parts, at least one, of a sequence.
 
-    Lines end at a line feed alone; `codecs.EncodedFile` ends them at U+2028 too.
+    >>> bounds(5, 2)
+    [(0, 2), (2, 5)]
     """
-
-    def __init__(self, file: Any, encoding: str) -> None:
-        self._text = io.TextIOWrapper(file, encoding=encoding, newline="\n")
-
-    def read(self, size: int = -1) -> bytes:
-        return self._text.read(size).encode()
-
-    def readline(self, size: int = -1) -> bytes:
-        return self._text.readline(size).encode()
-
-    def __iter__(self) -> Iterator[bytes]:
-        return (line.encode() for line in self._text)
-
-
-def _encoding(path: Path, name: str) -> str | None:
-    """The encoding whose mark a file begins with; None for UTF-8 and for compressed files."""
-    if _is_compressed(path):
-        return None
-    try:
-        with path.open("rb") as file:
-            head = file.read(4)
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
-    return next((encoding for mark, encoding in _ENCODINGS if head.startswith(mark)), None)
-
-
-def _is_recoded(path: Path) -> bool:
-    """Whether a file's bytes are not those that are read, so that it has to be read from its
-    beginning."""
-    return _is_compressed(path) or _encoding(path, path.name) is not None
-
-
-def _is_compressed(path: Path) -> bool:
-    return path.suffix.lower() in _COMPRESSED
-
-
-def _skip_to_line(file: Any, at: int) -> tuple[int, int]:
-    """Number and first byte of the first line that begins at byte ``at`` or later."""
-    number = 1
-    for start in range(0, at - 1, _BLOCK):
-        number += file.read(min(_BLOCK, at - 1 - start)).count(b"\n")
-    at -= 1
-    while rest := file.readline(_BLOCK):
-        at += len(rest)
-        if rest.endswith(b"\n"):
-            return number + 1, at
-    return number, at
-
-
-def _is_json_lines(path: Path, name: str) -> bool:
-    """Whether the first line is a whole JSON value and something follows it."""
-    with _opened(path, name) as file:
-        lines = (line for line in file if line.strip())
-        first = next(lines, b"")
-        rest = next(lines, None) is not None
-    try:
-        value = json.loads(first.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return False
-    holds_rows = isinstance(value, dict) and _container(value) is not None
-    return rest or not holds_rows
-
-
-def _check_expansion(text: bytes, place: str) -> None:
-    """Refuse JSON whose objects would take far more memory than records of its size do: a line
-    ``{},{},...`` of 157 MB took 4.4 GB."""
-    if len(text) < _SMALL_JSON:
-        return
-    held = 200 * (text.count(b"{") + text.count(b"[")) + 60 * text.count(b",")
-    if held > max(MOST_OBJECTS, 10 * len(text)):
-        raise InputError(
-            f"{place}: its {len(text) >> 20} MiB would become about {held >> 20} MiB of lists and "
-            "objects, no records of text"
-        )
-
-
-def _parse(text: bytes, place: str) -> Any:
-    _check_expansion(text, place)
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{place}: not UTF-8 text (byte {error.start + 1})") from error
-    except json.JSONDecodeError as error:
-        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
-        raise InputError(f"{place}: malformed JSON: {error.msg} ({where})") from error
-    except RecursionError as error:
-        raise InputError(f"{place}: malformed JSON: nested too deeply") from error
-    except ValueError as error:  # an integer of thousands of digits
-        raise InputError(f"{place}: malformed JSON: {one_line(error)}") from error
-
-
-def _document(path: Path, name: str) -> list[Any]:
-    """The rows of a JSON document, which is held whole: Python's parser has no other way."""
-    with _opened(path, name) as file:
-        text = file.read(LONGEST_DOCUMENT + 1 if _is_compressed(path) else -1)
-    if _is_compressed(path) and len(text) > LONGEST_DOCUMENT:
-        raise InputError(f"{name}: unpacks to more than {LONGEST_DOCUMENT >> 20} MiB")
-    value = _parse(text, name)
-    if isinstance(value, dict):
-        held = _container(value)
-        value = [value] if held is None else held
-    if not isinstance(value, list):
-        raise InputError(f"{name}: expected a JSON list of records, got {type(value).__name__}")
-    return value
-
-
-def _container(value: Row) -> list[Any] | None:
-    for key in _CONTAINERS:
-        held = value.get(key)
-        if isinstance(held, list) and held and all(isinstance(item, dict) for item in held):
-            return held
-    return None
+    count = max(1, min(count, length))
+    return [(length * k // count, length * (k + 1) // count) for k in range(count)]

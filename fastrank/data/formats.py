@@ -10,11 +10,12 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from fastrank.data import fields, readers
+from fastrank.data import fields, pairs, readers
 from fastrank.data.fields import Prompt
-from fastrank.data.files import Place, Row, one_line
-from fastrank.data.readers import ASKED, PAIR_SCORES, ParsedRow, Reader
-from fastrank.errors import InputError
+from fastrank.data.pairs import ASKED, PAIR_SCORES
+from fastrank.data.readers import ParsedRow, Reader
+from fastrank.data.rows import Place, Row
+from fastrank.errors import InputError, one_line
 
 #: Text fields that are a part of the prompt wherever a file has them.
 PROMPT_LIKE = (*ASKED, "context", "history", "post", "problem", "system_prompt", "system_message")
@@ -62,12 +63,12 @@ def _gathered(said: str, scores: Sequence[str]) -> Format:
 
 #: What a pair of ``response_a`` and ``response_b`` may be judged by.
 _AB_VERDICTS = {
-    "winner": readers.winner(
+    "winner": pairs.winner(
         "winner", ("a", "model_a", "response_a"), ("b", "model_b", "response_b")
     ),
-    "winner_model_a": readers.two_scores("winner_model_a", "winner_model_b"),
-    "margin": readers.margin("margin"),
-    "score_a": readers.two_scores("score_a", "score_b"),
+    "winner_model_a": pairs.two_scores("winner_model_a", "winner_model_b"),
+    "margin": pairs.margin("margin"),
+    "score_a": pairs.two_scores("score_a", "score_b"),
 }
 
 #: In the order in which they are tried on the first row.
@@ -93,7 +94,7 @@ FORMATS: dict[str, Format] = {
     ),
     "gpt4_llm_pairs": Format(
         ("user_input", "completion_a", "completion_b"),
-        readers.pair("completion_a", "completion_b", readers.fixed, "user_input"),
+        pairs.pair("completion_a", "completion_b", pairs.fixed, "user_input"),
         has_scores=False,
     ),
     "pro": Format(("prefix", "suffix"), readers.pro),
@@ -107,71 +108,67 @@ FORMATS: dict[str, Format] = {
     "canonical": Format(("prompt", "responses"), readers.canonical),
     "best_first": Format(("prompt", "responses"), readers.best_first, has_scores=False),
     "unscored": Format(("prompt", "responses"), readers.unscored, has_scores=False),
-    "preference": Format(("chosen", "rejected"), readers.preference, has_scores=False),
+    "preference": Format(("chosen", "rejected"), pairs.preference, has_scores=False),
     "stack_pairs": Format(
         ("question", "response_j", "response_k"),
-        readers.pair("response_j", "response_k", readers.fixed, "question"),
+        pairs.pair("response_j", "response_k", pairs.fixed, "question"),
         has_scores=False,
     ),
     "ab": Format(
         ("prompt", "response_a", "response_b"),
-        readers.pair(
+        pairs.pair(
             "response_a",
             "response_b",
-            readers.either(_AB_VERDICTS),
+            pairs.either(_AB_VERDICTS),
             "prompt",
         ),
         has_scores=False,
     ),
     "arena": Format(
         ("conversation_a", "conversation_b", "winner"),
-        readers.pair(
+        pairs.pair(
             "conversation_a",
             "conversation_b",
-            readers.winner("winner", ("model_a", "a"), ("model_b", "b")),
+            pairs.winner("winner", ("model_a", "a"), ("model_b", "b")),
         ),
         has_scores=False,
     ),
     "helpsteer2": Format(
         ("prompt", "response_1", "response_2", "preference_strength"),
-        readers.pair(
-            "response_1", "response_2", readers.margin("preference_strength", -1.0), "prompt"
-        ),
+        pairs.pair("response_1", "response_2", pairs.margin("preference_strength", -1.0), "prompt"),
         has_scores=False,
     ),
     "helpsteer3": Format(
         ("context", "response1", "response2", "overall_preference"),
-        readers.pair(
-            "response1", "response2", readers.margin("overall_preference", -1.0), "context"
-        ),
+        pairs.pair("response1", "response2", pairs.margin("overall_preference", -1.0), "context"),
         has_scores=False,
     ),
     "safe_rlhf": Format(
         ("prompt", "response_0", "response_1", "better_response_id"),
-        readers.pair(
+        pairs.pair(
             "response_0",
             "response_1",
-            readers.winner("better_response_id", (0,), (1,)),
+            pairs.winner("better_response_id", (0,), (1,)),
             "prompt",
         ),
         has_scores=False,
     ),
     "shp": Format(
         ("history", "human_ref_A", "human_ref_B", "labels"),
-        readers.pair("human_ref_A", "human_ref_B", readers.winner("labels", (1,), (0,)), "history"),
+        pairs.pair("human_ref_A", "human_ref_B", pairs.winner("labels", (1,), (0,)), "history"),
         has_scores=False,
     ),
     "webgpt": Format(
         ("question", "answer_0", "answer_1", "score_0", "score_1"),
-        readers.pair(
+        pairs.pair(
             "answer_0",
             "answer_1",
-            readers.two_scores("score_0", "score_1"),
-            readers.field_within("question", "full_text"),
+            pairs.two_scores("score_0", "score_1"),
+            pairs.field_within("question", "full_text"),
         ),
         has_scores=False,
     ),
-    "tldr": Format(("info", "summaries", "choice"), readers.chosen_item, has_scores=False),
+    "tldr": Format(("info", "summaries", "choice"), pairs.chosen_item, has_scores=False),
     "oasst_trees": Format(
         ("message_tree_id", "prompt"), None, False, lambda rows, _: readers.gather_trees(rows)
     ),
@@ -251,7 +248,7 @@ def complete(found: ParsedRow, row: Row, place: Place, used: Sequence[str]) -> P
         asked = found.prompt or ""
         said = asked if isinstance(asked, str) else "\n".join(m["content"] for m in asked)
         for name in unread:
-            if readers.is_said(row[name]) and row[name].strip() not in said:
+            if pairs.is_said(row[name]) and row[name].strip() not in said:
                 raise InputError(
                     f"{place}: the field '{name}' looks like a part of the prompt and is not read; "
                     f"map it (--columns prompt={name}) or leave it out (--columns {name}=)"

@@ -1,4 +1,4 @@
-"""Lists of a folder's files with sizes and checksums, which tell damage from what was written.
+"""Checksums of files and of values; lists of a folder's files, which tell damage apart.
 
 A list is sealed: it holds a checksum of itself too, so that nothing in it is believed that was not
 written by a run. Against damage, not against forgery.
@@ -6,6 +6,7 @@ written by a run. Against damage, not against forgery.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastrank.data.files import file_checksum, value_checksum
+from fastrank.errors import InputError
 
 FileList = dict[str, dict[str, Any]]
 
+_BLOCK = 1 << 20
+_BLOCKS = 64
 _SEAL = "xxh3"
 _THREADS = 4  # that read files to hash them
 _LARGEST = 1 << 24  # bytes of a sealed file; a list of files has a few thousand
@@ -110,3 +113,54 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_checksum(path: Path) -> str:
+    """XXH3 of a file's bytes, all of them, as 32 hexadecimal digits: to find damage, not forgery.
+
+    All bytes are read, which no hash of the standard library does as fast as disks write them.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    from xxhash import xxh3_128
+
+    digest = xxh3_128()
+    block = memoryview(bytearray(1 << 22))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
+
+
+def value_checksum(value: Any) -> str:
+    """XXH3 of a value of JSON types, as 32 hexadecimal digits; the order of keys is no part of it.
+
+    >>> value_checksum({"a": 1, "b": [2.5, None]}) == value_checksum({"b": [2.5, None], "a": 1})
+    True
+    """
+    from xxhash import xxh3_128
+
+    return xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a file's bytes; beyond 64 MiB of 64 evenly spaced MiB.
+
+    A large file edited in place, between the blocks, without a change of its size, by a program
+    that then sets its time of change back, would go unseen. Hashing everything would cost every
+    start a second per gigabyte.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    size = path.stat().st_size
+    starts: Sequence[int] = range(0, size, _BLOCK)
+    if size > _BLOCK * _BLOCKS:
+        starts = [k * (size - _BLOCK) // (_BLOCKS - 1) for k in range(_BLOCKS)]
+    try:
+        with path.open("rb") as file:
+            for start in starts:
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()

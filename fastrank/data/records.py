@@ -21,9 +21,10 @@ import numpy as np
 from fastrank.data import fields, formats
 from fastrank.data import report as reports
 from fastrank.data.fields import Prompt, Said
-from fastrank.data.files import Place, RawRow, Row, Source, open_source, parse_row, slices
+from fastrank.data.files import Source, open_source, slices
 from fastrank.data.readers import ParsedRow, weights
 from fastrank.data.report import Report
+from fastrank.data.rows import Place, RawRow, Row, parse_row
 from fastrank.errors import InputError
 
 NormalizeRewards = Literal["none", "group"]

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from fastrank.data.fields import Prompt, as_messages
-from fastrank.data.files import Place
 from fastrank.data.records import Record, RecordReader, Unread, narrowed
 from fastrank.data.render import (
     TEMPLATE_REFUSED,
@@ -46,6 +45,7 @@ from fastrank.data.report import (
     SAME_PAIRS,
     Report,
 )
+from fastrank.data.rows import Place
 from fastrank.data.turns import NEEDS_PLACES, marked, ranked_tokens, render_turns
 from fastrank.errors import InputError
 

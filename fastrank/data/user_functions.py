@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrank.data.fields import Prompt
-from fastrank.data.files import one_line
-from fastrank.errors import InputError
+from fastrank.errors import InputError, one_line
 from fastrank.options.paths import local_path
 
 

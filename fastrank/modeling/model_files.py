@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastrank.data.files import one_line
-from fastrank.errors import InputError
+from fastrank.errors import InputError, one_line
 
 _LARGEST_JSON = 64 << 20
 _INDEX = "model.safetensors.index.json"

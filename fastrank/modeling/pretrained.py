@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastrank.data.files import content_hash, looks_like_path, one_line
+from fastrank.data.files import looks_like_path
 from fastrank.data.hub import in_cache, use_hub
 from fastrank.data.limits import bounded
+from fastrank.data.manifest import content_hash
 from fastrank.data.render import set_chat_template
-from fastrank.errors import InputError
+from fastrank.errors import InputError, one_line
 from fastrank.modeling.model_files import check_model_files
 from fastrank.options.paths import local_path
 

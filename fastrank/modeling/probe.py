@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastrank.data.files import one_line
 from fastrank.data.packing import Group, pack
-from fastrank.errors import InputError
+from fastrank.errors import InputError, one_line
 from fastrank.modeling.heads import Head, head_in_own_dtype, measure_head, not_plain
 from fastrank.modeling.unwrap import vocab_size
 

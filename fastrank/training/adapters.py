@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from fastrank.data.files import one_line
-from fastrank.errors import InputError
+from fastrank.errors import InputError, one_line
 from fastrank.modeling.pretrained import is_adapter, load_model
 from fastrank.training import checkpoint
 from fastrank.training.config import RankConfig

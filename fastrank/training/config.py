@@ -22,9 +22,8 @@ from fastrank import options as shared
 from fastrank.arguments import HeadPathName
 from fastrank.attention.backends import BACKENDS
 from fastrank.data.columns import GroupSizes
-from fastrank.data.files import one_line
 from fastrank.data.user_functions import is_function, load_named
-from fastrank.errors import InputError
+from fastrank.errors import InputError, one_line
 from fastrank.function_loss import FunctionLoss, as_loss
 from fastrank.loss import Loss
 from fastrank.losses import loss_from_name

@@ -18,8 +18,7 @@ from transformers import IntervalStrategy, SchedulerType, Trainer, TrainingArgum
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
-from fastrank.data.files import one_line
-from fastrank.errors import InputError
+from fastrank.errors import InputError, one_line
 from fastrank.training.log_keys import ALIASES, LOG_KEYS, TOKEN_STATISTICS, canonical_name
 
 if TYPE_CHECKING:

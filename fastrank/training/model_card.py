@@ -15,8 +15,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 import fastrank
-from fastrank.data.files import one_line
-from fastrank.errors import InputError
+from fastrank.errors import InputError, one_line
 from fastrank.options.paths import local_path
 from fastrank.training.run_report import summary_table
 from fastrank.visual.pages import SPLIT_TITLES

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrank.data.cache import tokenizer_identity
 from fastrank.data.columns import groups_digest
-from fastrank.data.files import content_hash, value_checksum
+from fastrank.data.manifest import content_hash, value_checksum
 from fastrank.data.packing import Group
 from fastrank.data.streamed_groups import StreamedGroups
 from fastrank.data.user_functions import is_function

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from fastrank.data.fields import Ends, Said, is_blank
-from fastrank.data.files import value_checksum
+from fastrank.data.manifest import value_checksum
 from fastrank.data.packing import Group
 from fastrank.data.report import Report
 from fastrank.data.tokenize import TokenizeOptions, as_group, encode_record, truncate

@@ -17,16 +17,11 @@ from typing import Any
 
 from fastrank.data import fields, formats
 from fastrank.data.fields import Ends, Prompt, Said
-from fastrank.data.files import (
-    Place,
-    Row,
-    content_hash,
-    matching_files,
-    read_rows,
-    value_checksum,
-)
+from fastrank.data.files import matching_files, read_rows
+from fastrank.data.manifest import content_hash, value_checksum
 from fastrank.data.readers import ParsedRow
 from fastrank.data.records import Record
+from fastrank.data.rows import Place, Row
 from fastrank.errors import InputError
 from fastrank.options import TemplateOptions
 from fastrank.options.paths import local_path

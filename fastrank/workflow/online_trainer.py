@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fastrank.data.columns import GroupSizes, GroupView, prompt_key
-from fastrank.data.files import value_checksum
+from fastrank.data.manifest import value_checksum
 from fastrank.data.packing import Group
 from fastrank.data.user_functions import is_function
 from fastrank.errors import InputError, TrainingStopped

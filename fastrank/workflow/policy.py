@@ -12,10 +12,9 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrank.data.fields import Prompt
-from fastrank.data.files import one_line
 from fastrank.data.report import Report
 from fastrank.data.tokenize import TokenizeOptions, encode_prompt, truncate
-from fastrank.errors import InputError
+from fastrank.errors import InputError, one_line
 from fastrank.modeling.pretrained import (
     check_model_path,
     choose_device,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastrank.cli.main import main
-from fastrank.data import formats, readers, render, turns
+from fastrank.data import formats, pairs, render, turns
 from fastrank.data import report as reports
 from fastrank.data.load import load_groups
 from fastrank.data.packing import pack
@@ -135,7 +135,7 @@ def test_template_options_need_a_tokenizer(
 SAID = {"role": "assistant", "content": "x"}
 
 TROUBLES = [
-    ({"chosen": " x", "rejected": " y", "score_chosen": 1, "score_rejected": 2}, readers.INVERTED),
+    ({"chosen": " x", "rejected": " y", "score_chosen": 1, "score_rejected": 2}, pairs.INVERTED),
     ({"chosen": " x", "rejected": " y", "ended": ["length", "stop"]}, reports.CUT_SAMPLE),
     ({"chosen": " same", "rejected": " same"}, reports.SAME_PAIRS),
     ({"chosen": " long enough to be cut", "rejected": " long enough to be"}, reports.CUT_EQUAL),
@@ -143,7 +143,7 @@ TROUBLES = [
     ({"chosen": "x", "rejected": " y", "prompt": "glued"}, render.GLUED),
     ({"prompt": [{"role": "user", "content": "q"}], "chosen": "x", "rejected": "y"}, render.PLAIN),
     ({"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: b\n\nAssistant: c", "prompt": None,
-      "rejected": "\n\nHuman: q\n\nAssistant: d"}, readers.PARTED_EARLY),
+      "rejected": "\n\nHuman: q\n\nAssistant: d"}, pairs.PARTED_EARLY),
     ({"prompt": None, "chosen": [{"role": "user", "content": "q"}] * 3,
       "rejected": [{"role": "user", "content": "q"}] * 2}, reports.NO_TURN),
     ({"chosen": [SAID, {"role": "user", "content": "y"}, SAID], "rejected": [SAID]},

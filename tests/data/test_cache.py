@@ -23,7 +23,7 @@ from datasets import Dataset
 from record_files import byte_tokenizer, some_rows, write_jsonl
 
 from fastrank import Group
-from fastrank.data import cache, files, load
+from fastrank.data import cache, load, manifest
 from fastrank.data.cached_groups import CachedGroups
 from fastrank.data.load import load_groups
 from fastrank.data.tokenize import TokenizeOptions
@@ -382,21 +382,21 @@ def test_a_killed_worker_is_one_line(tmp_path: Path) -> None:
 
 
 def test_large_files_are_hashed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_BLOCK", 16)
+    monkeypatch.setattr(manifest, "_BLOCK", 16)
     path = tmp_path / "large"
     path.write_bytes(bytes(range(256)) * 40)
-    hashes = {files.content_hash(path)}
+    hashes = {manifest.content_hash(path)}
     size = path.stat().st_size
     assert size > 64 * 16
     for at in (0, size - 1, (size - 16) // 63 + 3):  # of the first, last and second block
         data = bytearray(path.read_bytes())
         data[at] ^= 1
         path.write_bytes(data)
-        hashes.add(files.content_hash(path))
+        hashes.add(manifest.content_hash(path))
     assert len(hashes) == 4
     started = time.perf_counter()
     monkeypatch.undo()
     with path.open("wb") as file:
         file.truncate(1 << 40)  # a terabyte of nothing
-    files.content_hash(path)
+    manifest.content_hash(path)
     assert time.perf_counter() - started < 5

@@ -14,7 +14,7 @@ from char_tokenizer import make_tokenizer
 from fastrank.cli.inspect import InspectOptions
 from fastrank.data.formats import FORMATS
 from fastrank.data.load import load_groups
-from fastrank.data.readers import PARTED_EARLY
+from fastrank.data.pairs import PARTED_EARLY
 from fastrank.data.records import read_records
 from fastrank.data.report import NO_PROMPT, NO_SCORE, Report
 from fastrank.errors import InputError

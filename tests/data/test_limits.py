@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrank.data import files
+from fastrank.data import files, rows
 from fastrank.data.limits import bounded
 from fastrank.data.render import apply_template
 from fastrank.errors import InputError
@@ -94,7 +94,7 @@ def test_json_that_would_become_far_more_than_its_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line of empty objects; texts of the same size are read."""
-    monkeypatch.setattr(files, "MOST_OBJECTS", 1 << 24)
+    monkeypatch.setattr(rows, "MOST_OBJECTS", 1 << 24)
     objects = '{"responses": [' + "{}," * (2 << 20) + "{}]}"
     text = '{"prompt": "' + "a, [b] {c} " * (1 << 19) + '"}'
     for name, content in (("d.jsonl", objects), ("d.json", f"[{objects}]")):

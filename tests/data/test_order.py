@@ -18,7 +18,8 @@ from fastrank.data.columns import reward_gap
 from fastrank.data.fields import LARGEST_REWARD
 from fastrank.data.group import Group
 from fastrank.data.load import load_groups
-from fastrank.data.readers import INVERTED, from_ranks
+from fastrank.data.pairs import INVERTED
+from fastrank.data.readers import from_ranks
 from fastrank.data.records import narrowed, read_records, standardized
 from fastrank.data.report import (
     AS_ANOTHER,

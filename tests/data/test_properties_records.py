@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from record_files import byte_tokenizer
 
-from fastrank.data.files import Place, open_source
+from fastrank.data.files import open_source
 from fastrank.data.records import Reading, open_records, read_records, spread, standardized
 from fastrank.data.report import Report
+from fastrank.data.rows import Place
 from fastrank.data.tokenize import TokenizeOptions, as_group, encode_rows
 from fastrank.errors import InputError
 

@@ -18,9 +18,10 @@ import pyarrow.parquet
 import pytest
 from record_files import byte_tokenizer, some_rows, write_jsonl
 
-from fastrank.data.files import open_source, parse_row
+from fastrank.data.files import open_source
 from fastrank.data.load import load_groups
 from fastrank.data.records import read_records
+from fastrank.data.rows import parse_row
 from fastrank.errors import InputError
 
 FLAT = [

@@ -10,8 +10,8 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastrank.data.files import Place
 from fastrank.data.render import PLAIN
+from fastrank.data.rows import Place
 from fastrank.errors import InputError
 from fastrank.metrics import pairwise_accuracy
 from fastrank.workflow import generation, policy, policy_metrics
