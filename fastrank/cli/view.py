@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastrank import options as shared
-from fastrank.errors import InputError
+from fastrank.errors import InputError, one_line
 from fastrank.options.declare import change, option, options
 from fastrank.options.paths import local_path
 
@@ -37,17 +38,39 @@ def view(options: ViewOptions) -> dict[str, Any]:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run, which has logged something."""
-    return (folder / "metrics.jsonl").is_file()
+    return (folder / "metrics.jsonl").is_file() or _last_state(folder) is not None
+
+
+def _last_state(folder: Path) -> Path | None:
+    """The state of the last checkpoint: a `RankTrainer` of a program of one's own keeps its log
+    there alone. A checkpoint's own folder will do."""
+    found = [folder / "trainer_state.json", *folder.glob("checkpoint-*/trainer_state.json")]
+    whole = [file for file in found if file.is_file()]
+    return max(whole, key=lambda file: file.stat().st_mtime_ns, default=None)
+
+
+def _log_rows(folder: Path) -> list[dict[str, Any]]:
+    from fastrank.training.callbacks import METRICS_FILE, read_metrics
+
+    state = _last_state(folder)
+    if (folder / METRICS_FILE).is_file() or state is None:
+        return read_metrics(folder / METRICS_FILE)
+    try:
+        rows = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+        if not all(isinstance(row["step"], int) for row in rows):
+            raise ValueError("a row has no step")
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f"{state}: no state of a run: {one_line(error)}") from error
+    return list(rows)
 
 
 def _view_run(options: ViewOptions, folder: Path) -> dict[str, Any]:
-    from fastrank.training.callbacks import METRICS_FILE, read_metrics
     from fastrank.visual.pages import write_run_report
 
     for name in ("format", "columns", "score_key", "max_candidates"):
         if getattr(options, name) is not None:
             raise InputError(f"--{name} is of data files, got the run {folder}")
-    rows = read_metrics(folder / METRICS_FILE)
+    rows = _log_rows(folder)
     target = None if options.output is None else _page(options.output)
     return {"page": str(write_run_report(folder, rows, target)), "log_rows": len(rows)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import struct
@@ -162,6 +163,26 @@ def test_view(run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.Monkey
     ):
         assert main(argv) == 2 and message in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs.html", "pairs.jsonl", "run"]
+
+
+def test_view_of_a_trainer_of_ones_own(tmp_path: Path, capsys: Any) -> None:
+    """Its log is in its checkpoints; the last one is shown, or said to be damaged."""
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        log = [{"step": s, "loss": 2.0 - s, "epoch": 0.1} for s in range(1, step + 1)]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+        os.utime(folder / "trainer_state.json", (step, step))
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        assert main(["view", str(folder), "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert shown == {"page": str(folder / "report.html"), "log_rows": 2}
+        assert "<circle" in (folder / "report.html").read_text()
+    for damaged in ("{", "[]", '{"log_history": [{"loss": 1}]}', '{"log_history": 1}'):
+        (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(damaged)
+        assert main(["view", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "checkpoint-2/trainer_state.json: no state of a run: " in line
 
 
 def _chromium(*arguments: str) -> subprocess.CompletedProcess[bytes]:
