@@ -58,7 +58,8 @@ def flex_attention_on_pack(
     query, key, value = (
         torch.nn.functional.pad(tensor, (0, 0, 0, missing)) for tensor in (query, key, value)
     )
-    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+    # The kernel takes no symbolic floats, and a model has one soft cap and one scale.
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, specialize_float=True):
         result = (kernel or _compiled())(
             query,
             key,

@@ -42,7 +42,7 @@ from fastrank.training.adapters import export_merged, lora_config, quantization,
 from fastrank.training.callbacks import METRICS_FILE, MetricsFile, read_metrics
 from fastrank.training.checkpoint import find_checkpoints, resolve_resume, wants_resume
 from fastrank.training.config import RankConfig
-from fastrank.training.early_checks import check_best_metric
+from fastrank.training.early_checks import check_best_metric, uses_evaluation
 from fastrank.training.engine import all_processes
 from fastrank.training.held_out import keep_scores, spread_of_rewards
 from fastrank.training.inputs import length_limits
@@ -110,6 +110,10 @@ def _train(
     _check_earlier_run(output_dir, config, options.overwrite_output_dir)
     _check_resume(config, output_dir)
     check_best_metric(config)
+    if job is None and not options.built_in and not options.eval_data and not options.eval_fraction:
+        deciding = uses_evaluation(config)
+        if deciding is not None:
+            raise InputError(f"{deciding} needs evaluations, got eval_fraction=0 and no eval_data")
     adapter = lora_config(options)
     if job is None:
         job = _load(options, config)

@@ -199,6 +199,11 @@ WRONG = [
     ),
     ("--model MODEL --data DATA --max_tokens 10", "must fit into max_tokens=10"),
     ("--model MODEL --data DATA --eval_fraction 1.5", "eval_fraction"),
+    (  # before a model is looked for
+        "--model ./nowhere --data DATA --eval_fraction 0 --load_best_model_at_end true"
+        " --eval_strategy steps",
+        "load_best_model_at_end needs evaluations, got eval_fraction=0 and no eval_data",
+    ),
     ("--nonfinite ignore", "argument --nonfinite: invalid choice: 'ignore'"),
     ("--model MODEL --data BROKEN", "broken.jsonl, line 2: malformed JSON"),
     ("--resume_from_checkpoint absent", "absent is no folder; expected a checkpoint, true or auto"),
