@@ -344,8 +344,10 @@ def plot(rows: Sequence[Outcome], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for method, found in by_method(rows).items():
-        axes.scatter([row.perplexity for row in found], [row.reward for row in found], label=method)
+    for number, (method, found) in enumerate(by_method(rows).items()):
+        points = [row.perplexity for row in found], [row.reward for row in found]
+        marker = "os^"[number // 10 % 3]  # there are ten colours
+        axes.scatter(*points, label=method, marker=marker)
     axes.set_xscale("log")
     axes.set_xlabel("perplexity of fresh samples under the base model (log scale)")
     axes.set_ylabel("mean reward of fresh samples")
