@@ -69,7 +69,9 @@ def _columns(records: Sequence[Record], encoded: Sequence[Encoded]) -> list[pa.A
     prompts, prompt_starts = _joined([prompt for prompt, _ in encoded])
     responses, starts = _joined([ids for _, several in encoded for ids in several])
     rows = np.cumsum([0, *(len(several) for _, several in encoded)])
-    # No prompt and no response is empty. Ids that are not ranked are stored as ~id.
+    if any((np.diff(begins) < 1).any() for begins in (prompt_starts, starts, rows)):
+        raise ValueError("a prompt and every response must have tokens")  # reduceat needs them
+    # Ids that are not ranked are stored as ~id.
     largest = np.maximum(
         np.maximum.reduceat(prompts, prompt_starts[:-1]),
         np.maximum.reduceat(np.maximum(responses, ~responses), starts[rows[:-1]]),

@@ -90,6 +90,13 @@ def test_a_group_owns_its_numbers(table: CachedGroups, plain: list[Group]) -> No
     assert same(table[2], plain[2])
 
 
+@pytest.mark.parametrize("ids", [([], [[1]]), ([1], [[1], []]), ([1], [])])
+def test_nothing_empty_is_written(ids: tuple, encoded: list, tmp_path: Path) -> None:
+    """Every largest id is that of a row of its own."""
+    with pytest.raises(ValueError, match="a prompt and every response must have tokens"):
+        write(tmp_path / "groups.arrow", [encoded[0], (*ids, [0.0] * len(ids[1]), 1), encoded[1]])
+
+
 def test_views_of_views(table: CachedGroups, plain: list[Group]) -> None:
     first = table.select([40, 3, 3, 50, 11])
     second = first.select(np.array([3, 0]))
