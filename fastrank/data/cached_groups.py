@@ -11,7 +11,6 @@ touched. So the files' sizes are looked at before: half a microsecond per file a
 from __future__ import annotations
 
 import os
-from array import array
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from fastrank.data.columns import FlatGroups, GroupSizes, GroupView, prompt_key
 from fastrank.data.manifest import content_hash
 from fastrank.data.records import Record, narrowed
-from fastrank.data.tokenize import Encoded
+from fastrank.data.tokenize import Encoded, joined
 from fastrank.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,9 +65,11 @@ def _columns(records: Sequence[Record], encoded: Sequence[Encoded]) -> list[pa.A
     Arrow takes to look at lists of lists."""
     import pyarrow as pa
 
-    prompts, prompt_starts = _joined([prompt for prompt, _ in encoded])
-    responses, starts = _joined([ids for _, several in encoded for ids in several])
-    rows = np.cumsum([0, *(len(several) for _, several in encoded)])
+    own = [prompt for prompt, _ in encoded]
+    several = [responses for _, responses in encoded]
+    texts = [*chain.from_iterable(several)]
+    prompts, responses = joined(own), joined(texts)
+    prompt_starts, starts, rows = _begins(own), _begins(texts), _begins(several)
     if any((np.diff(begins) < 1).any() for begins in (prompt_starts, starts, rows)):
         raise ValueError("a prompt and every response must have tokens")  # reduceat needs them
     # Ids that are not ranked are stored as ~id.
@@ -87,11 +88,9 @@ def _columns(records: Sequence[Record], encoded: Sequence[Encoded]) -> list[pa.A
     ]
 
 
-def _joined(lists: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """All lists in a row, and where each begins and the last one ends."""
-    # An array takes a list's numbers several times as fast as NumPy.
-    ids = np.frombuffer(array("q", [*chain.from_iterable(lists)]), dtype=np.int64)
-    return ids, np.cumsum([0, *map(len, lists)])
+def _begins(lists: Sequence[Sequence[Any]]) -> NDArray[np.int64]:
+    """Where each list begins in a row of all of them, and where the last one ends."""
+    return np.cumsum([0, *map(len, lists)])
 
 
 def _list_array(starts: NDArray[np.int64], values: Any) -> pa.Array:
