@@ -12,6 +12,8 @@ from fastrank.errors import InputError, one_line
 from fastrank.options.declare import change, option, options
 from fastrank.options.paths import local_path
 
+_STATE = "trainer_state.json"
+
 
 @options
 class ViewOptions(shared.ReadOptions, shared.OutputOptions, shared.JsonOptions):
@@ -38,23 +40,22 @@ def view(options: ViewOptions) -> dict[str, Any]:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run, which has logged something."""
-    return (folder / "metrics.jsonl").is_file() or _last_state(folder) is not None
-
-
-def _last_state(folder: Path) -> Path | None:
-    """The state of the last checkpoint: a `RankTrainer` of a program of one's own keeps its log
-    there alone. A checkpoint's own folder will do."""
-    found = [folder / "trainer_state.json", *folder.glob("checkpoint-*/trainer_state.json")]
-    whole = [file for file in found if file.is_file()]
-    return max(whole, key=lambda file: file.stat().st_mtime_ns, default=None)
+    logs = ("metrics.jsonl", _STATE, f"checkpoint-*/{_STATE}")
+    return any(file.is_file() for log in logs for file in folder.glob(log))
 
 
 def _log_rows(folder: Path) -> list[dict[str, Any]]:
+    """What a run has logged. A `RankTrainer` of a program of one's own keeps its log in its
+    checkpoints alone; a checkpoint's own folder will do."""
     from fastrank.training.callbacks import METRICS_FILE, read_metrics
+    from fastrank.training.checkpoint import find_checkpoints
 
-    state = _last_state(folder)
-    if (folder / METRICS_FILE).is_file() or state is None:
+    if (folder / METRICS_FILE).is_file():
         return read_metrics(folder / METRICS_FILE)
+    states = [path / _STATE for path in (folder, *reversed(find_checkpoints(folder)))]
+    state = next((file for file in states if file.is_file()), None)
+    if state is None:
+        raise InputError(f"{folder}: no checkpoint with a {_STATE}")
     try:
         rows = json.loads(state.read_text(encoding="utf-8"))["log_history"]
         if not all(isinstance(row["step"], int) for row in rows):

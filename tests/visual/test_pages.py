@@ -172,7 +172,7 @@ def test_view_of_a_trainer_of_ones_own(tmp_path: Path, capsys: Any) -> None:
         folder.mkdir()
         log = [{"step": s, "loss": 2.0 - s, "epoch": 0.1} for s in range(1, step + 1)]
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-        os.utime(folder / "trainer_state.json", (step, step))
+        os.utime(folder / "trainer_state.json", (9 - step, 9 - step))  # of a copied folder
     for folder in (tmp_path, tmp_path / "checkpoint-2"):
         assert main(["view", str(folder), "--json"]) == 0
         shown = json.loads(capsys.readouterr().out)
